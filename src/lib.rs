@@ -1,0 +1,5 @@
+//! cuvee aligns language models to human preferences. See ARCHITECTURE.md for the map.
+
+pub mod error;
+
+pub use error::{Error, Result};
