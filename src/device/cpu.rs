@@ -1,0 +1,129 @@
+//! The CPU: f32 storage and arithmetic on every core.
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::{DType, Device, HostSpan, View, ViewMut};
+use crate::error::{Error, Result};
+
+/// The widest instruction set that this machine has and the kernels use.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512vl") && has!("avx512dq") && has!("avx2") && has!("fma") {
+                return Self::Avx512;
+            }
+            if has!("avx2") && has!("fma") {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+}
+
+pub struct Cpu {
+    pool: ThreadPool,
+    isa: Isa,
+}
+
+impl Cpu {
+    /// `threads` = 0 takes every core. Results never depend on the number of threads.
+    pub fn new(threads: usize) -> Result<Self> {
+        Self::with_isa(threads, Isa::detect())
+    }
+
+    /// With an instruction set no wider than the machine's own.
+    pub fn with_isa(threads: usize, isa: Isa) -> Result<Self> {
+        assert!(isa <= Isa::detect(), "this machine has no {isa:?}");
+        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("cuvee-{i}")).build();
+        let pool = pool.map_err(|e| Error::option("--threads", format!("{threads} threads cannot be started: {e}")))?;
+        Ok(Self { pool, isa })
+    }
+
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Runs a parallel section on this device's threads.
+    pub fn run<R: Send>(&self, section: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(section)
+    }
+}
+
+impl Device for Cpu {
+    const NAME: &'static str = "cpu";
+    type Span = HostSpan;
+
+    fn width(_: DType) -> usize {
+        4
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<HostSpan> {
+        Ok(HostSpan::new(bytes))
+    }
+
+    fn split(span: HostSpan, at: usize) -> (HostSpan, HostSpan) {
+        span.split(at)
+    }
+
+    fn zero(&self, dst: ViewMut<Self>) -> Result<()> {
+        dst.into_f32s().fill(0.0);
+        Ok(())
+    }
+
+    fn copy(&self, src: View<Self>, dst: ViewMut<Self>) -> Result<()> {
+        dst.into_f32s().copy_from_slice(src.f32s());
+        Ok(())
+    }
+
+    fn write_f32(&self, src: &[f32], dst: ViewMut<Self>) -> Result<()> {
+        dst.into_f32s().copy_from_slice(src);
+        Ok(())
+    }
+
+    fn write_f64(&self, src: &[f64], dst: ViewMut<Self>) -> Result<()> {
+        dst.into_f32s().iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32);
+        Ok(())
+    }
+
+    fn write_u32(&self, src: &[u32], dst: ViewMut<Self>) -> Result<()> {
+        dst.into_u32s().copy_from_slice(src);
+        Ok(())
+    }
+
+    fn read_f32(&self, src: View<Self>, dst: &mut [f32]) -> Result<()> {
+        dst.copy_from_slice(src.f32s());
+        Ok(())
+    }
+
+    fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()> {
+        dst.iter_mut().zip(src.f32s()).for_each(|(d, s)| *d = f64::from(*s));
+        Ok(())
+    }
+}
+
+impl<'a> View<'a, Cpu> {
+    pub fn f32s(&self) -> &'a [f32] {
+        self.host(DType::F32)
+    }
+}
+
+impl<'a> ViewMut<'a, Cpu> {
+    pub fn into_f32s(self) -> &'a mut [f32] {
+        self.into_host(DType::F32)
+    }
+}

@@ -1,0 +1,57 @@
+//! Memory and random numbers. Knows no op, no model, no loss.
+//!
+//! | concept | here |
+//! |---|---|
+//! | a place to compute | [`Device`]: [`Cpu`], [`Reference`] (f64, the oracle of the tests), [`Dry`] (prices a plan) |
+//! | all memory of one phase | [`Arena`]: one allocation, carved into disjoint [`Tensor`]s |
+//! | an argument of an op | [`View`], [`ViewMut`]: contiguous row-major `[rows, cols]`, never strided |
+//! | a random number | [`Philox`]: a pure function of (seed, stream, counter) |
+
+mod arena;
+mod cpu;
+mod dry;
+mod host;
+mod philox;
+mod reference;
+mod tensor;
+
+pub use arena::{Arena, Kind, Ledger};
+pub use cpu::{Cpu, Isa};
+pub use dry::Dry;
+pub use host::HostSpan;
+pub use philox::Philox;
+pub use reference::Reference;
+pub use tensor::{DType, Tensor, View, ViewMut};
+
+use crate::error::Result;
+
+/// Every tensor starts at a multiple of this many bytes: a cache line, and what a GPU's widest load wants.
+pub const ALIGN_BYTES: usize = 256;
+
+/// A place where tensors live. Ops are traits on top of it (`crate::ops`).
+///
+/// Tensors of [`DType::F32`] hold whatever the device computes in: f32 on [`Cpu`], f64 on [`Reference`].
+pub trait Device: Sized {
+    const NAME: &'static str;
+
+    /// A run of device memory. Deliberately not `Clone`: two live spans never overlap.
+    type Span;
+
+    /// Bytes of one element of `dtype` on this device.
+    fn width(dtype: DType) -> usize;
+
+    /// `bytes` of zeroed memory.
+    fn alloc(&self, bytes: usize) -> Result<Self::Span>;
+
+    /// Splits off the first `at` bytes.
+    fn split(span: Self::Span, at: usize) -> (Self::Span, Self::Span);
+
+    fn zero(&self, dst: ViewMut<Self>) -> Result<()>;
+    fn copy(&self, src: View<Self>, dst: ViewMut<Self>) -> Result<()>;
+
+    fn write_f32(&self, src: &[f32], dst: ViewMut<Self>) -> Result<()>;
+    fn write_f64(&self, src: &[f64], dst: ViewMut<Self>) -> Result<()>;
+    fn write_u32(&self, src: &[u32], dst: ViewMut<Self>) -> Result<()>;
+    fn read_f32(&self, src: View<Self>, dst: &mut [f32]) -> Result<()>;
+    fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()>;
+}

@@ -1,0 +1,153 @@
+use super::Device;
+
+/// What a tensor holds. The device decides how wide a float is ([`Device::width`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DType {
+    F32,
+    U32,
+}
+
+/// Contiguous row-major `[rows, cols]`, owned. Made by [`super::Arena::take`] only.
+pub struct Tensor<D: Device> {
+    pub(super) span: D::Span,
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+/// A run of whole rows of a tensor, to read.
+pub struct View<'a, D: Device> {
+    pub(super) span: &'a D::Span,
+    pub(super) dtype: DType,
+    /// First element, counted in elements from the start of the tensor.
+    pub(super) offset: usize,
+    rows: usize,
+    cols: usize,
+}
+
+/// A run of whole rows of a tensor, to write.
+pub struct ViewMut<'a, D: Device> {
+    pub(super) span: &'a mut D::Span,
+    pub(super) dtype: DType,
+    pub(super) offset: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl<D: Device> Tensor<D> {
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn view(&self) -> View<'_, D> {
+        View { span: &self.span, dtype: self.dtype, offset: 0, rows: self.rows, cols: self.cols }
+    }
+
+    pub fn view_mut(&mut self) -> ViewMut<'_, D> {
+        ViewMut { dtype: self.dtype, offset: 0, rows: self.rows, cols: self.cols, span: &mut self.span }
+    }
+
+    /// The first `rows` rows: tensors are sized for the largest batch, views for the present one.
+    pub fn top(&self, rows: usize) -> View<'_, D> {
+        assert!(rows <= self.rows, "a view of {rows} rows was asked of a tensor with {}", self.rows);
+        View { rows, ..self.view() }
+    }
+
+    pub fn top_mut(&mut self, rows: usize) -> ViewMut<'_, D> {
+        assert!(rows <= self.rows, "a view of {rows} rows was asked of a tensor with {}", self.rows);
+        ViewMut { rows, ..self.view_mut() }
+    }
+}
+
+impl<D: Device> Clone for View<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for View<'_, D> {}
+
+impl<'a, D: Device> View<'a, D> {
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    pub fn slice(self, first: usize, rows: usize) -> View<'a, D> {
+        assert!(first + rows <= self.rows, "rows {first}..{} of a view of {}", first + rows, self.rows);
+        View { offset: self.offset + first * self.cols, rows, ..self }
+    }
+
+    /// The same elements under another shape: a norm over heads sees `[rows * heads, head_dim]`.
+    pub fn reshape(self, rows: usize, cols: usize) -> View<'a, D> {
+        assert_eq!(rows * cols, self.len(), "reshape to [{rows}, {cols}] changes the number of elements");
+        View { rows, cols, ..self }
+    }
+}
+
+impl<D: Device> ViewMut<'_, D> {
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    pub fn reborrow(&mut self) -> ViewMut<'_, D> {
+        ViewMut { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
+    }
+
+    pub fn view(&self) -> View<'_, D> {
+        View { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
+    }
+
+    pub fn slice(self, first: usize, rows: usize) -> Self {
+        assert!(first + rows <= self.rows, "rows {first}..{} of a view of {}", first + rows, self.rows);
+        Self { offset: self.offset + first * self.cols, rows, ..self }
+    }
+
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        assert_eq!(rows * cols, self.len(), "reshape to [{rows}, {cols}] changes the number of elements");
+        Self { rows, cols, ..self }
+    }
+}

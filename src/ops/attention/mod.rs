@@ -1,0 +1,186 @@
+//! Causal attention over prefix trees of segments, with grouped heads and an optional sliding window.
+//!
+//! ```text
+//! a query at position p of a segment sees the keys at positions j of the path root -> segment with
+//!   j <= p   and   j > p - window
+//! s_j = scale * q . k_j        P = softmax(s)        o = sum_j P_j v_j        lse = ln sum_j e^(s_j)
+//! dP_j = do . v_j     ds_j = P_j (dP_j - do . o)
+//! dq = scale * sum_j ds_j k_j        dk_j += scale * ds_j q        dv_j += P_j do
+//! ```
+//! Online softmax over blocks of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135):
+//! no `[rows, rows]` matrix exists. Blocks start at multiples of a fixed size of the absolute position, so a
+//! shared prefix, an unshared one and a KV cache give the same bits. Saved for the backward: q, k, v, o, lse.
+
+mod cpu;
+mod reference;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::device::{Device, Dry, View, ViewMut};
+use crate::error::{Error, Result};
+
+/// `parent` of a root.
+pub const NO_PARENT: u32 = u32::MAX;
+
+/// One row of the segment table. Parents come before their children, and a tree's segments are adjacent.
+///
+/// Training queries every row (`queries == len`, `query_start == start`); decoding keeps the keys of a
+/// sequence in one slot and queries only its last rows.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Segment {
+    /// First key row.
+    pub start: u32,
+    /// Key rows.
+    pub len: u32,
+    /// Index of the parent, or [`NO_PARENT`].
+    pub parent: u32,
+    /// Absolute position of its first key: the sum of its ancestors' `len`.
+    pub position: u32,
+    /// First query row.
+    pub query_start: u32,
+    /// Query rows: the segment's last `queries` positions.
+    pub queries: u32,
+}
+
+impl Segment {
+    /// Columns of the segment table.
+    pub const WORDS: usize = 6;
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Dims {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Keys that a query sees at most, itself included.
+    pub window: Option<usize>,
+    /// Longest path from a root to a leaf; sizes scratch and prices the work.
+    pub longest: usize,
+}
+
+impl Dims {
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
+    /// First position that a query at `position` sees.
+    fn first_visible(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
+
+pub struct Forward<'a, D: Device> {
+    pub dims: Dims,
+    /// `[segments, 6]`
+    pub segments: View<'a, D>,
+    /// `[query rows, heads * head_dim]`
+    pub q: View<'a, D>,
+    /// `[key rows, kv_heads * head_dim]`
+    pub k: View<'a, D>,
+    /// `[key rows, kv_heads * head_dim]`
+    pub v: View<'a, D>,
+    /// `=` `[query rows, heads * head_dim]`
+    pub o: ViewMut<'a, D>,
+    /// `=` `[query rows, heads]`
+    pub lse: ViewMut<'a, D>,
+}
+
+/// The backward of a batch that queries every row.
+pub struct Backward<'a, D: Device> {
+    pub dims: Dims,
+    /// `[segments, 6]`
+    pub segments: View<'a, D>,
+    /// `[rows, heads * head_dim]`
+    pub d_o: View<'a, D>,
+    pub q: View<'a, D>,
+    /// `[rows, kv_heads * head_dim]`
+    pub k: View<'a, D>,
+    pub v: View<'a, D>,
+    /// `[rows, heads * head_dim]`
+    pub o: View<'a, D>,
+    /// `[rows, heads]`
+    pub lse: View<'a, D>,
+    /// `=` `[rows, heads * head_dim]`
+    pub dq: ViewMut<'a, D>,
+    /// `=` `[rows, kv_heads * head_dim]`
+    pub dk: ViewMut<'a, D>,
+    /// `=`
+    pub dv: ViewMut<'a, D>,
+}
+
+pub trait Attention: Device {
+    fn attention(&self, a: Forward<Self>) -> Result<()>;
+    fn attention_backward(&self, a: Backward<Self>) -> Result<()>;
+}
+
+fn check_heads(op: &'static str, d: &Dims) -> Result<()> {
+    if d.kv_heads == 0 || !d.heads.is_multiple_of(d.kv_heads) {
+        return Err(Error::op(op, format!("{} heads do not share {} kv_heads evenly", d.heads, d.kv_heads)));
+    }
+    Ok(())
+}
+
+impl<D: Device> Forward<'_, D> {
+    fn check(&self) -> Result<()> {
+        let (d, q_rows, k_rows) = (&self.dims, self.q.rows(), self.k.rows());
+        check_heads("attention", d)?;
+        super::require("attention", "segments", self.segments.shape(), [self.segments.rows(), Segment::WORDS])?;
+        super::require("attention", "q", self.q.shape(), [q_rows, d.heads * d.head_dim])?;
+        super::require("attention", "k", self.k.shape(), [k_rows, d.kv_heads * d.head_dim])?;
+        super::require("attention", "v", self.v.shape(), self.k.shape())?;
+        super::require("attention", "o", self.o.shape(), self.q.shape())?;
+        super::require("attention", "lse", self.lse.shape(), [q_rows, d.heads])
+    }
+}
+
+impl<D: Device> Backward<'_, D> {
+    fn check(&self) -> Result<()> {
+        let (d, rows) = (&self.dims, self.q.rows());
+        const OP: &str = "attention_backward";
+        check_heads(OP, d)?;
+        super::require(OP, "segments", self.segments.shape(), [self.segments.rows(), Segment::WORDS])?;
+        let wide = [("q", self.q), ("d_o", self.d_o), ("o", self.o), ("dq", self.dq.view())];
+        for (what, view) in wide {
+            super::require(OP, what, view.shape(), [rows, d.heads * d.head_dim])?;
+        }
+        let narrow = [("k", self.k), ("v", self.v), ("dk", self.dk.view()), ("dv", self.dv.view())];
+        for (what, view) in narrow {
+            super::require(OP, what, view.shape(), [rows, d.kv_heads * d.head_dim])?;
+        }
+        super::require(OP, "lse", self.lse.shape(), [rows, d.heads])
+    }
+}
+
+/// The path root -> segment as indices into the table.
+fn path(segments: &[Segment], mut index: usize) -> Vec<usize> {
+    let mut path = vec![index];
+    while segments[index].parent != NO_PARENT {
+        index = segments[index].parent as usize;
+        path.push(index);
+    }
+    path.reverse();
+    path
+}
+
+/// Key rows of the path root -> segment, by position.
+fn path_rows(segments: &[Segment], index: usize) -> impl Iterator<Item = usize> {
+    let rows = |s: usize| segments[s].start as usize..(segments[s].start + segments[s].len) as usize;
+    path(segments, index).into_iter().flat_map(rows)
+}
+
+impl Attention for Dry {
+    /// Half of `rows x longest`, as a causal mask leaves; two products.
+    fn attention(&self, a: Forward<Self>) -> Result<()> {
+        a.check()?;
+        self.count(2 * a.q.rows() * a.dims.longest * a.dims.heads * a.dims.head_dim);
+        Ok(())
+    }
+
+    /// Five products where the forward has two.
+    fn attention_backward(&self, a: Backward<Self>) -> Result<()> {
+        a.check()?;
+        self.count(5 * a.q.rows() * a.dims.longest * a.dims.heads * a.dims.head_dim);
+        Ok(())
+    }
+}

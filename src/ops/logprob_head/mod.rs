@@ -1,0 +1,123 @@
+//! The head: hidden rows to log-probabilities of given tokens, without a `[rows, vocab]` matrix.
+//!
+//! ```text
+//! l = h W^T        lse = ln sum_v e^(l_v)        logp = l_target - lse            (nats)
+//! dl_v = dlogp (1[v = target] - e^(l_v - lse))        dh += dl W        dW += dl^T h
+//! ```
+//! Logits exist one tile at a time in `scratch`; the backward computes them again from `h` and `lse` (as Cut
+//! Cross-Entropy does, Wijmans et al., arXiv:2411.09009). Tiles start at multiples of [`TILE_VOCAB`], so the
+//! log-sum-exp of a row is reduced in one order whatever the batch. Saved for the backward: `h`, `lse`.
+
+mod cpu;
+mod reference;
+
+use crate::device::{Device, Dry, View, ViewMut};
+use crate::error::{Error, Result};
+
+/// Rows whose logits exist at one time.
+pub const TILE_ROWS: usize = 1024;
+/// Vocabulary entries whose logits exist at one time.
+pub const TILE_VOCAB: usize = 512;
+
+/// Shape of `scratch` for `rows` rows: bounded, whatever the vocabulary.
+pub fn scratch_shape(rows: usize) -> [usize; 2] {
+    [rows.min(TILE_ROWS), TILE_VOCAB]
+}
+
+pub struct Forward<'a, D: Device> {
+    /// `[rows, hidden]`
+    pub h: View<'a, D>,
+    /// `[vocab, hidden]`
+    pub weight: View<'a, D>,
+    /// `[rows, 1]`, each < vocab
+    pub target: View<'a, D>,
+    /// `[min(rows, TILE_ROWS), TILE_VOCAB]`, overwritten
+    pub scratch: ViewMut<'a, D>,
+    /// `=` `[rows, 1]`
+    pub logp: ViewMut<'a, D>,
+    /// `=` `[rows, 1]`
+    pub lse: ViewMut<'a, D>,
+}
+
+pub struct Backward<'a, D: Device> {
+    /// `[rows, hidden]`
+    pub h: View<'a, D>,
+    /// `[vocab, hidden]`
+    pub weight: View<'a, D>,
+    /// `[rows, 1]`
+    pub target: View<'a, D>,
+    /// `[rows, 1]`
+    pub lse: View<'a, D>,
+    /// `[rows, 1]`: the objective's derivative by each row's log-probability
+    pub dlogp: View<'a, D>,
+    /// `[min(rows, TILE_ROWS), TILE_VOCAB]`, overwritten
+    pub scratch: ViewMut<'a, D>,
+    /// `+=` `[rows, hidden]`
+    pub dh: ViewMut<'a, D>,
+    /// `+=` `[vocab, hidden]`; `None` for a frozen head, whose product is then not computed
+    pub dweight: Option<ViewMut<'a, D>>,
+}
+
+pub trait LogprobHead: Device {
+    fn logprob_head(&self, a: Forward<Self>) -> Result<()>;
+    fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()>;
+}
+
+struct Dims {
+    rows: usize,
+    hidden: usize,
+    vocab: usize,
+}
+
+fn check_scratch(op: &'static str, rows: usize, found: [usize; 2]) -> Result<()> {
+    let expected = scratch_shape(rows);
+    if found[0] >= expected[0] && found[1] == expected[1] {
+        return Ok(());
+    }
+    Err(Error::op(op, format!("scratch has shape {found:?}, {rows} rows need {expected:?}")))
+}
+
+impl<D: Device> Forward<'_, D> {
+    fn check(&self) -> Result<Dims> {
+        const OP: &str = "logprob_head";
+        let ([rows, hidden], vocab) = (self.h.shape(), self.weight.rows());
+        super::require(OP, "weight", self.weight.shape(), [vocab, hidden])?;
+        for (what, view) in [("target", self.target), ("logp", self.logp.view()), ("lse", self.lse.view())] {
+            super::require(OP, what, view.shape(), [rows, 1])?;
+        }
+        check_scratch(OP, rows, self.scratch.shape())?;
+        Ok(Dims { rows, hidden, vocab })
+    }
+}
+
+impl<D: Device> Backward<'_, D> {
+    fn check(&self) -> Result<Dims> {
+        const OP: &str = "logprob_head_backward";
+        let ([rows, hidden], vocab) = (self.h.shape(), self.weight.rows());
+        super::require(OP, "weight", self.weight.shape(), [vocab, hidden])?;
+        for (what, view) in [("target", self.target), ("lse", self.lse), ("dlogp", self.dlogp)] {
+            super::require(OP, what, view.shape(), [rows, 1])?;
+        }
+        super::require(OP, "dh", self.dh.shape(), [rows, hidden])?;
+        if let Some(dweight) = &self.dweight {
+            super::require(OP, "dweight", dweight.shape(), [vocab, hidden])?;
+        }
+        check_scratch(OP, rows, self.scratch.shape())?;
+        Ok(Dims { rows, hidden, vocab })
+    }
+}
+
+impl LogprobHead for Dry {
+    fn logprob_head(&self, a: Forward<Self>) -> Result<()> {
+        let d = a.check()?;
+        self.count(2 * d.rows * d.hidden * d.vocab);
+        Ok(())
+    }
+
+    fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()> {
+        let d = a.check()?;
+        let products = 2 + usize::from(a.dweight.is_some());
+        self.count(2 * d.rows * d.hidden * d.vocab * products);
+        Ok(())
+    }
+}

@@ -1,0 +1,44 @@
+use super::{Backward, Forward, LogprobHead};
+use crate::device::Reference;
+use crate::error::Result;
+
+fn logits(h: &[f64], w: &[f64]) -> Vec<f64> {
+    w.chunks_exact(h.len()).map(|w| w.iter().zip(h).map(|(w, h)| w * h).sum()).collect()
+}
+
+impl LogprobHead for Reference {
+    fn logprob_head(&self, a: Forward<Self>) -> Result<()> {
+        let d = a.check()?;
+        let (h, w, target) = (a.h.f64s(), a.weight.f64s(), a.target.u32s());
+        let (logp, lse) = (a.logp.into_f64s(), a.lse.into_f64s());
+        for r in 0..d.rows {
+            let l = logits(&h[r * d.hidden..][..d.hidden], w);
+            let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            lse[r] = max + l.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
+            logp[r] = l[target[r] as usize] - lse[r];
+        }
+        Ok(())
+    }
+
+    fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()> {
+        let d = a.check()?;
+        let (h, w, target) = (a.h.f64s(), a.weight.f64s(), a.target.u32s());
+        let (lse, dlogp) = (a.lse.f64s(), a.dlogp.f64s());
+        let dh = a.dh.into_f64s();
+        let mut dweight = a.dweight.map(|d| d.into_f64s());
+        for r in 0..d.rows {
+            let h = &h[r * d.hidden..][..d.hidden];
+            for (v, l) in logits(h, w).into_iter().enumerate() {
+                let hit = f64::from(u8::from(v == target[r] as usize));
+                let dl = dlogp[r] * (hit - (l - lse[r]).exp());
+                for i in 0..d.hidden {
+                    dh[r * d.hidden + i] += dl * w[v * d.hidden + i];
+                    if let Some(dweight) = &mut dweight {
+                        dweight[v * d.hidden + i] += dl * h[i];
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! The optimizer pass: everything that happens to a weight in one step, in one pass over memory.
+//!
+//! ```text
+//! g = clip * grad
+//! AdamW (Loshchilov and Hutter, arXiv:1711.05101, as torch.optim.AdamW):
+//!   w <- w (1 - lr decay)
+//!   m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
+//!   w <- w - lr (m / c1) / (sqrt(v / c2) + eps),   c1 = 1 - b1^step,  c2 = 1 - b2^step
+//! ```
+
+mod cpu;
+mod reference;
+
+use crate::device::{Device, Dry, View, ViewMut};
+use crate::error::Result;
+
+/// How the update direction is made. Sparsifiers and the merge with `tau_ref` join here.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Rule {
+    AdamW { beta1: f64, beta2: f64, eps: f64 },
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Step {
+    pub rule: Rule,
+    /// Counts from 1.
+    pub step: u64,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    /// Factor on the gradient: min(1, max_norm / norm).
+    pub clip: f64,
+}
+
+/// All views of one shape.
+pub struct Args<'a, D: Device> {
+    pub step: Step,
+    pub grad: View<'a, D>,
+    /// in place
+    pub weight: ViewMut<'a, D>,
+    /// in place: m
+    pub first_moment: ViewMut<'a, D>,
+    /// in place: v
+    pub second_moment: ViewMut<'a, D>,
+}
+
+pub trait MergedUpdate: Device {
+    fn merged_update(&self, a: Args<Self>) -> Result<()>;
+}
+
+impl<D: Device> Args<'_, D> {
+    fn check(&self) -> Result<()> {
+        let shape = self.weight.shape();
+        super::require("merged_update", "grad", self.grad.shape(), shape)?;
+        super::require("merged_update", "first_moment", self.first_moment.shape(), shape)?;
+        super::require("merged_update", "second_moment", self.second_moment.shape(), shape)
+    }
+}
+
+impl MergedUpdate for Dry {
+    fn merged_update(&self, a: Args<Self>) -> Result<()> {
+        a.check()
+    }
+}

@@ -1,0 +1,59 @@
+//! Forward and backward pairs. One folder per op: `mod.rs` (formula, arguments, shapes), `cpu.rs`, `reference.rs`
+//! (f64, the oracle). Arguments are structs with named fields: four views of one type swap silently when they
+//! are positional. Each output field says whether it is written (`=`) or added to (`+=`).
+//!
+//! No op allocates device memory, and no op's result for one row depends on which other rows are there: every
+//! output element is reduced in an order fixed by its own index. Exact step-0 margins, equal text for any
+//! batch, sharing on = off and equality over thread counts all rest on that.
+
+mod gemm;
+mod simd;
+
+pub mod attention;
+pub mod linear;
+pub mod logprob_head;
+pub mod merged_update;
+pub mod rms_norm;
+pub mod rope;
+pub mod rows;
+pub mod sum_squares;
+pub mod swiglu;
+
+use crate::device::Device;
+
+/// A device that has every op.
+pub trait Backend:
+    Device
+    + attention::Attention
+    + linear::Linear
+    + logprob_head::LogprobHead
+    + merged_update::MergedUpdate
+    + rms_norm::RmsNorm
+    + rope::Rope
+    + rows::Rows
+    + sum_squares::SumSquares
+    + swiglu::SwiGlu
+{
+}
+
+impl<D> Backend for D where
+    D: Device
+        + attention::Attention
+        + linear::Linear
+        + logprob_head::LogprobHead
+        + merged_update::MergedUpdate
+        + rms_norm::RmsNorm
+        + rope::Rope
+        + rows::Rows
+        + sum_squares::SumSquares
+        + swiglu::SwiGlu
+{
+}
+
+/// Refuses shapes that do not fit each other.
+fn require(op: &'static str, what: &str, found: [usize; 2], expected: [usize; 2]) -> crate::error::Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(crate::error::Error::op(op, format!("{what} has shape {found:?}, expected {expected:?}")))
+}

@@ -1,0 +1,148 @@
+//! What the CPU ops share: run-time dispatch, fixed-order sums, exp, disjoint writes.
+//!
+//! Loops are written once in portable Rust over fixed lanes and compiled per instruction set. `mul_add` is
+//! exact everywhere and lanes do not follow the register width, so every instruction set gives the same bits.
+
+use std::marker::PhantomData;
+
+/// Lanes of a fixed-order sum: element i goes to lane i % LANES, whatever the registers hold.
+pub const LANES: usize = 16;
+
+/// Defines a function whose body is compiled once per instruction set; the first argument chooses.
+macro_rules! dispatched {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name(isa: crate::device::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            match isa {
+                // SAFETY: `Isa::detect` found these features on this machine.
+                #[cfg(target_arch = "x86_64")]
+                crate::device::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                crate::device::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                crate::device::Isa::Portable => body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use dispatched;
+
+/// Adds the lanes pairwise, in one order.
+#[inline(always)]
+pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Sum of `a[i] * b[i]` in lane order.
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
+    let (a_body, b_body) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail = a_body.remainder().iter().zip(b_body.remainder());
+    let tail_lanes: &mut [f32; LANES] = &mut [0.0; LANES];
+    for (lane, (x, y)) in tail_lanes.iter_mut().zip(tail) {
+        *lane = x * y;
+    }
+    for (x, y) in a_body.zip(b_body) {
+        for i in 0..LANES {
+            lanes[i] = x[i].mul_add(y[i], lanes[i]);
+        }
+    }
+    for i in 0..LANES {
+        lanes[i] += tail_lanes[i];
+    }
+    sum_lanes(lanes)
+}
+
+/// e^x in f32, relative error below 2e-7 (tested); 0 below -87.3, infinity above 88.7, NaN stays NaN.
+/// Branch-free, so that loops over it become vector code (Cephes' polynomial).
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 5e-1);
+    let y = p.mul_add(r * r, r) + 1.0;
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let scale = f32::from_bits((exponent.wrapping_add(127) as u32).wrapping_shl(23));
+    // 2^128 is no f32: the last binade is reached through 2^127 * 2.
+    let high = f32::from_bits((exponent.wrapping_add(126) as u32).wrapping_shl(23));
+    let y = if x > 88.0 { y * high * 2.0 } else { y * scale };
+    let y = if x < -87.3 { 0.0 } else { y };
+    if x > 88.72 { f32::INFINITY } else { y }
+}
+
+/// A slice that several tasks write, each its own elements.
+pub struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: `slice` demands disjoint ranges of its callers.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    /// # Safety
+    /// No two live slices may overlap.
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {
+        assert!(start + len <= self.len, "a task reached past the end");
+        // SAFETY: in bounds; the caller promises that nobody else holds these elements.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_its_whole_range() {
+        let mut worst = 0.0f64;
+        for i in -873_000..887_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - expected).abs() / expected);
+        }
+        assert!(worst < 2e-7, "worst relative error {worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!((exp(f32::NEG_INFINITY), exp(-1e30), exp(f32::INFINITY)), (0.0, 0.0, f32::INFINITY));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn dot_takes_any_length() {
+        for len in [0, 1, 15, 16, 17, 31, 123] {
+            let a: Vec<f32> = (0..len).map(|i| i as f32 * 0.5 - 3.0).collect();
+            let b: Vec<f32> = (0..len).map(|i| 1.0 / (i + 1) as f32).collect();
+            let expected: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+            assert!((f64::from(dot(&a, &b)) - expected).abs() < 1e-4, "length {len}");
+        }
+    }
+}
