@@ -1,5 +1,6 @@
 //! cuvee aligns language models to human preferences. See ARCHITECTURE.md for the map.
 
 pub mod error;
+pub mod objectives;
 
 pub use error::{Error, Result};
