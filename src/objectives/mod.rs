@@ -85,7 +85,7 @@ pub struct Grads {
 }
 
 /// The fields of [`Stats`] that an objective reads besides `logps` and `lens`. `offsets` comes with any field
-/// per token.
+/// [per token](Needs::per_token).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Needs {
     /// How many references it can work with.
@@ -119,6 +119,12 @@ impl Needs {
         ln_sum_p2: false,
         values: false,
     };
+
+    /// Whether it reads any field on the token index, and with it `offsets`.
+    pub fn per_token(&self) -> bool {
+        let log_probs = self.token_logps || self.ref_token_logps || self.old_token_logps;
+        log_probs || self.entropy || self.ln_sum_p2 || self.values
+    }
 }
 
 /// How much of the optimizer batch an objective must see at once.
