@@ -1,8 +1,10 @@
 //! Zhao et al., arXiv:2305.10425: sequence likelihood calibration (SLiC), in the form that Rafailov et al.,
 //! arXiv:2406.02900, compare with DPO and IPO.
 //!
-//!     margin = (ln pi(y_w) - ln pi_ref(y_w)) - (ln pi(y_l) - ln pi_ref(y_l))
-//!     loss   = max(0, 1 - beta margin)                                        mean over pairs
+//! ```text
+//! margin = (ln pi(y_w) - ln pi_ref(y_w)) - (ln pi(y_l) - ln pi_ref(y_l))
+//! loss   = max(0, 1 - beta margin)                                        mean over pairs
+//! ```
 //!
 //! Deviations from the first paper, as in the second: the hinge is on log-ratios to the reference instead of on
 //! log-probs, which takes the place of the cross-entropy term on a target text, and its width is 1 after beta.

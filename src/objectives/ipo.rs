@@ -1,9 +1,11 @@
 //! Azar et al., arXiv:2310.12036, Eq. 17: identity preference optimization. Three losses carry this name:
 //!
-//!     lw, ll       ln pi - ln pi_ref of the chosen and the rejected completion, summed over n_w, n_l tokens
-//!     ipo          (lw/n_w - ll/n_l - 1/(2 beta))^2    TRL's DPO: log-ratios averaged over tokens
-//!     ipo_sum      (lw - ll - 1/(2 beta))^2            the paper's Eq. 17, where beta is called tau
-//!     ipo_margin1  (beta (lw - ll) - 1)^2              Rafailov et al., arXiv:2406.02900
+//! ```text
+//! lw, ll       ln pi - ln pi_ref of the chosen and the rejected completion, summed over n_w, n_l tokens
+//! ipo          (lw/n_w - ll/n_l - 1/(2 beta))^2    TRL's DPO: log-ratios averaged over tokens
+//! ipo_sum      (lw - ll - 1/(2 beta))^2            the paper's Eq. 17, where beta is called tau
+//! ipo_margin1  (beta (lw - ll) - 1)^2              Rafailov et al., arXiv:2406.02900
+//! ```
 //!
 //! each a mean over pairs. Deviations from Eq. 17: `ipo` divides by lengths; `ipo_margin1` at beta is
 //! beta^2 times `ipo_sum` at beta / 2.

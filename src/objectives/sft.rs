@@ -1,6 +1,8 @@
 //! Supervised fine-tuning by maximum likelihood (no paper), normalised as in TRL's SFTTrainer.
 //!
-//!     loss = -sum of ln pi(token) / number of tokens
+//! ```text
+//! loss = -sum of ln pi(token) / number of tokens
+//! ```
 //!
 //! over all completion tokens of the whole optimizer batch: a mean over tokens, not a mean of means, so that a
 //! token counts the same in any micro-batch. On pairs the chosen completions alone count, as in TRL's DPO with

@@ -1,7 +1,9 @@
 //! Rafailov et al., arXiv:2305.18290, Eq. 7: direct preference optimization.
 //!
-//!     margin = (ln pi(y_w) - ln pi_ref(y_w)) - (ln pi(y_l) - ln pi_ref(y_l))
-//!     loss   = -ln sigma(beta margin)                                         mean over pairs
+//! ```text
+//! margin = (ln pi(y_w) - ln pi_ref(y_w)) - (ln pi(y_l) - ln pi_ref(y_l))
+//! loss   = -ln sigma(beta margin)                                         mean over pairs
+//! ```
 //!
 //! With label smoothing e this is cDPO (Mitchell, "A note on DPO with noisy preferences & relationship to IPO",
 //! 2023): `loss = -(1 - e) ln sigma(beta margin) - e ln sigma(-beta margin)`. Deviations from the papers: none.
