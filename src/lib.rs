@@ -3,5 +3,6 @@
 pub mod device;
 pub mod error;
 pub mod ops;
+pub mod objectives;
 
 pub use error::{Error, Result};

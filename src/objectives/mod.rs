@@ -1,0 +1,182 @@
+//! Objectives: what a policy is trained towards. Host code in f64; no tensor, no device, no data.
+//!
+//! An [`Objective`] maps [`Stats`], the numbers that the model's forward passes left, to an [`Outcome`]:
+//! a loss, its derivatives by the same numbers ([`Grads`]) and metrics. All log-probs are natural.
+//! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`.
+
+mod hinge;
+mod ipo;
+mod pairwise;
+mod registry;
+mod sft;
+mod sigmoid;
+
+use std::ops::{AddAssign, Range, RangeInclusive};
+
+pub use registry::{Entry, ParamSpec, Params, build, find};
+
+/// Every objective, by name.
+pub fn all() -> &'static [Entry] {
+    &[
+        // One objective a line.
+        hinge::ENTRY,
+        ipo::MEAN,
+        ipo::SUM,
+        ipo::MARGIN1,
+        sft::ENTRY,
+        sigmoid::ENTRY,
+    ]
+}
+
+/// Everything an objective may read, of S sequences with T completion tokens in all. `logps` and `lens` are
+/// always there; the rest is there when [`Needs`] asks for it and empty otherwise.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// `[S]` ln pi(completion | prompt) of the policy, summed over completion tokens, nats.
+    pub logps: Vec<f64>,
+    /// `[K][S]` the same of each reference; `ref_logps[0]` is the anchor.
+    pub ref_logps: Vec<Vec<f64>>,
+    /// `[S]` completion tokens, at least 1.
+    pub lens: Vec<f64>,
+    /// (chosen, rejected) as indices of sequences. A sequence may be in several pairs.
+    pub pairs: Vec<(usize, usize)>,
+    /// `[S]` desirable (true) or undesirable.
+    pub labels: Vec<bool>,
+    /// The sequences sampled from one prompt, for each prompt.
+    pub groups: Vec<Range<usize>>,
+    /// `[S]` what a reward rule or a reward model said.
+    pub rewards: Vec<f64>,
+    /// `[S]` the output of the trained reward head.
+    pub scores: Vec<f64>,
+
+    /// `[S + 1]` tokens of sequence s: `offsets[s]..offsets[s + 1]`.
+    pub offsets: Vec<usize>,
+    /// `[T]` ln pi of the policy, nats.
+    pub token_logps: Vec<f64>,
+    /// `[K][T]` the same of each reference.
+    pub ref_token_logps: Vec<Vec<f64>>,
+    /// `[T]` the same of the policy that sampled the tokens.
+    pub old_token_logps: Vec<f64>,
+    /// `[T]` entropy of the policy's distribution, nats, >= 0.
+    pub entropy: Vec<f64>,
+    /// `[T]` ln of the sum over the vocabulary of p^2, <= 0.
+    pub ln_sum_p2: Vec<f64>,
+    /// `[T]` the output of the value head.
+    pub values: Vec<f64>,
+}
+
+impl Stats {
+    /// The sequences whose likelihood is raised: the chosen one of each pair, or all where there are no pairs.
+    pub fn supervised(&self) -> impl Iterator<Item = usize> {
+        let unpaired = if self.pairs.is_empty() { 0..self.lens.len() } else { 0..0 };
+        self.pairs.iter().map(|&(chosen, _)| chosen).chain(unpaired)
+    }
+}
+
+/// Derivatives of [`Outcome::loss`] by the fields of [`Stats`] of the same name and shape; empty means zero.
+/// The trainer adds `logps[s]` to `token_logps[t]` of every token t of sequence s.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Grads {
+    pub logps: Vec<f64>,
+    pub token_logps: Vec<f64>,
+    pub entropy: Vec<f64>,
+    pub scores: Vec<f64>,
+    pub values: Vec<f64>,
+}
+
+/// The fields of [`Stats`] that an objective reads besides `logps` and `lens`. `offsets` comes with any field
+/// [per token](Needs::per_token).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Needs {
+    /// How many references it can work with.
+    pub refs: RangeInclusive<usize>,
+    pub pairs: bool,
+    pub labels: bool,
+    pub groups: bool,
+    pub rewards: bool,
+    pub scores: bool,
+    pub token_logps: bool,
+    pub ref_token_logps: bool,
+    pub old_token_logps: bool,
+    pub entropy: bool,
+    pub ln_sum_p2: bool,
+    pub values: bool,
+}
+
+impl Needs {
+    /// Log-probs and lengths of the policy alone.
+    pub const POLICY: Needs = Needs {
+        refs: 0..=0,
+        pairs: false,
+        labels: false,
+        groups: false,
+        rewards: false,
+        scores: false,
+        token_logps: false,
+        ref_token_logps: false,
+        old_token_logps: false,
+        entropy: false,
+        ln_sum_p2: false,
+        values: false,
+    };
+
+    /// Whether it reads any field on the token index, and with it `offsets`.
+    pub fn per_token(&self) -> bool {
+        let log_probs = self.token_logps || self.ref_token_logps || self.old_token_logps;
+        log_probs || self.entropy || self.ln_sum_p2 || self.values
+    }
+}
+
+/// How much of the optimizer batch an objective must see at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Evaluated per micro-batch: with [`Totals`] known beforehand, the contributions add.
+    Pair,
+    /// Couples all sequences: evaluated once, on the whole optimizer batch.
+    Batch,
+}
+
+/// The denominators of means, counted over the whole optimizer batch, of which `Stats` may be one micro-batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Totals {
+    pub pairs: f64,
+    pub sequences: f64,
+    /// Completion tokens of the [supervised](Stats::supervised) sequences: of the chosen ones if there are pairs.
+    pub tokens: f64,
+}
+
+impl Totals {
+    /// Counts one micro-batch; reads `lens` and `pairs` only, so it needs no forward pass. Totals add.
+    pub fn of(stats: &Stats) -> Self {
+        Self {
+            pairs: stats.pairs.len() as f64,
+            sequences: stats.lens.len() as f64,
+            tokens: stats.supervised().map(|s| stats.lens[s]).sum(),
+        }
+    }
+}
+
+impl AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.pairs += other.pairs;
+        self.sequences += other.sequences;
+        self.tokens += other.tokens;
+    }
+}
+
+/// What `Stats` contribute to the optimizer batch. Loss and metrics are divided by [`Totals`] already, so they
+/// add over micro-batches.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outcome {
+    pub loss: f64,
+    pub grads: Grads,
+    pub metrics: Vec<(&'static str, f64)>,
+}
+
+pub trait Objective: Send + Sync {
+    /// The name of its [`Entry`].
+    fn name(&self) -> &'static str;
+    fn needs(&self) -> Needs;
+    fn scope(&self) -> Scope;
+    fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome;
+}
