@@ -1,0 +1,296 @@
+//! The tokenizer of a Hugging Face model folder.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tokenizers::models::ModelWrapper;
+use tokenizers::{AddedToken, Tokenizer as Encoder};
+
+use crate::error::{At, Error, Result};
+
+/// A tokenizer that gives the ids that transformers' fast tokenizer of the same folder gives. Which special
+/// tokens a text gets is said by the post-processor in `tokenizer.json`, as there.
+pub struct Tokenizer {
+    encoder: Encoder,
+    path: PathBuf,
+    vocab_size: usize,
+    bos: Option<u32>,
+    eos: Option<(u32, String)>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and the special tokens from the first of these files that names them:
+    /// `tokenizer_config.json`, `special_tokens_map.json`, then (ids) `config.json`, `generation_config.json`.
+    ///
+    /// # Errors
+    /// A file that is there but cannot be read or parsed, no `tokenizer.json`, a BPE model with dropout, an EOS or
+    /// BOS token that is not in the vocabulary.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path)
+            .map_err(|e| format!("cannot be read: {e}; a model folder needs the tokenizer.json of a fast tokenizer"))
+            .at(&path)?;
+        let mut encoder = Encoder::from_bytes(bytes).map_err(|e| format!("is no tokenizer: {e}")).at(&path)?;
+        if let ModelWrapper::BPE(bpe) = encoder.get_model()
+            && bpe.dropout.is_some_and(|rate| rate > 0.0)
+        {
+            return Err(Error::file(&path, "has BPE dropout: tokens would differ from run to run; set it to null"));
+        }
+        // Stored limits belong to whoever saved the tokenizer; here nothing is ever cut or padded silently.
+        encoder.with_truncation(None).at(&path)?.with_padding(None);
+
+        let configs = Configs::read(dir)?;
+        add_special_tokens(&mut encoder, &configs).at(&path)?;
+        let vocab_size = encoder.get_vocab(true).values().max().map_or(0, |&largest| largest as usize + 1);
+        let bos = configs.special(&encoder, "bos")?;
+        let eos = configs.special(&encoder, "eos")?;
+        Ok(Self { encoder, path, vocab_size, bos: bos.map(|(id, _)| id), eos })
+    }
+
+    /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, true)
+    }
+
+    /// The ids of `text` alone: `tokenizer(text, add_special_tokens=False)`.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, false)
+    }
+
+    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.encoder.encode_fast(text, add_special_tokens);
+        Ok(encoding.map_err(|e| format!("cannot encode a text: {e}")).at(&self.path)?.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, special tokens skipped.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.encoder.decode(ids, true).map_err(|e| format!("cannot decode {} tokens: {e}", ids.len())).at(&self.path)
+    }
+
+    /// The end-of-text token, id and text.
+    pub fn eos(&self) -> Option<(u32, &str)> {
+        self.eos.as_ref().map(|(id, text)| (*id, text.as_str()))
+    }
+
+    /// The beginning-of-text token; whether a text gets one is the post-processor's matter.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// One more than the largest id: the rows that an embedding needs.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The vocabulary entry of `id` as it is stored, for messages.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.encoder.id_to_token(id)
+    }
+}
+
+/// transformers makes every special token that the configuration names an added token, so that its text is matched
+/// as a whole, even where tokenizer.json has it in the plain vocabulary only.
+fn add_special_tokens(encoder: &mut Encoder, configs: &Configs) -> tokenizers::Result<()> {
+    let added = encoder.get_added_tokens_decoder();
+    let names = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"];
+    let tokens: Vec<AddedToken> = names
+        .iter()
+        .filter_map(|name| configs.text(name))
+        .filter(|(_, text)| encoder.token_to_id(text).is_some())
+        .filter(|(_, text)| !added.values().any(|token| token.content == *text))
+        .map(|(_, text)| AddedToken::from(text, true))
+        .collect();
+    encoder.add_special_tokens(tokens).map(|_| ())
+}
+
+/// The files of a model folder that may name special tokens, by text or by id; null where there is no such file.
+struct Configs {
+    texts: [(PathBuf, Value); 2],
+    ids: [(PathBuf, Value); 2],
+}
+
+impl Configs {
+    fn read(dir: &Path) -> Result<Self> {
+        let read = |name| {
+            let path = dir.join(name);
+            let value = if path.exists() { read_json(&path)? } else { Value::Null };
+            Ok::<_, Error>((path, value))
+        };
+        Ok(Self {
+            texts: [read("tokenizer_config.json")?, read("special_tokens_map.json")?],
+            ids: [read("config.json")?, read("generation_config.json")?],
+        })
+    }
+
+    /// The text of the special token `name` and the file that gives it: a string, or `{"content": ..}` as
+    /// transformers 4 wrote it.
+    fn text(&self, name: &str) -> Option<(&Path, &str)> {
+        self.texts.iter().find_map(|(path, config)| {
+            let token = config.get(format!("{name}_token"))?;
+            Some((path.as_path(), token.as_str().or_else(|| token.get("content")?.as_str())?))
+        })
+    }
+
+    /// Id and text of the special token `name`, if the folder has one.
+    fn special(&self, encoder: &Encoder, name: &str) -> Result<Option<(u32, String)>> {
+        let Some((path, text)) = self.text(name) else { return Ok(self.special_by_id(encoder, name)) };
+        match encoder.token_to_id(text) {
+            Some(id) => Ok(Some((id, text.to_string()))),
+            None => Err(Error::file(
+                path,
+                format!("{name}_token {text:?} is not in tokenizer.json; do both files belong to one model?"),
+            )),
+        }
+    }
+
+    /// The first id that a model configuration gives `name`. It counts only where the tokenizer agrees that the
+    /// token is special: configurations are often written with their class's default ids, whatever these name.
+    fn special_by_id(&self, encoder: &Encoder, name: &str) -> Option<(u32, String)> {
+        let added = encoder.get_added_tokens_decoder();
+        self.ids.iter().find_map(|(_, config)| {
+            let value = config.get(format!("{name}_token_id"))?;
+            let id = value.get(0).unwrap_or(value).as_u64().and_then(|id| u32::try_from(id).ok())?;
+            let token = added.get(&id).filter(|token| token.special)?;
+            Some((id, token.content.clone()))
+        })
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).map_err(|e| format!("cannot be read: {e}")).at(path)?;
+    serde_json::from_slice(&text).map_err(|e| format!("invalid JSON: {e}")).at(path)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::fs;
+    use tempfile::TempDir;
+
+    /// A BPE over single characters with the one merge `a b -> ab`; `<s>` 0, `</s>` 1 and `<pad>` 2, which is
+    /// in the plain vocabulary only. With `bos`, the post-processor puts `<s>` before each text.
+    pub fn toy(bos: bool) -> Value {
+        let vocab = ["<s>", "</s>", "<pad>", "a", "b", "c", "d", " ", "ab", "<", "p", ">"];
+        let vocab: serde_json::Map<_, _> = vocab.iter().zip(0..).map(|(t, id)| (t.to_string(), json!(id))).collect();
+        let added = |id: u32, content: &str| {
+            json!({"id": id, "content": content, "special": true, "normalized": false, "lstrip": false,
+                   "rstrip": false, "single_word": false})
+        };
+        let start = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+        let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        let template = json!({"type": "TemplateProcessing", "single": [start, text], "pair": [text, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}});
+        json!({
+            "version": "1.0",
+            // Stored limits that must have no effect.
+            "truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+            "padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 2,
+                        "pad_type_id": 0, "pad_token": "<pad>"},
+            "added_tokens": [added(0, "<s>"), added(1, "</s>")],
+            "normalizer": null,
+            "pre_tokenizer": null,
+            "post_processor": if bos { template } else { Value::Null },
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                      "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab,
+                      "merges": ["a b"]},
+        })
+    }
+
+    pub fn folder(files: &[(&str, Value)]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, value) in files {
+            fs::write(dir.path().join(name), value.to_string()).unwrap();
+        }
+        dir
+    }
+
+    /// The toy tokenizer, with `</s>` as its EOS token or with none.
+    pub fn load(bos: bool, eos: bool) -> Tokenizer {
+        let config = if eos { json!({"eos_token": "</s>"}) } else { json!({}) };
+        let dir = folder(&[("tokenizer.json", toy(bos)), ("tokenizer_config.json", config)]);
+        Tokenizer::load(dir.path()).unwrap()
+    }
+
+    fn eos_of(files: &[(&str, Value)]) -> Option<(u32, String)> {
+        let dir = folder(&[&[("tokenizer.json", toy(true))], files].concat());
+        Tokenizer::load(dir.path()).unwrap().eos().map(|(id, text)| (id, text.to_string()))
+    }
+
+    #[track_caller]
+    fn fails(files: &[(&str, Value)], part: &str) {
+        let message = Tokenizer::load(folder(files).path()).err().expect("an error").to_string();
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+
+    #[test]
+    fn encodes_with_and_without_special_tokens() {
+        let tokenizer = load(true, true);
+        assert_eq!(tokenizer.encode("abc a").unwrap(), [0, 8, 5, 7, 3]);
+        assert_eq!(tokenizer.encode("").unwrap(), [0]);
+        assert_eq!(tokenizer.encode_plain("abc</s>").unwrap(), [8, 5, 1]);
+        assert_eq!(load(false, true).encode("cab").unwrap(), [5, 8]);
+        assert_eq!(tokenizer.decode(&[0, 8, 5, 1]).unwrap(), "abc");
+        assert_eq!(tokenizer.token(8).as_deref(), Some("ab"));
+        assert_eq!(tokenizer.vocab_size(), 12);
+    }
+
+    #[test]
+    fn eos_is_found_in_every_spelling_and_place() {
+        let found = Some((1, "</s>".to_string()));
+        let id = ("config.json", json!({"eos_token_id": 1}));
+        assert_eq!(eos_of(&[("tokenizer_config.json", json!({"eos_token": "</s>"}))]), found);
+        assert_eq!(eos_of(&[("tokenizer_config.json", json!({"eos_token": {"content": "</s>"}}))]), found);
+        assert_eq!(eos_of(&[("special_tokens_map.json", json!({"eos_token": "</s>"}))]), found);
+        assert_eq!(eos_of(&[("tokenizer_config.json", json!({"eos_token": null})), id.clone()]), found);
+        assert_eq!(eos_of(&[("generation_config.json", json!({"eos_token_id": [1, 5]}))]), found);
+        let start = json!({"eos_token": "<s>"});
+        assert_eq!(eos_of(&[("tokenizer_config.json", start), id]), Some((0, "<s>".to_string())));
+    }
+
+    #[test]
+    fn a_class_default_id_does_not_make_a_plain_token_eos() {
+        assert_eq!(eos_of(&[("config.json", json!({"eos_token_id": 3}))]), None);
+        assert_eq!(eos_of(&[]), None);
+    }
+
+    #[test]
+    fn bos_is_known_to_the_caller() {
+        let config = json!({"bos_token": "<s>"});
+        let dir = folder(&[("tokenizer.json", toy(false)), ("tokenizer_config.json", config)]);
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().bos_id(), Some(0));
+        assert_eq!(load(false, true).bos_id(), None);
+    }
+
+    #[test]
+    fn a_special_token_of_the_configuration_is_matched_as_a_whole() {
+        let config = json!({"pad_token": "<pad>"});
+        let dir = folder(&[("tokenizer.json", toy(false)), ("tokenizer_config.json", config)]);
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().encode("a<pad>").unwrap(), [3, 2]);
+        assert_eq!(load(false, true).encode("a<pad>").unwrap(), [3, 9, 10, 3, 6, 11]);
+    }
+
+    #[test]
+    fn broken_folders_are_named() {
+        fails(&[], "tokenizer.json: cannot be read");
+        fails(&[("tokenizer.json", json!({"model": 1}))], "tokenizer.json: is no tokenizer");
+        let config = ("tokenizer_config.json", json!({"eos_token": "<eot>"}));
+        fails(&[("tokenizer.json", toy(true)), config], "tokenizer_config.json: eos_token \"<eot>\" is not in");
+        let mut random = toy(true);
+        random["model"]["dropout"] = json!(0.1);
+        fails(&[("tokenizer.json", random)], "BPE dropout");
+        let dir = folder(&[("tokenizer.json", toy(true))]);
+        fs::write(dir.path().join("config.json"), "{").unwrap();
+        assert!(Tokenizer::load(dir.path()).err().unwrap().to_string().contains("config.json: invalid JSON"));
+    }
+
+    #[test]
+    fn a_text_outside_the_vocabulary_is_an_error_where_the_model_says_so() {
+        let mut words = toy(false);
+        words["model"] = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"});
+        let dir = folder(&[("tokenizer.json", words)]);
+        let message = Tokenizer::load(dir.path()).unwrap().encode("b").unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: cannot encode a text"), "{message}");
+    }
+}
