@@ -1,9 +1,9 @@
 //! cuvee aligns language models to human preferences. See ARCHITECTURE.md for the map.
 
-pub mod device;
 pub mod data;
+pub mod device;
 pub mod error;
-pub mod ops;
 pub mod objectives;
+pub mod ops;
 
 pub use error::{Error, Result};

@@ -1,0 +1,194 @@
+//! Activations: what the forward pass leaves for the backward, and scratch that layers share.
+
+use super::spec::Spec;
+use crate::data::Extent;
+use crate::device::{Arena, Device, Kind, Tensor};
+use crate::ops::logprob_head;
+
+/// What a pass keeps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    /// Nothing: forward only.
+    Nothing,
+    /// Block inputs; a block's forward runs again inside its backward.
+    Inputs,
+    /// Every activation.
+    Everything,
+}
+
+/// One block's activations, all `[rows, ...]`.
+pub struct BlockActs<D: Device> {
+    pub normed: Tensor<D>,
+    pub rstd: Tensor<D>,
+    pub q: Tensor<D>,
+    pub k: Tensor<D>,
+    pub v: Tensor<D>,
+    /// Before the norms of queries and keys, where the architecture has them.
+    pub raw: Option<RawHeads<D>>,
+    pub o: Tensor<D>,
+    pub lse: Tensor<D>,
+    /// The residual stream between attention and MLP.
+    pub mid: Tensor<D>,
+    pub mid_normed: Tensor<D>,
+    pub mid_rstd: Tensor<D>,
+    pub gate: Tensor<D>,
+    pub up: Tensor<D>,
+    pub gated: Tensor<D>,
+}
+
+pub struct RawHeads<D: Device> {
+    pub q: Tensor<D>,
+    pub k: Tensor<D>,
+    /// `[rows, heads]`
+    pub q_rstd: Tensor<D>,
+    /// `[rows, kv_heads]`
+    pub k_rstd: Tensor<D>,
+}
+
+impl<D: Device> BlockActs<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
+        let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
+        let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let mut raw = |_| RawHeads {
+            q: take(wide),
+            k: take(narrow),
+            q_rstd: take(spec.heads),
+            k_rstd: take(spec.kv_heads),
+        };
+        let raw = spec.qk_norm.then_some(()).map(&mut raw);
+        Self {
+            raw,
+            normed: take(spec.hidden),
+            rstd: take(1),
+            q: take(wide),
+            k: take(narrow),
+            v: take(narrow),
+            o: take(wide),
+            lse: take(spec.heads),
+            mid: take(spec.hidden),
+            mid_normed: take(spec.hidden),
+            mid_rstd: take(1),
+            gate: take(spec.mlp_dim),
+            up: take(spec.mlp_dim),
+            gated: take(spec.mlp_dim),
+        }
+    }
+}
+
+/// Gradients of activations; shared by all layers, since they run one after the other.
+pub struct Scratch<D: Device> {
+    pub d_residual: Tensor<D>,
+    pub d_normed: Tensor<D>,
+    pub d_o: Tensor<D>,
+    pub d_q: Tensor<D>,
+    pub d_k: Tensor<D>,
+    pub d_v: Tensor<D>,
+    /// Gradients before the norms of queries and keys.
+    pub d_raw: Option<(Tensor<D>, Tensor<D>)>,
+    pub d_gated: Tensor<D>,
+    pub d_gate: Tensor<D>,
+    pub d_up: Tensor<D>,
+    /// `[targets, hidden]`
+    pub d_top: Tensor<D>,
+    pub d_top_normed: Tensor<D>,
+    /// `[targets, 1]`
+    pub dlogp: Tensor<D>,
+}
+
+impl<D: Device> Scratch<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent) -> Self {
+        let mut take = |rows, cols| arena.floats(Kind::Activations, rows, cols);
+        let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let rows = largest.rows;
+        Self {
+            d_residual: take(rows, spec.hidden),
+            d_normed: take(rows, spec.hidden),
+            d_o: take(rows, wide),
+            d_q: take(rows, wide),
+            d_k: take(rows, narrow),
+            d_v: take(rows, narrow),
+            d_raw: spec.qk_norm.then(|| (take(rows, wide), take(rows, narrow))),
+            d_gated: take(rows, spec.mlp_dim),
+            d_gate: take(rows, spec.mlp_dim),
+            d_up: take(rows, spec.mlp_dim),
+            d_top: take(largest.targets, spec.hidden),
+            d_top_normed: take(largest.targets, spec.hidden),
+            dlogp: take(largest.targets, 1),
+        }
+    }
+}
+
+/// The completion rows on their way through the final norm and the head.
+pub struct Top<D: Device> {
+    /// `[targets, hidden]`
+    pub rows: Tensor<D>,
+    pub normed: Tensor<D>,
+    /// `[targets, 1]`
+    pub rstd: Tensor<D>,
+    pub logp: Tensor<D>,
+    pub lse: Tensor<D>,
+    /// Logits of one tile.
+    pub tile: Tensor<D>,
+}
+
+impl<D: Device> Top<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, targets: usize) -> Self {
+        let [tile_rows, tile_cols] = logprob_head::scratch_shape(targets);
+        let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
+        let mut take = |cols| arena.floats(Kind::Activations, targets, cols);
+        Self {
+            rows: take(spec.hidden),
+            normed: take(spec.hidden),
+            rstd: take(1),
+            logp: take(1),
+            lse: take(1),
+            tile,
+        }
+    }
+}
+
+/// Everything a pass over one batch writes.
+pub struct Acts<D: Device> {
+    keep: Keep,
+    /// `layers + 1` entries, or two that take turns.
+    residual: Vec<Tensor<D>>,
+    /// One per layer, or one that all share.
+    blocks: Vec<BlockActs<D>>,
+    pub top: Top<D>,
+    /// Only where there is a backward.
+    pub scratch: Option<Scratch<D>>,
+}
+
+impl<D: Device> Acts<D> {
+    pub fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent, keep: Keep) -> Self {
+        let (residuals, blocks) = match keep {
+            Keep::Nothing => (2, 1),
+            Keep::Inputs => (spec.layers + 1, 1),
+            Keep::Everything => (spec.layers + 1, spec.layers),
+        };
+        let residual = (0..residuals).map(|_| arena.floats(Kind::Activations, largest.rows, spec.hidden)).collect();
+        let blocks = (0..blocks).map(|_| BlockActs::new(arena, spec, largest.rows)).collect();
+        let top = Top::new(arena, spec, largest.targets);
+        let scratch = (keep != Keep::Nothing).then(|| Scratch::new(arena, spec, largest));
+        Self { keep, residual, blocks, top, scratch }
+    }
+
+    pub fn keep(&self) -> Keep {
+        self.keep
+    }
+
+    /// Input, output and activations of one layer.
+    pub fn layer(&mut self, layer: usize) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>) {
+        let block = if self.keep == Keep::Everything { layer } else { 0 };
+        let slot = |i: usize| if self.keep == Keep::Nothing { i % 2 } else { i };
+        let (input, output) = (slot(layer), slot(layer + 1));
+        let [input, output] = self.residual.get_disjoint_mut([input, output]).expect("two slots or more");
+        (input, output, &mut self.blocks[block])
+    }
+
+    /// The residual stream before layer `layer` (after the last one: `layers`).
+    pub fn residual_mut(&mut self, layer: usize) -> &mut Tensor<D> {
+        let slot = if self.keep == Keep::Nothing { layer % 2 } else { layer };
+        &mut self.residual[slot]
+    }
+}

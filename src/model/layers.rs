@@ -1,0 +1,115 @@
+//! The leaves: a linear layer, a norm, the rotation table.
+
+use super::arch::{Naming, Slot};
+use super::param::Param;
+use super::spec::{Norm, Rope};
+use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
+use crate::error::Result;
+use crate::ops::{Backend, linear, rms_norm, rope};
+
+/// Where a constructor takes memory from, and which weights it trains.
+pub struct Build<'a, D: Device> {
+    pub arena: &'a mut Arena<D>,
+    pub naming: Naming,
+    pub trained: &'a dyn Fn(&str) -> bool,
+}
+
+impl<D: Device> Build<'_, D> {
+    pub fn param(&mut self, slot: Slot, layer: usize, shape: [usize; 2]) -> Param<D> {
+        let name = (self.naming)(slot, layer);
+        let trained = (self.trained)(&name);
+        Param::new(self.arena, name, shape, trained)
+    }
+
+    pub fn linear(&mut self, weight: Slot, layer: usize, [outputs, inputs]: [usize; 2], bias: bool) -> Linear<D> {
+        let bias = bias.then(|| self.param(weight.bias(), layer, [1, outputs]));
+        Linear { weight: self.param(weight, layer, [outputs, inputs]), bias }
+    }
+}
+
+pub struct Linear<D: Device> {
+    /// `[outputs, inputs]`
+    pub weight: Param<D>,
+    /// `[1, outputs]`
+    pub bias: Option<Param<D>>,
+}
+
+impl<D: Device> Linear<D> {
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
+        std::iter::once(&mut self.weight).chain(self.bias.as_mut())
+    }
+}
+
+impl<B: Backend> Linear<B> {
+    /// `y = x W^T + bias + residual`
+    pub fn forward(&self, device: &B, x: View<B>, residual: Option<View<B>>, y: ViewMut<B>) -> Result<()> {
+        let bias = self.bias.as_ref().map(Param::view);
+        device.linear(linear::Forward { x, weight: self.weight.view(), bias, residual, y })
+    }
+
+    /// Adds to the weights' gradients and to `dx`.
+    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, dx: ViewMut<B>) -> Result<()> {
+        let weight = self.weight.value.view();
+        let dweight = self.weight.grad.as_mut().map(Tensor::view_mut);
+        let dbias = self.bias.as_mut().and_then(Param::grad_mut);
+        device.linear_backward(linear::Backward { dy, x, weight, dx: Some(dx), dweight, dbias })
+    }
+}
+
+/// A norm's weight; its kind comes from the spec.
+pub struct NormLayer<D: Device> {
+    /// `[1, hidden]`
+    pub weight: Param<D>,
+    kind: Norm,
+}
+
+impl<D: Device> NormLayer<D> {
+    pub fn new(build: &mut Build<D>, slot: Slot, layer: usize, cols: usize, kind: Norm) -> Self {
+        Self { weight: build.param(slot, layer, [1, cols]), kind }
+    }
+}
+
+impl<B: Backend> NormLayer<B> {
+    pub fn forward(&self, device: &B, x: View<B>, y: ViewMut<B>, rstd: ViewMut<B>) -> Result<()> {
+        let Norm::Rms { eps } = self.kind;
+        device.rms_norm(rms_norm::Forward { x, weight: self.weight.view(), eps: eps as f32, y, rstd })
+    }
+
+    /// Adds to the weight's gradient and to `dx`.
+    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, rstd: View<B>, dx: ViewMut<B>) -> Result<()> {
+        let weight = self.weight.value.view();
+        let dweight = self.weight.grad.as_mut().map(Tensor::view_mut);
+        device.rms_norm_backward(rms_norm::Backward { dy, x, weight, rstd, dx, dweight })
+    }
+}
+
+/// Cosines and sines of every position and frequency.
+pub struct RopeTable<D: Device> {
+    /// `[positions, rotary_dim / 2]`
+    cos: Tensor<D>,
+    sin: Tensor<D>,
+    head_dim: usize,
+}
+
+impl<D: Device> RopeTable<D> {
+    pub fn new(arena: &mut Arena<D>, rope: &Rope, positions: usize, head_dim: usize) -> Self {
+        let half = rope.rotary_dim / 2;
+        let mut table = || arena.floats(Kind::Weights, positions, half);
+        Self { cos: table(), sin: table(), head_dim }
+    }
+
+    pub fn fill(&mut self, device: &D, rope: &Rope) -> Result<()> {
+        let frequencies = rope.frequencies();
+        let angles = (0..self.cos.rows()).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        let (sin, cos): (Vec<f64>, Vec<f64>) = angles.map(f64::sin_cos).unzip();
+        device.write_f64(&cos, self.cos.view_mut())?;
+        device.write_f64(&sin, self.sin.view_mut())
+    }
+}
+
+impl<B: Backend> RopeTable<B> {
+    pub fn rotate(&self, device: &B, x: ViewMut<B>, positions: View<B>, direction: rope::Direction) -> Result<()> {
+        let (cos, sin) = (self.cos.view(), self.sin.view());
+        device.rope(rope::Rotate { x, positions, cos, sin, head_dim: self.head_dim, direction })
+    }
+}
