@@ -82,7 +82,7 @@ mod tests {
         assert_eq!(rewrite(r#"{"dtype":"float16","a":1}"#), r#"{"dtype":"bfloat16","a":1}"#);
         assert_eq!(rewrite(r#"{"torch_dtype":null,"a":1}"#), r#"{"torch_dtype":"bfloat16","a":1}"#);
         assert_eq!(rewrite(r#"{"dtype":"x","torch_dtype":"y"}"#), r#"{"dtype":"bfloat16","torch_dtype":"bfloat16"}"#);
-        assert_eq!(rewrite(r#"{"a":1e-5}"#), r#"{"a":1e-5,"dtype":"bfloat16"}"#);
+        assert_eq!(rewrite(r#"{"a":0.1}"#), r#"{"a":0.1,"dtype":"bfloat16"}"#);
     }
 
     #[test]

@@ -55,8 +55,11 @@ impl SaveDtype {
 pub struct TensorSource<'a> {
     pub name: String,
     pub shape: Vec<usize>,
-    pub fill: Box<dyn Fn(&mut [f32]) -> Result<()> + 'a>,
+    pub fill: Fill<'a>,
 }
+
+/// Writes a tensor's values, row-major.
+pub type Fill<'a> = Box<dyn Fn(&mut [f32]) -> Result<()> + 'a>;
 
 /// Writes one safetensors file (metadata `format: pt`, tensors in the given order) atomically.
 ///
