@@ -67,13 +67,15 @@ fn move_finished(output: &Path) -> Result<PathBuf> {
         Some(Marker { finished: true, .. }) => {}
         Some(_) => {
             return refuse(
-                "holds an unfinished run; continue it with --resume-from-checkpoint auto, or choose another --output-dir",
+                "holds an unfinished run; continue it with --resume-from-checkpoint auto, \
+                 or choose another --output-dir",
             );
         }
         None if !output.is_dir() => return refuse("is a file; choose another --output-dir"),
         None => {
             return refuse(
-                "exists and is not a run of cuvee (it has no cuvee.json), so it is left alone; choose another --output-dir",
+                "exists and is not a run of cuvee (it has no cuvee.json), so it is left alone; \
+                 choose another --output-dir",
             );
         }
     }
