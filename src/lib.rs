@@ -5,5 +5,8 @@ pub mod device;
 pub mod error;
 pub mod objectives;
 pub mod ops;
+pub mod checkpoint;
+pub mod error;
+pub mod references;
 
 pub use error::{Error, Result};

@@ -5,6 +5,8 @@ use crate::data::Extent;
 use crate::device::{Arena, Device, Kind, Tensor};
 use crate::ops::logprob_head;
 
+const NO_BACKWARD: &str = "activations that keep nothing have no backward";
+
 /// What a pass keeps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Keep {
@@ -156,7 +158,7 @@ pub struct Acts<D: Device> {
     blocks: Vec<BlockActs<D>>,
     pub top: Top<D>,
     /// Only where there is a backward.
-    pub scratch: Option<Scratch<D>>,
+    scratch: Option<Scratch<D>>,
 }
 
 impl<D: Device> Acts<D> {
@@ -177,18 +179,46 @@ impl<D: Device> Acts<D> {
         self.keep
     }
 
+    /// Where the residual stream before layer `layer` lies (after the last one: `layers`).
+    fn slot(&self, layer: usize) -> usize {
+        if self.keep == Keep::Nothing { layer % 2 } else { layer }
+    }
+
+    pub fn residual_mut(&mut self, layer: usize) -> &mut Tensor<D> {
+        let slot = self.slot(layer);
+        &mut self.residual[slot]
+    }
+
     /// Input, output and activations of one layer.
     pub fn layer(&mut self, layer: usize) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>) {
+        let slots = [self.slot(layer), self.slot(layer + 1)];
         let block = if self.keep == Keep::Everything { layer } else { 0 };
-        let slot = |i: usize| if self.keep == Keep::Nothing { i % 2 } else { i };
-        let (input, output) = (slot(layer), slot(layer + 1));
-        let [input, output] = self.residual.get_disjoint_mut([input, output]).expect("two slots or more");
+        let [input, output] = self.residual.get_disjoint_mut(slots).expect("two slots or more");
         (input, output, &mut self.blocks[block])
     }
 
-    /// The residual stream before layer `layer` (after the last one: `layers`).
-    pub fn residual_mut(&mut self, layer: usize) -> &mut Tensor<D> {
-        let slot = if self.keep == Keep::Nothing { layer % 2 } else { layer };
-        &mut self.residual[slot]
+    /// The same with the gradients of activations. Panics without a backward.
+    pub fn layer_and_scratch(
+        &mut self,
+        layer: usize,
+    ) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>, &mut Scratch<D>) {
+        let slots = [self.slot(layer), self.slot(layer + 1)];
+        let block = if self.keep == Keep::Everything { layer } else { 0 };
+        let [input, output] = self.residual.get_disjoint_mut(slots).expect("two slots or more");
+        (input, output, &mut self.blocks[block], self.scratch.as_mut().expect(NO_BACKWARD))
+    }
+
+    /// The residual stream above the last of `layers` layers, and where it goes.
+    pub fn last_residual(&mut self, layers: usize) -> (&Tensor<D>, &mut Top<D>) {
+        let slot = self.slot(layers);
+        (&self.residual[slot], &mut self.top)
+    }
+
+    pub fn top_and_scratch(&mut self) -> (&mut Top<D>, &mut Scratch<D>) {
+        (&mut self.top, self.scratch.as_mut().expect(NO_BACKWARD))
+    }
+
+    pub fn scratch(&self) -> &Scratch<D> {
+        self.scratch.as_ref().expect(NO_BACKWARD)
     }
 }

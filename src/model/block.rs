@@ -10,7 +10,7 @@ use super::arch::Slot;
 use super::batch::Batch;
 use super::layers::{Build, Linear, NormLayer, RopeTable};
 use super::param::Param;
-use super::rollout::KvLayer;
+use super::kv::KvLayer;
 use super::spec::Spec;
 use crate::device::{Device, Tensor};
 use crate::error::Result;

@@ -1,0 +1,293 @@
+//! Reads `config.json` and remembers what was read: a key that nobody read may change the mathematics.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::model::spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+
+/// Keys that do not change what a forward pass computes.
+const HARMLESS: &[&str] = &[
+    "architectures",
+    "attention_dropout", // dropout stays off: the reference is scored once
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_llama_config",
+    "label2id",
+    "max_position_embeddings", // rotations are computed as far as they are needed
+    "model_max_length",
+    "name_or_path",
+    "pad_token_id",
+    "pretraining_tp", // how the authors sliced their matrices
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+];
+
+pub struct Config {
+    path: PathBuf,
+    keys: Map<String, Value>,
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl Config {
+    pub fn new(path: &Path, json: Value) -> Result<Self> {
+        let Value::Object(keys) = json else {
+            return Err(Error::file(path, "the configuration is not a JSON object"));
+        };
+        Ok(Self { path: path.to_path_buf(), keys, read: RefCell::default() })
+    }
+
+    pub fn error(&self, key: &str, detail: impl std::fmt::Display) -> Error {
+        Error::file(&self.path, format!("\"{key}\": {detail}"))
+    }
+
+    /// `null` counts as absent, as it does for transformers.
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.read.borrow_mut().insert(key.to_string());
+        self.keys.get(key).filter(|value| !value.is_null())
+    }
+
+    fn typed<T>(&self, key: &str, wanted: &str, convert: fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        convert(value).map(Some).ok_or_else(|| self.error(key, format!("expected {wanted}, found {value}")))
+    }
+
+    fn required<T>(&self, key: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| self.error(key, "the key is missing"))
+    }
+
+    pub fn text(&self, key: &str) -> Result<&str> {
+        let Some(value) = self.get(key) else { return Err(self.error(key, "the key is missing")) };
+        value.as_str().ok_or_else(|| self.error(key, format!("expected a string, found {value}")))
+    }
+
+    pub fn flag(&self, key: &str) -> Result<bool> {
+        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(false))
+    }
+
+    pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        let positive = |v: &Value| v.as_u64().filter(|n| (1..1 << 32).contains(n)).map(|n| n as usize);
+        self.typed(key, "a positive whole number", positive)
+    }
+
+    fn count(&self, key: &str) -> Result<usize> {
+        let value = self.optional_count(key)?;
+        self.required(key, value)
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a positive number", |v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()))
+    }
+
+    /// What the llama family has in common. No biases, no windows: the architecture's file adds them.
+    pub fn decoder(&self) -> Result<Spec> {
+        let (layers, hidden) = (self.count("num_hidden_layers")?, self.count("hidden_size")?);
+        let heads = self.count("num_attention_heads")?;
+        let kv_heads = self.optional_count("num_key_value_heads")?.unwrap_or(heads);
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(self.error("num_key_value_heads", format!("{heads} heads do not share {kv_heads} evenly")));
+        }
+        let head_dim = match self.optional_count("head_dim")? {
+            Some(head_dim) => head_dim,
+            None if hidden.is_multiple_of(heads) => hidden / heads,
+            None => return Err(self.error("num_attention_heads", format!("{heads} does not divide {hidden}"))),
+        };
+        if !head_dim.is_multiple_of(2) {
+            return Err(self.error("head_dim", format!("{head_dim} is odd; rotary positions need pairs")));
+        }
+        match self.get("hidden_act").and_then(Value::as_str) {
+            None | Some("silu" | "swish") => {}
+            Some(other) => return Err(self.error("hidden_act", format!("\"{other}\" is not supported, only silu"))),
+        }
+        Ok(Spec {
+            layers,
+            hidden,
+            vocab: self.count("vocab_size")?,
+            heads,
+            kv_heads,
+            head_dim,
+            mlp_dim: self.count("intermediate_size")?,
+            norm: Norm::Rms { eps: self.number("rms_norm_eps")?.unwrap_or(1e-6) },
+            positions: Positions::Rope(self.rope(head_dim)?),
+            mlp: Mlp::SwiGlu,
+            qkv_bias: false,
+            out_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            windows: vec![None; layers],
+            tied_head: self.flag("tie_word_embeddings")?,
+            initializer_range: self.number("initializer_range")?.unwrap_or(0.02),
+        })
+    }
+
+    /// Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4.x).
+    fn rope(&self, head_dim: usize) -> Result<Rope> {
+        let theta = self.number("rope_theta")?;
+        let (key, scaling) = match (self.get("rope_parameters"), self.get("rope_scaling")) {
+            (Some(parameters), _) => ("rope_parameters", Some(parameters)),
+            (None, scaling) => ("rope_scaling", scaling),
+        };
+        let plain = Rope { theta: theta.unwrap_or(10_000.0), rotary_dim: head_dim, scaling: RopeScaling::None };
+        let Some(scaling) = scaling else { return Ok(plain) };
+        let Value::Object(map) = scaling else {
+            return Err(self.error(key, format!("expected an object, found {scaling}")));
+        };
+        let inner = Config::new(&self.path, Value::Object(map.clone()))?;
+        let theta = inner.number("rope_theta")?.unwrap_or(plain.theta);
+        let kind = match inner.get("rope_type").or(inner.get("type")) {
+            None => "default",
+            Some(kind) => kind.as_str().ok_or_else(|| self.error(key, format!("rope_type {kind} is no string")))?,
+        };
+        let scaling = match kind {
+            "default" => RopeScaling::None,
+            "llama3" => inner.llama3()?,
+            other => {
+                let detail = format!("rope_type \"{other}\" is not supported, only \"default\" and \"llama3\"");
+                return Err(self.error(key, detail));
+            }
+        };
+        inner.refuse_unread()?;
+        Ok(Rope { theta, scaling, ..plain })
+    }
+
+    fn llama3(&self) -> Result<RopeScaling> {
+        let number = |key: &str| self.number(key).and_then(|value| self.required(key, value));
+        Ok(RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_positions: number("original_max_position_embeddings")?,
+        })
+    }
+
+    /// Qwen switches windows on with a flag, for the layers named in `layer_types` or from `max_window_layers` on.
+    pub fn qwen_windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
+        let used = self.flag("use_sliding_window")?;
+        let window = self.optional_count("sliding_window")?.filter(|_| used);
+        let first = self.typed("max_window_layers", "a whole number", Value::as_u64)?.unwrap_or(28) as usize;
+        let Some(types) = self.get("layer_types") else {
+            return Ok((0..layers).map(|layer| window.filter(|_| layer >= first)).collect());
+        };
+        let types = types.as_array().filter(|types| types.len() == layers);
+        let types = types.ok_or_else(|| self.error("layer_types", format!("expected {layers} entries")))?;
+        let layer = |kind: &Value| match kind.as_str() {
+            Some("full_attention") => Ok(None),
+            Some("sliding_attention") if window.is_some() => Ok(window),
+            Some("sliding_attention") => Err(self.error("layer_types", "sliding_attention without a sliding_window")),
+            _ => Err(self.error("layer_types", format!("{kind} is not supported"))),
+        };
+        types.iter().map(layer).collect()
+    }
+
+    /// Refuses what nobody read, unless it is known to be harmless or is switched off.
+    pub fn refuse_unread(&self) -> Result<()> {
+        let read = self.read.borrow();
+        let off = |v: &Value| match v {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(items) => items.is_empty(),
+            Value::Object(items) => items.is_empty(),
+            _ => false,
+        };
+        let harmless = |key: &str| HARMLESS.contains(&key) || key.starts_with('_') || key.starts_with("output_");
+        match self.keys.iter().find(|(key, value)| !read.contains(*key) && !harmless(key) && !off(value)) {
+            None => Ok(()),
+            Some((key, value)) => Err(self.error(
+                key,
+                format!(
+                    "{value} is not supported: it may change what the model computes; if it does not, remove it from the file"
+                ),
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::arch::{ALL, llama, mistral, qwen2};
+    use serde_json::json;
+
+    fn config(extra: Value) -> Config {
+        let mut all = json!({
+            "model_type": "llama", "vocab_size": 100, "hidden_size": 48, "intermediate_size": 64,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_act": "silu",
+        });
+        let (Value::Object(all), Value::Object(extra)) = (&mut all, extra) else { unreachable!() };
+        all.extend(extra);
+        Config::new(Path::new("config.json"), Value::Object(all.clone())).unwrap()
+    }
+
+    fn read(architecture: &str, extra: Value) -> Result<Spec> {
+        let config = config(extra);
+        config.text("model_type")?;
+        let spec = (ALL.iter().find(|a| a.model_type == architecture).unwrap().spec)(&config)?;
+        config.refuse_unread().map(|()| spec)
+    }
+
+    #[test]
+    fn both_spellings_give_one_spec() {
+        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64});
+        let mut new = llama3.clone();
+        new["rope_theta"] = json!(500000.0);
+        let new = read("llama", json!({"rope_parameters": new, "dtype": "float32"})).unwrap();
+        let old = read("llama", json!({"rope_scaling": llama3, "rope_theta": 500000.0, "torch_dtype": "float32"}));
+        assert_eq!(new, old.unwrap());
+        assert!(matches!(new.positions, Positions::Rope(Rope { theta: 500000.0, .. })));
+    }
+
+    #[test]
+    fn what_changes_the_mathematics_is_refused_by_name() {
+        let cases = [
+            json!({"attn_logit_softcapping": 50.0}),
+            json!({"hidden_act": "gelu"}),
+            json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+            json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+            json!({"quantization_config": {"bits": 4}}),
+            json!({"num_experts": 8}),
+            json!({"head_dim": 7}),
+            json!({"num_key_value_heads": 4}),
+            json!({"vocab_size": "many"}),
+            json!({"sliding_window": 4096}),
+        ];
+        for case in cases {
+            let key = case.as_object().unwrap().keys().next().unwrap().clone();
+            let message = read("llama", case).expect_err(&key).to_string();
+            assert!(message.starts_with("config.json: ") && message.contains(&key), "{message}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_is_accepted() {
+        let extra = json!({"_name_or_path": "x", "use_cache": true, "rope_interleaved": false, "quantization_config": null,
+            "is_llama_config": true, "output_attentions": false, "attention_dropout": 0.1, "pretraining_tp": 2});
+        let spec = read("llama", extra).unwrap();
+        assert_eq!((spec.head_dim, spec.tied_head, spec.qkv_bias), (8, false, false));
+        assert_eq!((llama::ARCHITECTURE.naming)(super::super::Slot::Key, 2), "model.layers.2.self_attn.k_proj.weight");
+    }
+
+    #[test]
+    fn windows_follow_their_switches() {
+        let windows = |architecture, extra| read(architecture, extra).unwrap().windows;
+        assert_eq!(windows(mistral::ARCHITECTURE.model_type, json!({"sliding_window": 8})), [Some(8); 3]);
+        assert_eq!(windows("mistral", json!({"sliding_window": null})), [None; 3]);
+        let qwen = qwen2::ARCHITECTURE.model_type;
+        assert_eq!(windows(qwen, json!({"sliding_window": 8, "use_sliding_window": false})), [None; 3]);
+        let on = json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 1});
+        assert_eq!(windows(qwen, on), [None, Some(8), Some(8)]);
+        let types = ["sliding_attention", "full_attention", "full_attention"];
+        let named = json!({"sliding_window": 8, "use_sliding_window": true, "layer_types": types});
+        assert_eq!(windows(qwen, named), [Some(8), None, None]);
+    }
+}

@@ -1,0 +1,20 @@
+//! Qwen 3 (arXiv:2505.09388): queries and keys are normalized per head, `head_dim` stands on its own.
+
+use super::config::Config;
+use super::{Architecture, llama_names};
+use crate::error::Result;
+use crate::model::Spec;
+
+pub const ARCHITECTURE: Architecture = Architecture {
+    model_type: "qwen3",
+    summary: "Qwen 3 (dense): Llama with normalized queries and keys",
+    spec,
+    naming: llama_names,
+};
+
+fn spec(config: &Config) -> Result<Spec> {
+    let spec = config.decoder()?;
+    let bias = config.flag("attention_bias")?;
+    let windows = config.qwen_windows(spec.layers)?;
+    Ok(Spec { qkv_bias: bias, out_bias: bias, qk_norm: true, windows, ..spec })
+}

@@ -1,0 +1,198 @@
+//! A decoder with explicit forward and backward passes: no tape. Generic over the device: the same code trains on
+//! the CPU, proves itself in f64 on `Reference` and prices a plan on `Dry`.
+
+mod acts;
+pub mod arch;
+mod batch;
+mod block;
+mod init;
+mod kv;
+mod layers;
+mod load;
+mod param;
+mod spec;
+
+pub use acts::{Acts, Keep};
+pub use arch::Checkpoint;
+pub use batch::Batch;
+pub use init::init_random;
+pub use kv::KvCache;
+pub use load::{fingerprint, load, tensors};
+pub use param::Param;
+pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+
+use crate::device::{Arena, Device, Ledger, View};
+use crate::error::Result;
+use crate::ops::{Backend, linear, logprob_head, rows};
+use arch::{Naming, Slot};
+use block::{Block, Context};
+use layers::{Build, NormLayer, RopeTable};
+
+pub struct Model<D: Device> {
+    pub spec: Spec,
+    /// `[vocab, hidden]`
+    embed: Param<D>,
+    blocks: Vec<Block<D>>,
+    norm: NormLayer<D>,
+    /// `[vocab, hidden]`; `None` when the head is the embedding.
+    head: Option<Param<D>>,
+    rope: RopeTable<D>,
+}
+
+/// How a model is built.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// Positions that the rotation table covers: the longest sequence.
+    pub positions: usize,
+    /// Which weights get a gradient.
+    pub trained: &'a dyn Fn(&str) -> bool,
+}
+
+impl Options<'_> {
+    pub fn train_all(positions: usize) -> Self {
+        Self { positions, trained: &|_| true }
+    }
+
+    pub fn frozen(positions: usize) -> Self {
+        Self { positions, trained: &|_| false }
+    }
+}
+
+impl<D: Device> Model<D> {
+    pub fn new(arena: &mut Arena<D>, spec: &Spec, naming: Naming, options: Options) -> Self {
+        let build = &mut Build { arena, naming, trained: options.trained };
+        let embed = build.param(Slot::Embedding, 0, [spec.vocab, spec.hidden]);
+        let blocks = (0..spec.layers).map(|layer| Block::new(build, spec, layer)).collect();
+        let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden, spec.norm);
+        let head = (!spec.tied_head).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
+        let Positions::Rope(rope) = &spec.positions;
+        let rope = RopeTable::new(build.arena, rope, options.positions, spec.head_dim);
+        Self { spec: spec.clone(), embed, blocks, norm, head, rope }
+    }
+
+    /// Memory that `new` will take.
+    pub fn plan(spec: &Spec, naming: Naming, options: Options) -> Ledger {
+        let mut arena = crate::device::Dry::arena();
+        Model::new(&mut arena, spec, naming, options);
+        arena.ledger()
+    }
+
+    /// Fills what is computed and not loaded.
+    pub fn fill_tables(&mut self, device: &D) -> Result<()> {
+        let Positions::Rope(rope) = &self.spec.positions;
+        self.rope.fill(device, rope)
+    }
+
+    /// Every weight once, in a fixed order; a tied head is the embedding.
+    pub fn params_mut(&mut self) -> Vec<&mut Param<D>> {
+        let blocks = self.blocks.iter_mut().flat_map(Block::params_mut);
+        let ends = [&mut self.embed, &mut self.norm.weight].into_iter().chain(self.head.as_mut());
+        ends.chain(blocks).collect()
+    }
+
+    pub fn zero_grads(&mut self, device: &D) -> Result<()> {
+        let grads = self.params_mut().into_iter().filter_map(|p| p.grad.as_mut());
+        grads.into_iter().try_for_each(|grad| device.zero(grad.view_mut()))
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Log-probabilities of the batch's targets into `acts.top.logp`.
+    pub fn forward(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
+        self.hidden(device, batch, acts, None)?;
+        let targets = batch.size().targets;
+        let top = &mut acts.top;
+        device.logprob_head(logprob_head::Forward {
+            h: top.normed.top(targets),
+            weight: self.head.as_ref().unwrap_or(&self.embed).view(),
+            target: batch.targets(),
+            scratch: top.tile.view_mut(),
+            logp: top.logp.top_mut(targets),
+            lse: top.lse.top_mut(targets),
+        })
+    }
+
+    /// Next-token logits of the rows that the batch reads, `[rows read, vocab]`; keys and values go to `kv`.
+    pub fn decode(
+        &self,
+        device: &B,
+        batch: &Batch<B>,
+        acts: &mut Acts<B>,
+        kv: &mut KvCache<B>,
+        logits: &mut crate::device::Tensor<B>,
+    ) -> Result<()> {
+        self.hidden(device, batch, acts, Some(kv))?;
+        let read = batch.size().targets;
+        let weight = self.head.as_ref().unwrap_or(&self.embed).view();
+        let (x, y) = (acts.top.normed.top(read), logits.top_mut(read));
+        device.linear(linear::Forward { x, weight, bias: None, residual: None, y })
+    }
+
+    /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
+    fn hidden(
+        &self,
+        device: &B,
+        batch: &Batch<B>,
+        acts: &mut Acts<B>,
+        mut kv: Option<&mut KvCache<B>>,
+    ) -> Result<()> {
+        let (size, context) = (batch.size(), Context { device, batch, rope: &self.rope });
+        let y = acts.residual_mut(0).top_mut(size.rows);
+        device.gather(rows::Gather { x: self.embed.view(), index: batch.tokens(), y })?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let (x, y, block_acts) = acts.layer(layer);
+            block.forward(&context, x, y, block_acts, kv.as_mut().map(|kv| kv.layer(layer)))?;
+        }
+        let read = size.targets;
+        let (residual, top) = acts.last_residual(self.blocks.len());
+        let y = top.rows.top_mut(read);
+        device.gather(rows::Gather { x: residual.top(size.rows), index: batch.completion_rows(), y })?;
+        self.norm.forward(device, top.rows.top(read), top.normed.top_mut(read), top.rstd.top_mut(read))
+    }
+
+    /// Adds to every trained weight's gradient. `dlogp` is the objective's derivative by each target's
+    /// log-probability; `acts` is what `forward` left.
+    pub fn backward(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
+        let size = batch.size();
+        self.backward_head(device, batch, dlogp, acts)?;
+        let context = Context { device, batch, rope: &self.rope };
+        for (layer, block) in self.blocks.iter_mut().enumerate().rev() {
+            let recompute = acts.keep() == Keep::Inputs;
+            let (x, y, block_acts, scratch) = acts.layer_and_scratch(layer);
+            if recompute {
+                block.forward(&context, x, y, block_acts, None)?;
+            }
+            block.backward(&context, x, block_acts, scratch)?;
+        }
+        if let Some(dx) = self.embed.grad_mut() {
+            let dy = acts.scratch().d_residual.top(size.rows);
+            device.gather_backward(rows::GatherBackward { dy, index: batch.tokens(), dx })?;
+        }
+        Ok(())
+    }
+
+    /// From `dlogp` to the gradient by the residual stream above the last block.
+    fn backward_head(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
+        let (rows, targets) = (batch.size().rows, batch.size().targets);
+        let (top, s) = acts.top_and_scratch();
+        device.write_f64(dlogp, s.dlogp.top_mut(targets))?;
+        device.zero(s.d_top_normed.top_mut(targets))?;
+        let head = self.head.as_mut().unwrap_or(&mut self.embed);
+        device.logprob_head_backward(logprob_head::Backward {
+            h: top.normed.top(targets),
+            weight: head.value.view(),
+            target: batch.targets(),
+            lse: top.lse.top(targets),
+            dlogp: s.dlogp.top(targets),
+            scratch: top.tile.view_mut(),
+            dh: s.d_top_normed.top_mut(targets),
+            dweight: head.grad.as_mut().map(crate::device::Tensor::view_mut),
+        })?;
+        device.zero(s.d_top.top_mut(targets))?;
+        let (dy, x, rstd): (View<B>, _, _) = (s.d_top_normed.top(targets), top.rows.top(targets), top.rstd.top(targets));
+        self.norm.backward(device, dy, x, rstd, s.d_top.top_mut(targets))?;
+        device.zero(s.d_residual.top_mut(rows))?;
+        let (dy, dx) = (s.d_top.top(targets), s.d_residual.top_mut(rows));
+        device.gather_backward(rows::GatherBackward { dy, index: batch.completion_rows(), dx })
+    }
+}

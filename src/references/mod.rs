@@ -1,0 +1,3 @@
+//! Where reference log-probabilities come from.
+
+pub mod cache;
