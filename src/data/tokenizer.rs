@@ -8,8 +8,10 @@ use tokenizers::{AddedToken, Tokenizer as Encoder};
 
 use crate::error::{At, Error, Result};
 
-/// A tokenizer that gives the ids that transformers' fast tokenizer of the same folder gives. Which special
-/// tokens a text gets is said by the post-processor in `tokenizer.json`, as there.
+/// A tokenizer that gives the ids that transformers' fast tokenizer of the same folder gives. `tokenizer.json` has
+/// the last word, its post-processor on which special tokens a text gets. (transformers 5 rebuilds the tokenizers of
+/// some classes instead; its `LlamaTokenizer` drops characters that a vocabulary without byte tokens cannot spell,
+/// where tokenizer.json gives `<unk>`, and starts no word after a special token inside a text.)
 pub struct Tokenizer {
     encoder: Encoder,
     path: PathBuf,
@@ -88,18 +90,20 @@ impl Tokenizer {
     }
 }
 
-/// transformers makes every special token that the configuration names an added token, so that its text is matched
-/// as a whole, even where tokenizer.json has it in the plain vocabulary only.
+/// Makes sure that the text of a special token is matched as a whole, in two cases where tokenizer.json alone would
+/// break it up. transformers makes every special token that the configuration names an added token, though
+/// tokenizer.json may have it in the plain vocabulary only. And old Llama files mark `</s>` as normalized: their
+/// normalizer turns that into `▁</s>`, which never follows a word; transformers 5 matches it as written.
 fn add_special_tokens(encoder: &mut Encoder, configs: &Configs) -> tokenizers::Result<()> {
     let added = encoder.get_added_tokens_decoder();
-    let names = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"];
-    let tokens: Vec<AddedToken> = names
+    let normalized = added.values().filter(|token| token.special && token.normalized).cloned();
+    let plain = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
         .iter()
         .filter_map(|name| configs.text(name))
         .filter(|(_, text)| encoder.token_to_id(text).is_some())
         .filter(|(_, text)| !added.values().any(|token| token.content == *text))
-        .map(|(_, text)| AddedToken::from(text, true))
-        .collect();
+        .map(|(_, text)| AddedToken::from(text, true));
+    let tokens: Vec<AddedToken> = normalized.map(|token| token.normalized(false)).chain(plain).collect();
     encoder.add_special_tokens(tokens).map(|_| ())
 }
 
@@ -269,6 +273,15 @@ pub(super) mod tests {
         let dir = folder(&[("tokenizer.json", toy(false)), ("tokenizer_config.json", config)]);
         assert_eq!(Tokenizer::load(dir.path()).unwrap().encode("a<pad>").unwrap(), [3, 2]);
         assert_eq!(load(false, true).encode("a<pad>").unwrap(), [3, 9, 10, 3, 6, 11]);
+    }
+
+    #[test]
+    fn a_special_token_marked_as_normalized_is_still_matched_after_a_word() {
+        let mut llama = toy(true);
+        llama["added_tokens"][1]["normalized"] = json!(true);
+        llama["normalizer"] = json!({"type": "Prepend", "prepend": " "});
+        let dir = folder(&[("tokenizer.json", llama), ("tokenizer_config.json", json!({"eos_token": "</s>"}))]);
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().encode("a</s>").unwrap(), [0, 7, 3, 1]);
     }
 
     #[test]
