@@ -12,10 +12,14 @@ use crate::{Error, Result};
 
 /// Align language models to human preferences.
 #[derive(Debug, Clone, PartialEq, Parser)]
-#[command(version, max_term_width = 110, after_help = "\
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "\
 Start here:
   cuvee train recipes/quickstart.toml     train a small model on preference pairs, in about a minute
-  cuvee train --help                      every option, with units and defaults")]
+  cuvee train --help                      every option, with units and defaults"
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -38,7 +42,9 @@ pub enum Command {
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 A recipe is a TOML file whose keys are the flags below with _ for -; paths in it are relative to its folder.
 A flag given here overrides the recipe. OUTPUT_DIR/recipe.toml records every value a run used.
 
@@ -46,7 +52,8 @@ Examples:
   cuvee train recipes/quickstart.toml
   cuvee train recipes/quickstart.toml --beta 0.3 --output-dir runs/beta-0.3
   cuvee train --objective sigmoid --beta 0.1 --model MODEL --dataset pairs.jsonl --output-dir runs/first
-  cuvee train runs/first/recipe.toml --resume-from-checkpoint auto")]
+  cuvee train runs/first/recipe.toml --resume-from-checkpoint auto"
+)]
 pub struct TrainArgs {
     /// Preference pairs to train on: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", help_heading = "Files")]
@@ -60,12 +67,15 @@ pub struct TrainArgs {
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Takes the same recipe and flags as `cuvee train`, so put `plan` for `train` in the command you are about to run.
 
 Examples:
   cuvee plan recipes/quickstart.toml
-  cuvee plan --objective sigmoid --model MODEL --max-length 4096 --recompute --json")]
+  cuvee plan --objective sigmoid --model MODEL --max-length 4096 --recompute --json"
+)]
 pub struct PlanArgs {
     /// Preference pairs to train on; their real lengths sharpen the plan [default: assume --max-length]
     #[arg(long, value_name = "FILE", help_heading = "Files")]
@@ -270,9 +280,12 @@ pub struct EngineArgs {
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Example:
-  cuvee logps --model MODEL --dataset pairs.jsonl --out logps.jsonl")]
+  cuvee logps --model MODEL --dataset pairs.jsonl --out logps.jsonl"
+)]
 pub struct LogpsArgs {
     /// Model: a Hugging Face folder
     #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
@@ -292,10 +305,13 @@ pub struct LogpsArgs {
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
-  cuvee eval --model runs/first --ref-model MODEL --dataset heldout.jsonl --json")]
+  cuvee eval --model runs/first --ref-model MODEL --dataset heldout.jsonl --json"
+)]
 pub struct EvalArgs {
     /// Model: a Hugging Face folder
     #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
@@ -330,10 +346,13 @@ pub struct LimitArgs {
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Examples:
   cuvee generate --model runs/first --prompt 'The film was'
-  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8 --top-p 0.95")]
+  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8 --top-p 0.95"
+)]
 pub struct GenerateArgs {
     /// Model: a Hugging Face folder
     #[arg(long, alias = "model-name-or-path", value_name = "DIR")]
@@ -432,7 +451,7 @@ impl TrainArgs {
     /// The resolved configuration as a recipe, to be saved as `recipe.toml` in the output folder.
     ///
     /// Relative paths are written relative to that folder, so a project can be moved or shared as a
-    /// whole. What was left to the machine (threads, cache folder) stays left to the machine.
+    /// whole (absolute ones, or all if that folder is absolute, stay absolute). What was left to the machine (threads, cache folder) stays left to the machine.
     pub fn to_toml(&self) -> String {
         let relative = |path: &PathBuf| recipe::relative(path, &self.output_dir);
         let mut saved = self.clone();
@@ -495,7 +514,10 @@ impl LimitArgs {
 impl GenerateArgs {
     pub(super) fn check(&self) -> Result<()> {
         if self.temperature == 0.0 && self.samples > 1 {
-            return Err(Error::option("--samples", "at --temperature 0 every sample is the same; raise one or drop one"));
+            return Err(Error::option(
+                "--samples",
+                "at --temperature 0 every sample is the same; raise one or drop one",
+            ));
         }
         if self.temperature == 0.0 && self.top_p < 1.0 {
             return Err(Error::option("--top-p", "does nothing at --temperature 0; raise the temperature or drop it"));
@@ -568,4 +590,23 @@ fn count(text: &str) -> Result<usize, String> {
 /// A sequence has at least one token to condition on and one to score.
 fn length(text: &str) -> Result<usize, String> {
     size(text, 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_cache_folder_follows_the_environment() {
+        let folder = |variables: &[(&str, &str)]| {
+            default_cache_dir(|name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into()))
+        };
+        let (ours, xdg, home) = (("CUVEE_CACHE_DIR", "c"), ("XDG_CACHE_HOME", "x"), ("HOME", "h"));
+        assert_eq!(folder(&[ours, xdg, home]).as_deref(), Some(Path::new("c")));
+        assert_eq!(folder(&[("CUVEE_CACHE_DIR", ""), xdg, home]).as_deref(), Some(Path::new("x/cuvee")));
+        assert_eq!(folder(&[home]).as_deref(), Some(Path::new("h/.cache/cuvee")));
+        assert_eq!(folder(&[]), None);
+    }
 }

@@ -148,14 +148,51 @@ fn clean(path: &Path) -> PathBuf {
     if cleaned.as_os_str().is_empty() { PathBuf::from(".") } else { cleaned }
 }
 
-/// `path` as seen from `folder`: `clean(folder.join(relative(path, folder)))` is `path` again.
-/// Absolute paths were meant to be absolute and stay so.
+/// `path` as seen from `folder`: `clean(folder.join(relative(path, folder)))` is `path` again. Where either is
+/// absolute the result is, as a relative path would then depend on the folder it was typed in.
 pub(super) fn relative(path: &Path, folder: &Path) -> PathBuf {
-    let absolute = |path: &Path| std::path::absolute(path).map(|path| clean(&path));
-    let (Ok(target), Ok(start), false) = (absolute(path), absolute(folder), path.is_absolute()) else {
-        return path.to_path_buf();
-    };
+    // Fails only without a current folder, and then a relative path means nothing better.
+    let absolute = |path: &Path| clean(&std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
+    let (target, start) = (absolute(path), absolute(folder));
+    if path.is_absolute() || folder.is_absolute() {
+        return target;
+    }
     let shared = target.components().zip(start.components()).take_while(|(a, b)| a == b).count();
     let up = start.components().skip(shared).map(|_| Component::ParentDir);
     clean(&up.chain(target.components().skip(shared)).collect::<PathBuf>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_cleaned_by_name() {
+        let cases = [
+            ("recipes/../assets/m", "assets/m"),
+            ("./a/./b", "a/b"),
+            ("../../a/../b", "../../b"),
+            ("/../a/..", "/"),
+            ("a/..", "."),
+            ("", "."),
+        ];
+        for (path, cleaned) in cases {
+            assert_eq!(clean(Path::new(path)), Path::new(cleaned), "{path}");
+        }
+    }
+
+    #[test]
+    fn relative_undoes_join() {
+        for (path, folder, expected) in [
+            ("assets/m", "runs/a", "../../assets/m"),
+            ("runs/a", "runs/a", "."),
+            ("runs/a/checkpoint-5", "runs/a", "checkpoint-5"),
+            ("../m", "runs", "../../m"),
+            ("/abs/m", "runs", "/abs/m"),
+        ] {
+            let (path, folder) = (Path::new(path), Path::new(folder));
+            assert_eq!(relative(path, folder), Path::new(expected));
+            assert_eq!(clean(&folder.join(expected)), path);
+        }
+    }
 }
