@@ -45,13 +45,13 @@ pub enum Command {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-A recipe is a TOML file whose keys are the flags below with _ for -; paths in it are relative to its folder.
+A recipe is a TOML file whose keys are the flags above with _ for -. Paths in it start at its folder.
 A flag given here overrides the recipe. OUTPUT_DIR/recipe.toml records every value a run used.
 
 Examples:
   cuvee train recipes/quickstart.toml
   cuvee train recipes/quickstart.toml --beta 0.3 --output-dir runs/beta-0.3
-  cuvee train --objective sigmoid --beta 0.1 --model MODEL --dataset pairs.jsonl --output-dir runs/first
+  cuvee train --objective sigmoid --beta 0.1 --model DIR --dataset FILE --output-dir runs/first
   cuvee train runs/first/recipe.toml --resume-from-checkpoint auto"
 )]
 pub struct TrainArgs {
@@ -70,11 +70,11 @@ pub struct TrainArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-Takes the same recipe and flags as `cuvee train`, so put `plan` for `train` in the command you are about to run.
+Takes the recipe and flags of `cuvee train`: write plan for train in the command you mean to run.
 
 Examples:
   cuvee plan recipes/quickstart.toml
-  cuvee plan --objective sigmoid --model MODEL --max-length 4096 --recompute --json"
+  cuvee plan --objective sigmoid --model DIR --max-length 4096 --recompute --json"
 )]
 pub struct PlanArgs {
     /// Preference pairs to train on; their real lengths sharpen the plan [default: assume --max-length]
@@ -262,7 +262,7 @@ pub struct BatchingArgs {
     /// Tokens the engine runs at once; changes memory and speed, not results [default: chosen by the engine]
     #[arg(long, value_name = "N", value_parser = count)]
     pub micro_batch_tokens: Option<usize>,
-    /// Compute a shared prompt once per completion instead of once; for comparison
+    /// Run every sequence on its own, its prompt included, even where two share it; for comparison
     #[arg(long)]
     pub no_prefix_sharing: bool,
 }
@@ -284,7 +284,7 @@ pub struct EngineArgs {
     allow_negative_numbers = true,
     after_help = "\
 Example:
-  cuvee logps --model MODEL --dataset pairs.jsonl --out logps.jsonl"
+  cuvee logps --model DIR --dataset pairs.jsonl --out logps.jsonl"
 )]
 pub struct LogpsArgs {
     /// Model: a Hugging Face folder
@@ -310,7 +310,7 @@ pub struct LogpsArgs {
     after_help = "\
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
-  cuvee eval --model runs/first --ref-model MODEL --dataset heldout.jsonl --json"
+  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json"
 )]
 pub struct EvalArgs {
     /// Model: a Hugging Face folder
@@ -351,7 +351,7 @@ pub struct LimitArgs {
     after_help = "\
 Examples:
   cuvee generate --model runs/first --prompt 'The film was'
-  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8 --top-p 0.95"
+  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8"
 )]
 pub struct GenerateArgs {
     /// Model: a Hugging Face folder

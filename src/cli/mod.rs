@@ -109,7 +109,7 @@ fn require(subcommand: &str, given: &ArgMatches) -> Result<(), Error> {
     }
     let flags = missing.iter().map(|name| format!("--{name}")).collect::<Vec<_>>().join(", ");
     let keys = missing.iter().map(|name| format!("{} = ...", name.replace('-', "_"))).collect::<Vec<_>>().join(", ");
-    let detail = format!("missing; add it to the command line, or write {keys} in a recipe: cuvee {subcommand} RECIPE");
+    let detail = format!("missing; give it as a flag, or as {keys} in a recipe: cuvee {subcommand} RECIPE");
     Err(Error::option(flags, detail))
 }
 
@@ -286,7 +286,7 @@ mod tests {
                 assert!(message.starts_with(&path) && message.contains(expected), "{text}: {message}");
             }
         }
-        assert!(failure(&["train", "none.toml"]).starts_with("none.toml: "));
+        assert!(failure(&["train", "none.toml"]).starts_with("none.toml: no such recipe"));
     }
 
     #[test]

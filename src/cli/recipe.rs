@@ -11,7 +11,6 @@ use toml::Value;
 
 use super::args::{Cli, Resume};
 use super::is_given;
-use crate::error::At;
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -21,8 +20,11 @@ pub(super) const TAKEN_BY: [&str; 2] = ["train", "plan"];
 
 /// Lets a subcommand take a recipe, which may then supply the flags that were required.
 pub(super) fn accept(command: Command) -> Command {
-    let help = "TOML file with any of the options below; see the end of this help";
-    let recipe = Arg::new(ARG).value_name("RECIPE").value_parser(clap::value_parser!(PathBuf)).help(help);
+    let recipe = Arg::new(ARG)
+        .value_name("RECIPE")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help("TOML file with any of the options below; see the end of this help")
+        .help_heading(None);
     command.mut_args(|arg| switch_both_ways(arg.required(false))).arg(recipe)
 }
 
@@ -43,7 +45,7 @@ fn switch_both_ways(arg: Arg) -> Arg {
 
 /// The flags a recipe stands for, less those that the user gave: theirs win, and a list replaces a list.
 pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>> {
-    let text = std::fs::read_to_string(path).at(path)?;
+    let text = std::fs::read_to_string(path).map_err(|e| unreadable(path, &e))?;
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::file(path, e.to_string().trim_end()))?;
     let cli = Cli::command();
     let command = accept(cli.find_subcommand(TAKEN_BY[0]).expect("it takes recipes").clone());
@@ -66,6 +68,15 @@ pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>>
         }
     }
     Ok(flags)
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Error {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::file(path, "no such recipe; give a TOML file, such as recipes/quickstart.toml, or flags alone")
+        }
+        _ => Error::file(path, error),
+    }
 }
 
 /// Every name of a flag, as a recipe spells it.

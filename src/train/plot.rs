@@ -155,13 +155,11 @@ fn finite(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
 }
 
-/// Centred moving average over about a tenth of the series. The window shrinks evenly towards both ends, so
-/// that the line neither lags behind the points nor flattens there.
+/// Centred moving average over about a tenth of the series; at both ends, over the part of the window there is.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = (points.len() / 20).max(2);
     let average = |at: usize| {
-        let reach = reach.min(at).min(points.len() - 1 - at);
-        let window = &points[at - reach..=at + reach];
+        let window = &points[at.saturating_sub(reach)..(at + reach + 1).min(points.len())];
         window.iter().map(|(_, y)| y / window.len() as f64).sum()
     };
     points.iter().enumerate().map(|(at, &(x, _))| (x, average(at))).collect()
@@ -196,7 +194,8 @@ impl Axis {
         // About five steps, the rough size rounded up to 1, 2, 5 or 10.
         let rough = (high - low) / 5.0;
         let power = 10f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|nice| nice * power).into_iter().find(|&step| step >= rough);
+        let step =
+            [1.0, 2.0, 5.0, 10.0].map(|nice| nice * power).into_iter().find(|&step| step >= rough * (1.0 - 1e-9));
         Self { low, high, step: step.unwrap_or(10.0 * power) }
     }
 
@@ -288,6 +287,7 @@ mod tests {
             panel("Nothing < \"here\" & now", vec![series("none", [(0.0, f64::NAN)])]),
         ];
         let svg = curves_svg("A run & its <curves>", "step", &panels);
+        // To look at it: CUVEE_PLOT=plot.svg cargo test --release plot
         if let Some(path) = std::env::var_os("CUVEE_PLOT") {
             std::fs::write(path, &svg).unwrap();
         }
@@ -322,11 +322,12 @@ mod tests {
     }
 
     #[test]
-    fn smoothing_keeps_straight_lines_and_ends() {
+    fn smoothing_keeps_straight_lines() {
         let straight: Vec<(f64, f64)> = (0..50).map(f64::from).map(|x| (x, 2.0 * x)).collect();
-        for (smoothed, point) in smooth(&straight).iter().zip(&straight) {
-            assert!((smoothed.1 - point.1).abs() < 1e-9);
-        }
+        let smoothed = smooth(&straight);
+        assert_eq!(smoothed.len(), 50);
+        assert!((2..48).all(|at| (smoothed[at].1 - straight[at].1).abs() < 1e-9));
+        assert!((smoothed[0].1 - 2.0).abs() < 1e-9, "the mean of 0, 2 and 4");
     }
 
     #[test]
