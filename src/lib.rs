@@ -8,5 +8,8 @@ pub mod ops;
 pub mod checkpoint;
 pub mod error;
 pub mod references;
+pub mod cli;
+pub mod error;
+pub mod train;
 
 pub use error::{Error, Result};

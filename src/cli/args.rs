@@ -1,0 +1,612 @@
+//! Every subcommand and flag. A field's name is its recipe key, its doc comment its help text. Groups that
+//! belong together are structs of their own, flattened into the subcommands that use them.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use super::{needs, recipe};
+use crate::{Error, Result};
+
+/// Align language models to human preferences.
+#[derive(Debug, Clone, PartialEq, Parser)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "\
+Start here:
+  cuvee train recipes/quickstart.toml     train a small model on preference pairs, in about a minute
+  cuvee train --help                      every option, with units and defaults"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum Command {
+    /// Train a model on preference data
+    Train(TrainArgs),
+    /// Print what a training run will cost in memory and arithmetic, without running it
+    Plan(PlanArgs),
+    /// Write the log-probabilities a model gives to the completions of a data set
+    Logps(LogpsArgs),
+    /// Measure how often a model prefers the chosen completion to the rejected one
+    Eval(EvalArgs),
+    /// Complete a prompt with a model
+    Generate(GenerateArgs),
+    /// List what this build knows: objectives, optimizers, architectures
+    List(ListArgs),
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+A recipe is a TOML file whose keys are the flags above with _ for -. Paths in it start at its folder.
+A flag given here overrides the recipe. OUTPUT_DIR/recipe.toml records every value a run used.
+
+Examples:
+  cuvee train recipes/quickstart.toml
+  cuvee train recipes/quickstart.toml --beta 0.3 --output-dir runs/beta-0.3
+  cuvee train --objective sigmoid --beta 0.1 --model DIR --dataset FILE --output-dir runs/first
+  cuvee train runs/first/recipe.toml --resume-from-checkpoint auto"
+)]
+pub struct TrainArgs {
+    /// Preference pairs to train on: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: PathBuf,
+    /// Folder for the trained model, checkpoints, metrics and recipe.toml
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub output_dir: PathBuf,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Takes the recipe and flags of `cuvee train`: write plan for train in the command you mean to run.
+
+Examples:
+  cuvee plan recipes/quickstart.toml
+  cuvee plan --objective sigmoid --model DIR --max-length 4096 --recompute --json"
+)]
+pub struct PlanArgs {
+    /// Preference pairs to train on; their real lengths sharpen the plan [default: assume --max-length]
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: Option<PathBuf>,
+    /// Taken so that a training command can be planned as it stands; nothing is written
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub output_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Print the plan as JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// What `train` and `plan` share.
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+pub struct RunArgs {
+    /// Model to train: a Hugging Face folder (config.json, tokenizer.json, *.safetensors)
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
+    pub model: PathBuf,
+    /// Frozen reference model; repeat the flag for several [default: the model before training]
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub ref_model: Vec<PathBuf>,
+    /// Held-out pairs, evaluated before and after training
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub eval_dataset: Option<PathBuf>,
+    /// Where reference log-probabilities are kept between runs [default: $CUVEE_CACHE_DIR, else
+    /// $XDG_CACHE_HOME/cuvee, else $HOME/.cache/cuvee]
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub loss: LossArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub optim: OptimArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub schedule: ScheduleArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub data: DataArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub save: SaveArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sampling: SamplingArgs,
+    /// Where the first weights come from; random takes only config.json and the tokenizer from --model
+    #[arg(long, value_name = "FROM", default_value = "checkpoint", help_heading = "Engine")]
+    pub init: Init,
+    /// Type of the weights that are written; the CPU computes in f32 either way
+    #[arg(long, value_name = "TYPE", default_value = "f32", help_heading = "Engine")]
+    pub dtype: Dtype,
+    /// Save memory: recompute activations in the backward pass, for about a third more arithmetic
+    #[arg(long, alias = "gradient-checkpointing", help_heading = "Engine")]
+    pub recompute: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub batching: BatchingArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Objective")]
+pub struct LossArgs {
+    /// Loss to minimise; `cuvee list objectives` names them all
+    #[arg(long, alias = "loss-type", value_name = "NAME")]
+    pub objective: String,
+    /// Strength of the pull towards the reference, in 1/nat; 0.1 is usual [default: the objective's own, if any]
+    #[arg(long, value_name = "F", value_parser = positive)]
+    pub beta: Option<f64>,
+    /// Share of labels taken to be wrong, 0 to below 0.5, where the objective has it [default: 0]
+    #[arg(long, value_name = "F", value_parser = below_half)]
+    pub label_smoothing: Option<f64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Optimizer")]
+pub struct OptimArgs {
+    /// Update rule; `cuvee list optimizers` names them all
+    #[arg(long, value_name = "NAME", default_value = "adamw")]
+    pub optimizer: String,
+    /// Peak learning rate
+    #[arg(long, value_name = "F", default_value = "1e-6", value_parser = positive)]
+    pub learning_rate: f64,
+    /// Course of the learning rate after warm-up; linear and cosine end at 0
+    #[arg(long, value_name = "KIND", default_value = "linear")]
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Share of all steps over which the learning rate rises from 0, 0 to 1
+    #[arg(long, value_name = "F", default_value = "0", value_parser = zero_to_one)]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay, per unit of learning rate
+    #[arg(long, value_name = "F", default_value = "0", value_parser = zero_or_more)]
+    pub weight_decay: f64,
+    /// Decay of the mean of gradients, 0 to below 1
+    #[arg(long, value_name = "F", default_value = "0.9", value_parser = below_one)]
+    pub adam_beta1: f64,
+    /// Decay of the mean of squared gradients, 0 to below 1
+    #[arg(long, value_name = "F", default_value = "0.999", value_parser = below_one)]
+    pub adam_beta2: f64,
+    /// Added to the denominator of the update
+    #[arg(long, value_name = "F", default_value = "1e-8", value_parser = positive)]
+    pub adam_epsilon: f64,
+    /// Scale gradients down to this global norm; 0 = off
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
+    pub max_grad_norm: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Length of the run")]
+pub struct ScheduleArgs {
+    /// Passes over the training data; fractions are fine
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = positive)]
+    pub num_train_epochs: f64,
+    /// Optimizer steps; overrides --num-train-epochs
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub max_steps: Option<u64>,
+    /// Stop after this step with a checkpoint, schedules unchanged, to be resumed later
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub stop_at_step: Option<u64>,
+    /// Continue from OUTPUT_DIR's newest checkpoint (auto; starts anew if there is none) or from this one
+    #[arg(long, value_name = "auto|DIR")]
+    pub resume_from_checkpoint: Option<Resume>,
+    /// Seed of every random choice: order of the data, random weights, samples
+    #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Data and batches")]
+pub struct DataArgs {
+    /// Pairs per batch; an optimizer step takes this many times --gradient-accumulation-steps
+    #[arg(long, visible_alias = "batch-size", value_name = "N", default_value = "8", value_parser = count)]
+    pub per_device_train_batch_size: usize,
+    /// Batches per optimizer step
+    #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
+    pub gradient_accumulation_steps: usize,
+    /// Longest prompt with one completion, in tokens
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = length)]
+    pub max_length: usize,
+    /// What to do with a pair that is longer than --max-length
+    #[arg(long, value_name = "WHAT", default_value = "drop")]
+    pub on_overflow: OnOverflow,
+    /// Keep the order of the file instead of shuffling it every epoch
+    #[arg(long)]
+    pub no_shuffle: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Evaluation and checkpoints")]
+pub struct SaveArgs {
+    /// Evaluate every N steps as well; needs --eval-dataset [default: only before and after]
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub eval_steps: Option<u64>,
+    /// Write a checkpoint every N steps as well [default: only at the end]
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub save_steps: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Samples")]
+pub struct SamplingArgs {
+    /// Print N completions before and after training; prompts are --eval-dataset's; 0 = none
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
+    pub samples: usize,
+    /// Length limit of a sample, in tokens
+    #[arg(long, value_name = "N", default_value = "48", value_parser = count)]
+    pub max_new_tokens: usize,
+    /// Randomness of a sample; 0 = always the likeliest token
+    #[arg(long, value_name = "F", default_value = "0.8", value_parser = zero_or_more)]
+    pub temperature: f64,
+    /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
+    #[arg(long, value_name = "F", default_value = "0.95", value_parser = share)]
+    pub top_p: f64,
+}
+
+/// How sequences are put together for the engine.
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Engine")]
+pub struct BatchingArgs {
+    /// Tokens the engine runs at once; changes memory and speed, not results [default: chosen by the engine]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub micro_batch_tokens: Option<usize>,
+    /// Run every sequence on its own, its prompt included, even where two share it; for comparison
+    #[arg(long)]
+    pub no_prefix_sharing: bool,
+}
+
+/// What the engine runs on.
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub threads: Option<usize>,
+    /// Where to compute; auto takes the fastest there is
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    pub device: Device,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Example:
+  cuvee logps --model DIR --dataset pairs.jsonl --out logps.jsonl"
+)]
+pub struct LogpsArgs {
+    /// Model: a Hugging Face folder
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
+    pub model: PathBuf,
+    /// Pairs to score: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: PathBuf,
+    /// Result: one JSON object a row, log-probabilities in nats
+    #[arg(long, value_name = "FILE.jsonl", help_heading = "Files")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    #[command(flatten)]
+    pub batching: BatchingArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Examples:
+  cuvee eval --model runs/first --dataset heldout.jsonl
+  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json"
+)]
+pub struct EvalArgs {
+    /// Model: a Hugging Face folder
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
+    pub model: PathBuf,
+    /// Compare log-probabilities relative to this model [default: compare them as they are]
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub ref_model: Option<PathBuf>,
+    /// Held-out pairs: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: PathBuf,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    #[command(flatten)]
+    pub batching: BatchingArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Print the result as JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// Limits on sequences where nothing is trained.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Data")]
+pub struct LimitArgs {
+    /// Longest prompt with one completion, in tokens [default: unlimited]
+    #[arg(long, value_name = "N", value_parser = length)]
+    pub max_length: Option<usize>,
+    /// What to do with a pair that is longer than --max-length
+    #[arg(long, value_name = "WHAT", default_value = "drop")]
+    pub on_overflow: OnOverflow,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Examples:
+  cuvee generate --model runs/first --prompt 'The film was'
+  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8"
+)]
+pub struct GenerateArgs {
+    /// Model: a Hugging Face folder
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR")]
+    pub model: PathBuf,
+    /// Text to continue; write --prompt=TEXT if it starts with a dash
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// Completions to write
+    #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
+    pub samples: usize,
+    /// Length limit of a completion, in tokens
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count)]
+    pub max_new_tokens: usize,
+    /// Randomness; 0 = always the likeliest token
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
+    pub temperature: f64,
+    /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = share)]
+    pub top_p: f64,
+    /// Seed of the samples
+    #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Print the result as JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ListArgs {
+    /// What to list
+    #[arg(value_name = "WHAT")]
+    pub what: Registry,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Registry {
+    Objectives,
+    Optimizers,
+    Architectures,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrSchedulerType {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnOverflow {
+    Drop,
+    Truncate,
+    Error,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Init {
+    Checkpoint,
+    Random,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Device {
+    Auto,
+    Cpu,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resume {
+    Auto,
+    #[serde(untagged)]
+    Dir(PathBuf),
+}
+
+impl From<OsString> for Resume {
+    fn from(text: OsString) -> Self {
+        if text == "auto" { Self::Auto } else { Self::Dir(text.into()) }
+    }
+}
+
+impl TrainArgs {
+    /// The resolved configuration as a recipe, to be saved as `recipe.toml` in the output folder.
+    ///
+    /// Relative paths are written relative to that folder, so a project can be moved or shared as a
+    /// whole (absolute ones, or all if that folder is absolute, stay absolute). What was left to the machine (threads, cache folder) stays left to the machine.
+    pub fn to_toml(&self) -> String {
+        let relative = |path: &PathBuf| recipe::relative(path, &self.output_dir);
+        let mut saved = self.clone();
+        saved.dataset = relative(&self.dataset);
+        saved.output_dir = relative(&self.output_dir);
+        let run = &mut saved.run;
+        run.model = relative(&self.run.model);
+        run.ref_model = self.run.ref_model.iter().map(relative).collect();
+        run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
+        run.cache_dir = self.run.cache_dir.as_ref().map(relative);
+        if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
+            *path = relative(path);
+        }
+        let body = toml::to_string(&saved).expect("flags are strings, numbers, booleans and lists of strings");
+        let version = env!("CARGO_PKG_VERSION");
+        format!("# Every value of this run, as cuvee {version} resolved it. Again: cuvee train THIS_FILE\n\n{body}")
+    }
+}
+
+impl RunArgs {
+    /// What no single flag can know.
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
+        if self.sampling.samples > 0 {
+            needs(flags, "samples", "eval_dataset", "its prompts are what samples complete")?;
+        }
+        for option in ["max_new_tokens", "temperature", "top_p"] {
+            needs(flags, option, "samples", "say how many samples to print")?;
+        }
+        match (self.schedule.stop_at_step, self.schedule.max_steps) {
+            (Some(stop), Some(max)) if stop > max => {
+                Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The folder for cached reference log-probabilities.
+    pub fn cache_dir(&self) -> Result<PathBuf> {
+        let from_environment = || default_cache_dir(|name| std::env::var_os(name));
+        self.cache_dir.clone().or_else(from_environment).ok_or_else(|| {
+            Error::option("--cache-dir", "no default, as neither CUVEE_CACHE_DIR nor HOME is set; give a folder")
+        })
+    }
+}
+
+fn default_cache_dir(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let folder = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    folder("CUVEE_CACHE_DIR")
+        .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("cuvee")))
+        .or_else(|| folder("HOME").map(|home| home.join(".cache/cuvee")))
+}
+
+impl LimitArgs {
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        needs(flags, "on_overflow", "max_length", "no pair is too long for no limit")
+    }
+}
+
+impl GenerateArgs {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.temperature == 0.0 && self.samples > 1 {
+            return Err(Error::option(
+                "--samples",
+                "at --temperature 0 every sample is the same; raise one or drop one",
+            ));
+        }
+        if self.temperature == 0.0 && self.top_p < 1.0 {
+            return Err(Error::option("--top-p", "does nothing at --temperature 0; raise the temperature or drop it"));
+        }
+        Ok(())
+    }
+}
+
+// Parsers of numbers. Their messages follow "invalid value 'x' for '--flag <F>': ".
+
+fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && holds(value) => Ok(value),
+        _ => Err(format!("expected a number {range}")),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    number(text, "above 0", |x| x > 0.0)
+}
+
+fn zero_or_more(text: &str) -> Result<f64, String> {
+    number(text, "of 0 or more", |x| x >= 0.0)
+}
+
+fn zero_to_one(text: &str) -> Result<f64, String> {
+    number(text, "from 0 to 1", |x| (0.0..=1.0).contains(&x))
+}
+
+fn below_one(text: &str) -> Result<f64, String> {
+    number(text, "from 0 to below 1", |x| (0.0..1.0).contains(&x))
+}
+
+fn below_half(text: &str) -> Result<f64, String> {
+    number(text, "from 0 to below 0.5", |x| (0.0..0.5).contains(&x))
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, "above 0 and up to 1", |x| x > 0.0 && x <= 1.0)
+}
+
+/// TOML integers are i64, and a saved recipe must be able to hold every accepted value.
+fn whole(text: &str, least: u64) -> Result<u64, String> {
+    match text.parse::<u64>() {
+        Ok(value) if value >= least && value <= i64::MAX as u64 => Ok(value),
+        _ => Err(format!("expected a whole number of {least} or more")),
+    }
+}
+
+fn size(text: &str, least: u64) -> Result<usize, String> {
+    usize::try_from(whole(text, least)?).map_err(|_| "too large for this machine".to_owned())
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    whole(text, 0)
+}
+
+fn steps(text: &str) -> Result<u64, String> {
+    whole(text, 1)
+}
+
+fn zero_or_count(text: &str) -> Result<usize, String> {
+    size(text, 0)
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    size(text, 1)
+}
+
+/// A sequence has at least one token to condition on and one to score.
+fn length(text: &str) -> Result<usize, String> {
+    size(text, 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_cache_folder_follows_the_environment() {
+        let folder = |variables: &[(&str, &str)]| {
+            default_cache_dir(|name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into()))
+        };
+        let (ours, xdg, home) = (("CUVEE_CACHE_DIR", "c"), ("XDG_CACHE_HOME", "x"), ("HOME", "h"));
+        assert_eq!(folder(&[ours, xdg, home]).as_deref(), Some(Path::new("c")));
+        assert_eq!(folder(&[("CUVEE_CACHE_DIR", ""), xdg, home]).as_deref(), Some(Path::new("x/cuvee")));
+        assert_eq!(folder(&[home]).as_deref(), Some(Path::new("h/.cache/cuvee")));
+        assert_eq!(folder(&[]), None);
+    }
+}

@@ -1,0 +1,3 @@
+//! Training: the loop, its metrics and its plots.
+
+pub mod plot;
