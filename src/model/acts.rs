@@ -51,12 +51,8 @@ impl<D: Device> BlockActs<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
         let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
         let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut raw = |_| RawHeads {
-            q: take(wide),
-            k: take(narrow),
-            q_rstd: take(spec.heads),
-            k_rstd: take(spec.kv_heads),
-        };
+        let mut raw =
+            |_| RawHeads { q: take(wide), k: take(narrow), q_rstd: take(spec.heads), k_rstd: take(spec.kv_heads) };
         let raw = spec.qk_norm.then_some(()).map(&mut raw);
         Self {
             raw,
@@ -138,14 +134,7 @@ impl<D: Device> Top<D> {
         let [tile_rows, tile_cols] = logprob_head::scratch_shape(targets);
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
         let mut take = |cols| arena.floats(Kind::Activations, targets, cols);
-        Self {
-            rows: take(spec.hidden),
-            normed: take(spec.hidden),
-            rstd: take(1),
-            logp: take(1),
-            lse: take(1),
-            tile,
-        }
+        Self { rows: take(spec.hidden), normed: take(spec.hidden), rstd: take(1), logp: take(1), lse: take(1), tile }
     }
 }
 

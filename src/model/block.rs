@@ -8,9 +8,9 @@
 use super::acts::{BlockActs, RawHeads, Scratch};
 use super::arch::Slot;
 use super::batch::Batch;
+use super::kv::KvLayer;
 use super::layers::{Build, Linear, NormLayer, RopeTable};
 use super::param::Param;
-use super::kv::KvLayer;
 use super::spec::Spec;
 use crate::device::{Device, Tensor};
 use crate::error::Result;
@@ -51,9 +51,9 @@ impl<D: Device> Block<D> {
             q: build.linear(Slot::Query, layer, [wide, hidden], spec.qkv_bias),
             k: build.linear(Slot::Key, layer, [narrow, hidden], spec.qkv_bias),
             v: build.linear(Slot::Value, layer, [narrow, hidden], spec.qkv_bias),
-            qk_norm: spec.qk_norm.then(|| {
-                (norm(build, Slot::QueryNorm, spec.head_dim), norm(build, Slot::KeyNorm, spec.head_dim))
-            }),
+            qk_norm: spec
+                .qk_norm
+                .then(|| (norm(build, Slot::QueryNorm, spec.head_dim), norm(build, Slot::KeyNorm, spec.head_dim))),
             o: build.linear(Slot::Output, layer, [hidden, wide], spec.out_bias),
             mlp_norm: norm(build, Slot::MlpNorm, hidden),
             gate: build.linear(Slot::Gate, layer, [mlp, hidden], spec.mlp_bias),
@@ -69,7 +69,8 @@ impl<D: Device> Block<D> {
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
         let norms = [&mut self.norm, &mut self.mlp_norm].into_iter();
         let head_norms = self.qk_norm.iter_mut().flat_map(|(q, k)| [q, k]);
-        let linears = [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down];
+        let linears =
+            [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down];
         norms.chain(head_norms).map(|n| &mut n.weight).chain(linears.into_iter().flat_map(Linear::params_mut))
     }
 
@@ -147,13 +148,7 @@ impl<B: Backend> Block<B> {
     }
 
     /// `scratch.d_residual` holds the gradient by the block's output and becomes that by its input.
-    pub fn backward(
-        &mut self,
-        c: &Context<B>,
-        x: &Tensor<B>,
-        a: &mut BlockActs<B>,
-        s: &mut Scratch<B>,
-    ) -> Result<()> {
+    pub fn backward(&mut self, c: &Context<B>, x: &Tensor<B>, a: &mut BlockActs<B>, s: &mut Scratch<B>) -> Result<()> {
         let (device, rows) = (c.device, c.batch.size().rows);
         device.zero(s.d_gated.top_mut(rows))?;
         self.down.backward(device, s.d_residual.top(rows), a.gated.top(rows), s.d_gated.top_mut(rows))?;
@@ -198,8 +193,7 @@ impl<B: Backend> Block<B> {
         }
         device.zero(s.d_normed.top_mut(rows))?;
         let (mut d_q, mut d_k) = (&s.d_q, &s.d_k);
-        if let (Some((q_norm, k_norm)), Some(raw), Some((d_raw_q, d_raw_k))) =
-            (&mut self.qk_norm, &a.raw, &mut s.d_raw)
+        if let (Some((q_norm, k_norm)), Some(raw), Some((d_raw_q, d_raw_k))) = (&mut self.qk_norm, &a.raw, &mut s.d_raw)
         {
             let RawHeads { q, k, q_rstd, k_rstd } = raw;
             let heads = [(q_norm, d_q, q, q_rstd, &mut *d_raw_q), (k_norm, d_k, k, k_rstd, &mut *d_raw_k)];

@@ -18,7 +18,7 @@ impl<D: Device> Build<'_, D> {
     pub fn param(&mut self, slot: Slot, layer: usize, shape: [usize; 2]) -> Param<D> {
         let name = (self.naming)(slot, layer);
         let trained = (self.trained)(&name);
-        Param::new(self.arena, name, shape, trained)
+        Param::new(self.arena, name, slot.role(), shape, trained)
     }
 
     pub fn linear(&mut self, weight: Slot, layer: usize, [outputs, inputs]: [usize; 2], bias: bool) -> Linear<D> {

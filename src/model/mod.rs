@@ -17,11 +17,11 @@ pub use arch::Checkpoint;
 pub use batch::Batch;
 pub use init::init_random;
 pub use kv::KvCache;
-pub use load::{fingerprint, load, tensors};
-pub use param::Param;
+pub use load::{fingerprint, load, sources};
+pub use param::{Param, Role};
 pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 
-use crate::device::{Arena, Device, Ledger, View};
+use crate::device::{Arena, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
@@ -72,7 +72,7 @@ impl<D: Device> Model<D> {
 
     /// Memory that `new` will take.
     pub fn plan(spec: &Spec, naming: Naming, options: Options) -> Ledger {
-        let mut arena = crate::device::Dry::arena();
+        let mut arena = Dry::arena();
         Model::new(&mut arena, spec, naming, options);
         arena.ledger()
     }
@@ -119,7 +119,7 @@ impl<B: Backend> Model<B> {
         batch: &Batch<B>,
         acts: &mut Acts<B>,
         kv: &mut KvCache<B>,
-        logits: &mut crate::device::Tensor<B>,
+        logits: &mut Tensor<B>,
     ) -> Result<()> {
         self.hidden(device, batch, acts, Some(kv))?;
         let read = batch.size().targets;
@@ -129,13 +129,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
-    fn hidden(
-        &self,
-        device: &B,
-        batch: &Batch<B>,
-        acts: &mut Acts<B>,
-        mut kv: Option<&mut KvCache<B>>,
-    ) -> Result<()> {
+    fn hidden(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, mut kv: Option<&mut KvCache<B>>) -> Result<()> {
         let (size, context) = (batch.size(), Context { device, batch, rope: &self.rope });
         let y = acts.residual_mut(0).top_mut(size.rows);
         device.gather(rows::Gather { x: self.embed.view(), index: batch.tokens(), y })?;
@@ -186,10 +180,10 @@ impl<B: Backend> Model<B> {
             dlogp: s.dlogp.top(targets),
             scratch: top.tile.view_mut(),
             dh: s.d_top_normed.top_mut(targets),
-            dweight: head.grad.as_mut().map(crate::device::Tensor::view_mut),
+            dweight: head.grad.as_mut().map(Tensor::view_mut),
         })?;
         device.zero(s.d_top.top_mut(targets))?;
-        let (dy, x, rstd): (View<B>, _, _) = (s.d_top_normed.top(targets), top.rows.top(targets), top.rstd.top(targets));
+        let (dy, x, rstd) = (s.d_top_normed.top(targets), top.rows.top(targets), top.rstd.top(targets));
         self.norm.backward(device, dy, x, rstd, s.d_top.top_mut(targets))?;
         device.zero(s.d_residual.top_mut(rows))?;
         let (dy, dx) = (s.d_top.top(targets), s.d_residual.top_mut(rows));

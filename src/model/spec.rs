@@ -29,7 +29,12 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// Slow frequencies are divided by `factor`, fast ones stay, those between are blended (Llama 3.1).
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_positions: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_positions: f64,
+    },
 }
 
 /// A decoder, completely.

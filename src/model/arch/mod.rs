@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::json::read_json;
 use crate::error::{Error, Result};
-use crate::model::Spec;
+use crate::model::{Role, Spec};
 use config::Config;
 
 /// A place in the model where a weight belongs.
@@ -53,6 +53,15 @@ impl Slot {
             Self::Up => Self::UpBias,
             Self::Down => Self::DownBias,
             other => panic!("{other:?} has no bias"),
+        }
+    }
+
+    pub fn role(self) -> Role {
+        match self {
+            Self::AttentionNorm | Self::QueryNorm | Self::KeyNorm | Self::MlpNorm | Self::FinalNorm => Role::Norm,
+            Self::QueryBias | Self::KeyBias | Self::ValueBias | Self::OutputBias => Role::Bias,
+            Self::GateBias | Self::UpBias | Self::DownBias => Role::Bias,
+            _ => Role::Matrix,
         }
     }
 }

@@ -5,12 +5,8 @@ use super::{Architecture, llama_names};
 use crate::error::Result;
 use crate::model::Spec;
 
-pub const ARCHITECTURE: Architecture = Architecture {
-    model_type: "qwen2",
-    summary: "Qwen 2 and 2.5: Llama with q/k/v biases",
-    spec,
-    naming: llama_names,
-};
+pub const ARCHITECTURE: Architecture =
+    Architecture { model_type: "qwen2", summary: "Qwen 2 and 2.5: Llama with q/k/v biases", spec, naming: llama_names };
 
 fn spec(config: &Config) -> Result<Spec> {
     let spec = config.decoder()?;
