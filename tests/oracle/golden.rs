@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use cuvee::objectives::{self, Params, Stats, Totals};
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 
 const TOLERANCE: f64 = 1e-10;
@@ -43,16 +43,14 @@ const FILES: &[(&str, Result<Check, &str>)] = &[
     ("tree_mdp", Err("the tree MDP is not built yet")),
 ];
 
-fn main() {
-    let args = Arguments::from_args();
-    let root = PathBuf::from(std::env::var_os("CUVEE_TEST_ROOT").unwrap_or_else(|| ".".into()));
+pub fn trials(root: &Path) -> Vec<Trial> {
     let mut trials: Vec<Trial> =
         FILES.iter().map(|&(stem, check)| trial("repo", stem, check, root.join("tests/data/golden"))).collect();
     match std::env::var_os("CUVEE_GOLDEN_DIR") {
         Some(dir) => trials.extend(trials_of(Path::new(&dir))),
         None => trials.push(trial("CUVEE_GOLDEN_DIR", "*", Err("CUVEE_GOLDEN_DIR is not set"), PathBuf::new())),
     }
-    libtest_mimic::run(&args, trials).exit();
+    trials
 }
 
 /// One trial for each JSON file of a folder that this repository does not own.

@@ -1,0 +1,348 @@
+//! Fixture folders: a tiny model in `model.safetensors` with `config.json` (transformers 5 spelling) and
+//! `config.v4.json` (4.x), and in `expected.safetensors` what transformers makes of it. From `tests/data/fixtures`
+//! and, when CUVEE_FIXTURES_DIR is set, from there too: same layout, other numbers.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cuvee::checkpoint::Weights;
+use cuvee::data::{self, Example, Extent, Sequence, Sharing};
+use cuvee::device::{Arena, Cpu, Ledger};
+use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, load};
+use cuvee::objectives::{self, Params, Stats, Totals};
+use libtest_mimic::{Completion, Failed, Trial};
+use serde_json::Value;
+
+const LOGPS_TOLERANCE: f64 = 1e-4;
+const GRADIENT_TOLERANCE: f64 = 1e-3;
+
+pub fn trials(root: &Path) -> Vec<Trial> {
+    let mut trials = trials_of("repo", &root.join("tests/data/fixtures"));
+    match std::env::var_os("CUVEE_FIXTURES_DIR") {
+        Some(dir) => trials.extend(trials_of("CUVEE_FIXTURES_DIR", Path::new(&dir))),
+        None => trials.push(ignored("fixture::CUVEE_FIXTURES_DIR::*".into(), "CUVEE_FIXTURES_DIR is not set".into())),
+    }
+    trials
+}
+
+fn ignored(name: String, reason: String) -> Trial {
+    Trial::ignorable_test(name, move || Ok(Completion::ignored_with(reason)))
+}
+
+fn trials_of(source: &str, dir: &Path) -> Vec<Trial> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        let message = format!("{} is not a folder", dir.display());
+        return vec![Trial::test(format!("fixture::{source}"), || Err(message.into()))];
+    };
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    paths.into_iter().flat_map(|path| trials_for(source, &path)).collect()
+}
+
+fn trials_for(source: &str, path: &Path) -> Vec<Trial> {
+    let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or("?").to_string();
+    let name = |what: &str| format!("fixture::{source}::{stem}{what}");
+    if path.is_dir() {
+        return ["config.json", "config.v4.json"]
+            .into_iter()
+            .filter(|config| path.join(config).exists())
+            .map(|config| folder(name(&format!("::{config}")), path.to_path_buf(), config))
+            .collect();
+    }
+    let path = path.to_path_buf();
+    match stem.as_str() {
+        "trl_dpo_losses" => trl_losses(source, &path),
+        "real_models_expected" => real_models(source, &path),
+        _ => vec![ignored(name(""), "nothing reads this file".into())],
+    }
+}
+
+fn folder(name: String, dir: PathBuf, config: &'static str) -> Trial {
+    Trial::ignorable_test(name, move || {
+        if !dir.join("expected.safetensors").exists() {
+            return Ok(Completion::ignored_with("no expected.safetensors: another test's reference"));
+        }
+        let checkpoint = match Checkpoint::from_config(&dir, &dir.join(config)) {
+            Ok(checkpoint) => checkpoint,
+            Err(e) if e.to_string().contains("is not supported") && e.to_string().contains("model_type") => {
+                return Ok(Completion::ignored_with(e.to_string()));
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let expected = Expected::read(&dir)?;
+        check_folder(&checkpoint, &expected)?;
+        Ok(Completion::Completed)
+    })
+}
+
+/// What transformers computed: rows padded on the right.
+struct Expected {
+    file: Weights,
+    rows: Vec<Vec<u32>>,
+    /// `[rows, columns - 1]`
+    logps: Vec<f32>,
+    columns: usize,
+}
+
+impl Expected {
+    fn read(dir: &Path) -> Result<Self, Failed> {
+        let path = dir.join("expected.safetensors");
+        let bytes = fs::read(&path)?;
+        let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
+        let integers = |name: &str| -> Result<Vec<i64>, Failed> {
+            let tensor = tensors.tensor(name)?;
+            Ok(tensor.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes"))).collect())
+        };
+        let (ids, mask) = (integers("input_ids")?, integers("attention_mask")?);
+        let columns = tensors.tensor("input_ids")?.shape()[1];
+        let row = |(ids, mask): (&[i64], &[i64])| {
+            ids.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id as u32).collect()
+        };
+        let rows: Vec<Vec<u32>> = ids.chunks(columns).zip(mask.chunks(columns)).map(row).collect();
+        let file = Weights::open_file(&path)?;
+        let mut logps = vec![0.0; rows.len() * (columns - 1)];
+        file.read("logps", &[rows.len(), columns - 1], &mut logps)?;
+        Ok(Self { file, rows, logps, columns })
+    }
+}
+
+/// A model on the CPU with everything that a training step needs.
+struct Bench {
+    cpu: Cpu,
+    model: Model<Cpu>,
+    acts: Acts<Cpu>,
+    batch: Batch<Cpu>,
+}
+
+impl Bench {
+    fn new(checkpoint: &Checkpoint, host: &data::Batch) -> Result<Self, Failed> {
+        let (spec, naming, extent) = (&checkpoint.spec, checkpoint.architecture.naming, host.extent());
+        let options = Options::train_all(extent.longest);
+        let cpu = Cpu::new(2)?;
+        let mut arena = Arena::new(&cpu, &plan(checkpoint, &extent))?;
+        let mut model = Model::new(&mut arena, spec, naming, options);
+        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything);
+        let mut batch = Batch::new(&mut arena, &extent);
+        load(&cpu, checkpoint, &Weights::open(&checkpoint.dir)?, &mut model)?;
+        batch.load(&cpu, host)?;
+        Ok(Self { cpu, model, acts, batch })
+    }
+
+    fn forward(&mut self) -> Result<Vec<f32>, Failed> {
+        use cuvee::device::Device;
+        self.model.forward(&self.cpu, &self.batch, &mut self.acts)?;
+        let mut logps = vec![0.0; self.batch.size().targets];
+        self.cpu.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
+        Ok(logps)
+    }
+
+    fn backward(&mut self, dlogp: &[f64]) -> Result<(), Failed> {
+        Ok(self.model.backward(&self.cpu, &self.batch, dlogp, &mut self.acts)?)
+    }
+
+    fn gradients(&mut self) -> impl Iterator<Item = (String, Vec<f32>)> {
+        let params = self.model.params_mut().into_iter();
+        params.map(|p| (p.name.clone(), p.grad.as_ref().expect("trained").view().f32s().to_vec()))
+    }
+}
+
+fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
+    let mut arena = cuvee::device::Dry::arena();
+    let options = Options::train_all(extent.longest);
+    Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
+    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything);
+    Batch::new(&mut arena, extent);
+    arena.ledger()
+}
+
+fn check_folder(checkpoint: &Checkpoint, expected: &Expected) -> Result<(), Failed> {
+    let example = |(row, ids): (usize, &Vec<u32>)| {
+        let sequences = vec![Sequence { ids: ids.clone(), first: 1 }];
+        Example { row, sequences }
+    };
+    let examples: Vec<Example> = expected.rows.iter().enumerate().map(example).collect();
+    let host = data::Batch::new(&examples, Sharing::On);
+    let mut bench = Bench::new(checkpoint, &host)?;
+    let logps = bench.forward()?;
+    for (row, range) in host.sequences.iter().enumerate() {
+        let theirs = &expected.logps[row * (expected.columns - 1)..][..range.len()];
+        for (t, (ours, theirs)) in logps[range.clone()].iter().zip(theirs).enumerate() {
+            let off = f64::from((ours - theirs).abs());
+            if off.is_nan() || off > LOGPS_TOLERANCE {
+                return Err(format!("row {row}, token {}: log-prob {ours}, expected {theirs}", t + 1).into());
+            }
+        }
+    }
+    // loss = mean over all tokens of -logp
+    bench.backward(&vec![-1.0 / logps.len() as f64; logps.len()])?;
+    let mut checked = 0;
+    for (name, ours) in bench.gradients() {
+        compare_gradient(expected, &name, &ours)?;
+        checked += 1;
+    }
+    let named = expected.file.names().filter(|name| name.starts_with("grad.")).count();
+    if checked == named { Ok(()) } else { Err(format!("{checked} gradients of {named} checked").into()) }
+}
+
+fn compare_gradient(expected: &Expected, name: &str, ours: &[f32]) -> Result<(), Failed> {
+    let stored = format!("grad.{name}");
+    let shape = expected.file.shape(&stored).ok_or(format!("{stored} is missing"))?.to_vec();
+    let mut theirs = vec![0.0; ours.len()];
+    expected.file.read(&stored, &shape, &mut theirs)?;
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let off = norm(&mut ours.iter().zip(&theirs).map(|(a, b)| f64::from(a - b)));
+    let size = norm(&mut theirs.iter().map(|x| f64::from(*x)));
+    let worst = ours.iter().zip(&theirs).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+    let largest = theirs.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
+    if off > GRADIENT_TOLERANCE * size || worst > GRADIENT_TOLERANCE * largest || off.is_nan() {
+        return Err(format!("{stored}: off by {off:e} of {size:e}, worst element {worst:e} of {largest:e}").into());
+    }
+    Ok(())
+}
+
+/// TRL's losses on a policy and its perturbed reference, with the gradient that reaches the head.
+fn trl_losses(source: &str, path: &Path) -> Vec<Trial> {
+    let file: Value = match fs::read_to_string(path).map_err(|e| e.to_string()).and_then(|text| parse(&text)) {
+        Ok(file) => file,
+        Err(e) => return vec![Trial::test(format!("fixture::{source}::trl_dpo_losses"), || Err(e.into()))],
+    };
+    let names: Vec<String> = file["losses"].as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect();
+    let trial = |name: String| {
+        let (file, dir) = (file.clone(), path.parent().expect("a file has a folder").to_path_buf());
+        Trial::ignorable_test(format!("fixture::{source}::trl::{name}"), move || trl_loss(&file, &name, &dir))
+    };
+    names.into_iter().map(trial).collect()
+}
+
+fn parse(text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|e| e.to_string())
+}
+
+fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> {
+    let case = &file["losses"][name];
+    let args = case["args"].as_object().ok_or("no args")?;
+    let types = case["args"]["loss_type"].as_array().ok_or("no loss_type")?;
+    let [Value::String(loss_type)] = types.as_slice() else {
+        return Ok(Completion::ignored_with("mixtures of losses are not built yet"));
+    };
+    if let Some(option) = args.keys().find(|key| *key != "loss_type" && *key != "beta") {
+        return Ok(Completion::ignored_with(format!("{option} is not built yet")));
+    }
+    let beta = case["args"]["beta"].as_f64().unwrap_or(if name == "sigmoid_beta0.5" { 0.5 } else { 0.1 });
+    let given: Params = if loss_type == "sft" { Params::default() } else { Params::from_iter([("beta", beta)]) };
+    let Ok(objective) = objectives::build(loss_type, &given) else {
+        return Ok(Completion::ignored_with(format!("the objective {loss_type} is not built yet")));
+    };
+    let examples = trl_pairs(file)?;
+    let host = data::Batch::new(&examples, Sharing::On);
+    let mut policy = Bench::new(&Checkpoint::open(&dir.join("llama_gqa_untied"))?, &host)?;
+    let mut reference = Bench::new(&Checkpoint::open(&dir.join("llama_gqa_untied_ref"))?, &host)?;
+    let stats = pair_stats(&host, &policy.forward()?, &reference.forward()?);
+    let outcome = objective.evaluate(&stats, &Totals::of(&stats));
+    close("loss", outcome.loss, case["loss"].as_f64(), 1e-4)?;
+    for (metric, ours) in &outcome.metrics {
+        close(metric, *ours, case["metrics"][*metric].as_f64(), 1e-3)?;
+    }
+    let mut dlogp = vec![0.0; host.targets.len()];
+    for (range, d) in host.sequences.iter().zip(&outcome.grads.logps) {
+        dlogp[range.clone()].fill(*d);
+    }
+    policy.backward(&dlogp)?;
+    let mut square = 0.0;
+    for (name, gradient) in policy.gradients() {
+        square += gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>();
+        if name == "lm_head.weight" {
+            let theirs = case["lm_head_grad_row7"].as_array().ok_or("no lm_head_grad_row7")?;
+            for (i, theirs) in theirs.iter().enumerate() {
+                close("lm_head row 7", f64::from(gradient[7 * 48 + i]), theirs.as_f64(), 1e-3)?;
+            }
+        }
+    }
+    close("grad_norm", square.sqrt(), case["grad_norm"].as_f64(), 1e-3)?;
+    Ok(Completion::Completed)
+}
+
+/// Completions end with eos = 2, as the note in the file says.
+fn trl_pairs(file: &Value) -> Result<Vec<Example>, Failed> {
+    let ids = |pair: &Value, key: &str| -> Vec<u32> {
+        pair[key].as_array().into_iter().flatten().filter_map(|id| id.as_u64()).map(|id| id as u32).collect()
+    };
+    let pairs = file["pairs"].as_array().ok_or("no pairs")?;
+    let example = |(row, pair): (usize, &Value)| {
+        let prompt = ids(pair, "prompt");
+        let sequence = |key| Sequence { ids: [&prompt[..], &ids(pair, key), &[2]].concat(), first: prompt.len() };
+        Example { row, sequences: vec![sequence("chosen"), sequence("rejected")] }
+    };
+    Ok(pairs.iter().enumerate().map(example).collect())
+}
+
+fn pair_stats(host: &data::Batch, policy: &[f32], reference: &[f32]) -> Stats {
+    let sums = |logps: &[f32]| -> Vec<f64> {
+        host.sequences.iter().map(|range| logps[range.clone()].iter().map(|x| f64::from(*x)).sum()).collect()
+    };
+    Stats {
+        logps: sums(policy),
+        ref_logps: vec![sums(reference)],
+        lens: host.sequences.iter().map(|range| range.len() as f64).collect(),
+        pairs: host.examples.iter().map(|range| (range.start, range.start + 1)).collect(),
+        ..Stats::default()
+    }
+}
+
+fn close(what: &str, ours: f64, theirs: Option<f64>, tolerance: f64) -> Result<(), Failed> {
+    let theirs = theirs.ok_or(format!("{what} is not in the file"))?;
+    if (ours - theirs).abs() <= tolerance * theirs.abs().max(1e-4) {
+        return Ok(());
+    }
+    Err(format!("{what}: {ours}, expected {theirs}").into())
+}
+
+/// Real models, where they are at hand: folders beside the file's parent (`../models/<name>`), in the repository's
+/// `assets`, or under CUVEE_MODELS_DIR.
+fn real_models(source: &str, path: &Path) -> Vec<Trial> {
+    let file: Value = match fs::read_to_string(path).map_err(|e| e.to_string()).and_then(|text| parse(&text)) {
+        Ok(file) => file,
+        Err(e) => return vec![Trial::test(format!("fixture::{source}::real_models"), || Err(e.into()))],
+    };
+    let models = file.as_object().into_iter().flatten().filter(|(_, cases)| cases.is_array());
+    let trial = |(model, cases): (&String, &Value)| {
+        let (name, model, cases) = (format!("fixture::{source}::real::{model}"), model.clone(), cases.clone());
+        let beside = path.parent().and_then(Path::parent).map(|dir| dir.join("models"));
+        Trial::ignorable_test(name, move || {
+            let given = std::env::var_os("CUVEE_MODELS_DIR").map(PathBuf::from);
+            let places = [given, beside, Some(PathBuf::from("assets"))].into_iter().flatten();
+            let Some(dir) = places.map(|place| place.join(&model)).find(|dir| dir.join("config.json").exists()) else {
+                return Ok(Completion::ignored_with("the model is not at hand; see CUVEE_MODELS_DIR"));
+            };
+            cases.as_array().into_iter().flatten().try_for_each(|case| real_model(&dir, case))?;
+            Ok(Completion::Completed)
+        })
+    };
+    models.map(trial).collect()
+}
+
+fn real_model(dir: &Path, case: &Value) -> Result<(), Failed> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let tokenizer = cuvee::data::Tokenizer::load(dir)?;
+    let numbers =
+        |key: &str| -> Vec<f64> { case[key].as_array().into_iter().flatten().filter_map(Value::as_f64).collect() };
+    let ids: Vec<u32> = numbers("ids").into_iter().map(|id| id as u32).collect();
+    if let Some(text) = case["text"].as_str() {
+        let ours = tokenizer.encode_plain(text)?;
+        if ours != ids {
+            return Err(format!("{text:?}: ids {ours:?}, expected {ids:?}").into());
+        }
+    }
+    let example = Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] };
+    let mut bench = Bench::new(&checkpoint, &data::Batch::new([&example], Sharing::On))?;
+    let (ours, theirs) = (bench.forward()?, numbers("logps"));
+    if ours.len() != theirs.len() {
+        return Err(format!("{} log-probs, expected {}", ours.len(), theirs.len()).into());
+    }
+    for (t, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+        if (f64::from(*ours) - theirs).abs().is_nan() || (f64::from(*ours) - theirs).abs() > LOGPS_TOLERANCE {
+            return Err(format!("token {}: log-prob {ours}, expected {theirs}", t + 1).into());
+        }
+    }
+    Ok(())
+}
