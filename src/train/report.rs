@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::metrics::{EVALUATIONS, METRICS, read_lines};
-use super::plot::{Panel, Series, curves_svg};
+use super::plot::{Panel, Series, curves_svg, sparkline};
 use super::run::SAMPLES;
 use crate::checkpoint::write_file;
 use crate::error::Result;
@@ -43,6 +43,7 @@ impl Report {
         let mut out = String::new();
         self.table(&mut out);
         self.generations(&mut out);
+        self.sparklines(&mut out);
         let seconds: f64 = self.metrics.iter().filter_map(|line| number(line, "step_time")).sum();
         let tokens: f64 = self.metrics.iter().filter_map(|line| number(line, "tokens")).sum();
         let steps = self.metrics.len();
@@ -60,6 +61,17 @@ impl Report {
             let cell = |line| number(line, key).map(|value| format!("{:.decimals$}{unit}", factor * value));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {
                 let _ = writeln!(out, "{label:<24}{before:>14}{after:>14}");
+            }
+        }
+        out.push('\n');
+    }
+
+    /// The course of the run at a glance.
+    fn sparklines(&self, out: &mut String) {
+        for (label, key) in [("training loss", "loss"), ("reward margin", "rewards/margins")] {
+            let values: Vec<f64> = self.metrics.iter().filter_map(|line| number(line, key)).collect();
+            if let ([first, .., last], true) = (values.as_slice(), values.len() >= 10) {
+                let _ = writeln!(out, "{label:<14} {first:.3} {} {last:.3}", sparkline(&values, 50));
             }
         }
         out.push('\n');
