@@ -110,7 +110,7 @@ fn curve(colour: usize, points: &[(f64, f64)], place: impl Fn((f64, f64)) -> (f6
     };
     if points.len() > RAW_POINTS {
         // A learning rate is no noise: an average would only round off its corner.
-        return if noisy(points) { path(points, "raw ") + &path(&smooth(points), "") } else { path(points, "") };
+        return if turns_often(points) { path(points, "raw ") + &path(&smooth(points), "") } else { path(points, "") };
     }
     // With few points each one counts, and a single one makes no line.
     let mut svg = path(points, "");
@@ -157,7 +157,7 @@ fn finite(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// Whether the curve turns more often than every tenth point.
-fn noisy(points: &[(f64, f64)]) -> bool {
+fn turns_often(points: &[(f64, f64)]) -> bool {
     let turns = |w: &&[(f64, f64)]| (w[1].1 - w[0].1) * (w[2].1 - w[1].1) < 0.0;
     points.windows(3).filter(turns).count() * 10 > points.len()
 }
@@ -332,7 +332,7 @@ mod tests {
         let smoothed = smooth(&straight);
         assert_eq!((smoothed.len(), smoothed[0].0), (46, 2.0));
         assert!(smoothed.iter().all(|(x, y)| (y - 2.0 * x).abs() < 1e-9));
-        assert!(!noisy(&straight));
+        assert!(!turns_often(&straight));
     }
 
     #[test]
