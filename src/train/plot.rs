@@ -304,8 +304,8 @@ mod tests {
         assert_eq!(svg.matches("<circle").count(), 3 + 1 + 2);
         assert_eq!(svg.matches(">rejected<").count(), 1);
         assert_eq!(svg.matches(">train<").count(), 0, "one series needs no legend");
-        // Six raw lines with their averages, two plain ones, and the point.
-        assert_eq!(svg.matches("<polyline").count(), 2 * 6 + 3);
+        // Four noisy lines with their averages, and five as they are.
+        assert_eq!(svg.matches("<polyline").count(), 2 * 4 + 5);
         assert!(curves_svg("", "", &[]).ends_with("</svg>\n"));
     }
 
