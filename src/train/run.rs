@@ -51,12 +51,14 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
         None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
     }
-    let step = start.state.step;
-    let log = |name: &str| match (&start.from, settings.output_dir.join(name)) {
+    let log = |name: &str, step: u64| match (&start.from, settings.output_dir.join(name)) {
         (Some(_), path) => LineLog::resume(&path, step),
         (None, path) => LineLog::create(&path),
     };
-    let (metrics, evaluations, samples) = (log(METRICS)?, log(EVALUATIONS)?, log(SAMPLES)?);
+    // What comes after the last step is done again by a run that was killed during it.
+    let before_end = start.state.step.min(task.max_steps - 1);
+    let metrics = log(METRICS, start.state.step)?;
+    let (evaluations, samples) = (log(EVALUATIONS, before_end)?, log(SAMPLES, before_end)?);
     let mut session = Session {
         device,
         settings,
@@ -158,12 +160,12 @@ impl<B: Backend> Session<'_, B> {
                 let how = "--resume-from-checkpoint auto continues";
                 return Err(Error::Interrupted { detail: format!("{detail}; {how}") });
             }
+            if self.settings.stop_at_step.is_some_and(|last| self.state.step >= last) {
+                return Ok(Outcome::Stopped(self.save_checkpoint()?));
+            }
             let message = self.step()?;
             progress.at(self.state.step, &message);
             self.after_step(&progress)?;
-            if self.settings.stop_at_step == Some(self.state.step) && self.state.step < max_steps {
-                return Ok(Outcome::Stopped(self.save_checkpoint()?));
-            }
         }
         progress.finish();
         self.finish().map(Outcome::Finished)
