@@ -119,22 +119,100 @@ fn pack_b(cpu: &Cpu, block: &Block, b: Operand, packed: &mut Vec<f32>) {
         let first = panel * TILE_COLS;
         let width = TILE_COLS.min(block.cols - first);
         let origin = block.first_k * b.row + (block.first_col + first) * b.col;
-        pack_panel::<TILE_COLS>(&b.data[origin..], b.row, b.col, width, out);
+        pack_panel::<TILE_COLS>(cpu.isa(), &b.data[origin..], [b.row, b.col], width, out);
     });
 }
 
 /// Copies a `[depth, width]` operand (`outer` apart in depth, `inner` apart in width) into rows of `WIDTH`.
-fn pack_panel<const WIDTH: usize>(data: &[f32], outer: usize, inner: usize, width: usize, out: &mut [f32]) {
+fn pack_panel<const WIDTH: usize>(isa: Isa, data: &[f32], strides: [usize; 2], width: usize, out: &mut [f32]) {
+    let [outer, inner] = strides;
+    if inner != 1 && outer == 1 {
+        return pack_transposed::<WIDTH>(isa, data, inner, width, out);
+    }
     for (p, row) in out.chunks_exact_mut(WIDTH).enumerate() {
-        if inner == 1 {
-            row[..width].copy_from_slice(&data[p * outer..p * outer + width]);
-        } else {
-            for (j, slot) in row[..width].iter_mut().enumerate() {
-                *slot = data[p * outer + j * inner];
-            }
+        if inner == 1 && width == WIDTH {
+            row.copy_from_slice(&data[p * outer..][..WIDTH]);
+            continue;
+        }
+        for (j, slot) in row[..width].iter_mut().enumerate() {
+            *slot = data[p * outer + j * inner];
         }
         row[width..].fill(0.0);
     }
+}
+
+/// As `pack_panel` for an operand whose depth is contiguous and whose columns are `stride` apart.
+fn pack_transposed<const WIDTH: usize>(isa: Isa, data: &[f32], stride: usize, width: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    let packed = match isa {
+        Isa::Portable => 0,
+        // SAFETY: `Isa::detect` found AVX2 on this machine.
+        Isa::Avx2 | Isa::Avx512 => unsafe { transpose_avx2::<WIDTH>(data, stride, width, out) },
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (packed, _) = (0, isa);
+    for (p, row) in out.chunks_exact_mut(WIDTH).enumerate().skip(packed) {
+        for (j, slot) in row[..width].iter_mut().enumerate() {
+            *slot = data[p + j * stride];
+        }
+        row[width..].fill(0.0);
+    }
+}
+
+/// Packs as many depths as fill squares of 8 x 8, and returns their number.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn transpose_avx2<const WIDTH: usize>(data: &[f32], stride: usize, width: usize, out: &mut [f32]) -> usize {
+    use std::arch::x86_64::*;
+    const SQUARE: usize = 8;
+    assert!(WIDTH.is_multiple_of(4) && width <= WIDTH);
+    let depth = out.len() / WIDTH / SQUARE * SQUARE;
+    for p in (0..depth).step_by(SQUARE) {
+        for j in (0..WIDTH).step_by(SQUARE) {
+            let mut rows = [_mm256_setzero_ps(); SQUARE];
+            for (i, row) in rows.iter_mut().enumerate().take(width.saturating_sub(j)) {
+                let from = &data[(j + i) * stride + p..][..SQUARE];
+                // SAFETY: `from` holds eight elements.
+                *row = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+            }
+            for (i, column) in transpose_square(rows).into_iter().enumerate() {
+                let to = &mut out[(p + i) * WIDTH + j..(p + i) * WIDTH + WIDTH.min(j + SQUARE)];
+                // SAFETY: `to` holds eight elements, or four where WIDTH ends within the square.
+                unsafe {
+                    match to.len() {
+                        SQUARE => _mm256_storeu_ps(to.as_mut_ptr(), column),
+                        _ => _mm_storeu_ps(to.as_mut_ptr(), _mm256_castps256_ps128(column)),
+                    }
+                }
+            }
+        }
+    }
+    depth
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn transpose_square(r: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+    use std::arch::x86_64::*;
+    // Pairs of rows, then pairs of pairs, then the 128-bit halves.
+    let mut pairs = r;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    let mut fours = pairs;
+    for i in [0, 4] {
+        for h in 0..2 {
+            fours[i + 2 * h] = _mm256_shuffle_ps::<0b01_00_01_00>(pairs[i + h], pairs[i + 2 + h]);
+            fours[i + 2 * h + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(pairs[i + h], pairs[i + 2 + h]);
+        }
+    }
+    let mut columns = fours;
+    for i in 0..4 {
+        columns[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
+        columns[i + 4] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+    }
+    columns
 }
 
 fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Shared<f32>) {
@@ -152,7 +230,7 @@ fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Sh
         let panels = group_index * group..((group_index + 1) * group).min(panels);
         let height = rows.min(block.m - first_row);
         PACKED_A.with_borrow_mut(|packed_a| {
-            pack_a(block, a, first_row, height, packed_a);
+            pack_a(cpu.isa(), block, a, first_row, height, packed_a);
             for panel in panels {
                 for first in (0..height).step_by(TILE_ROWS) {
                     let tile = Tile {
@@ -171,7 +249,7 @@ fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Sh
 }
 
 /// Panels of `TILE_ROWS` rows, each `[depth, TILE_ROWS]`, zero beyond the last row.
-fn pack_a(block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<f32>) {
+fn pack_a(isa: Isa, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<f32>) {
     let panel_len = TILE_ROWS * block.depth;
     let needed = rows.div_ceil(TILE_ROWS) * panel_len;
     if packed.len() < needed {
@@ -181,7 +259,7 @@ fn pack_a(block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut
         let first = panel * TILE_ROWS;
         let width = TILE_ROWS.min(rows - first);
         let origin = (first_row + first) * a.row + block.first_k * a.col;
-        pack_panel::<TILE_ROWS>(&a.data[origin..], a.col, a.row, width, out);
+        pack_panel::<TILE_ROWS>(isa, &a.data[origin..], [a.col, a.row], width, out);
     }
 }
 
