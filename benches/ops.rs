@@ -101,9 +101,12 @@ fn floats(count: usize) -> Throughput {
     Throughput::Bytes(4 * count as u64)
 }
 
+/// Runs so many rounds; returns something that depends on all of them.
+type RegisterLoop = fn(usize) -> f32;
+
 /// Chains of fused multiply-adds on registers, enough of them to hide the latency: (run `rounds`, FLOP of a round).
 #[cfg(target_arch = "x86_64")]
-fn register_loop(isa: Isa) -> Option<(fn(usize) -> f32, usize)> {
+fn register_loop(isa: Isa) -> Option<(RegisterLoop, usize)> {
     use std::arch::x86_64::*;
     const CHAINS: usize = 12;
     #[target_feature(enable = "avx512f")]
@@ -138,7 +141,7 @@ fn register_loop(isa: Isa) -> Option<(fn(usize) -> f32, usize)> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn register_loop(_: Isa) -> Option<(fn(usize) -> f32, usize)> {
+fn register_loop(_: Isa) -> Option<(RegisterLoop, usize)> {
     None
 }
 
@@ -150,7 +153,11 @@ fn peak(c: &mut Criterion) {
     for threads in BTreeSet::from([1, cpu.threads()]) {
         let name = format!("{:?}, {threads} threads", cpu.isa());
         measure(&mut group, name, flop(threads * ROUNDS * flop_per_round), || {
-            cpu.run(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| drop(black_box(run(ROUNDS)))));
+            cpu.run(|| {
+                (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+                    black_box(run(ROUNDS));
+                })
+            });
         });
     }
     group.finish();
