@@ -161,6 +161,26 @@ fn every_part_of_an_architecture_matters() {
     }
 }
 
+/// Both devices share the definition of what a query sees, so it is tested by what one token can reach.
+#[test]
+fn a_token_reaches_exactly_the_window_behind_it() {
+    const LEN: usize = 150;
+    const MOVED: usize = 25;
+    let sequence = |moved: u32| {
+        let ids = (0..LEN).map(|t| ((t * 89 + 3) % 523) as u32 + if t == MOVED { moved } else { 0 }).collect();
+        HostBatch::new(&[Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] }], Sharing::On)
+    };
+    for window in [Some(1), Some(2), Some(19), Some(64), Some(70), Some(LEN), None] {
+        let changes = json!({"num_hidden_layers": 1, "sliding_window": window});
+        let mut rig = cpu(&tiny::with(Size::Small, "mistral", changes), &sequence(0), Keep::Nothing);
+        let [before, after] = [0, 1].map(|moved| rig.forward(&sequence(moved)));
+        let reached: Vec<usize> = (0..LEN - 1).filter(|t| before[*t].to_bits() != after[*t].to_bits()).collect();
+        // Row t predicts token t + 1: the row before the moved token has another target.
+        let end = window.map_or(LEN - 1, |window| (MOVED + window).min(LEN - 1));
+        assert_eq!(reached, (MOVED - 1..end).collect::<Vec<_>>(), "window {window:?}");
+    }
+}
+
 // ---- the same whatever is kept, shared, batched or threaded -----------------------------------------------------
 
 #[test]
