@@ -8,7 +8,10 @@ pub mod error;
 pub mod model;
 pub mod objectives;
 pub mod ops;
+pub mod optim;
+pub mod progress;
 pub mod references;
+pub mod rollout;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -104,6 +104,11 @@ pub fn is_run(output: &Path) -> bool {
     Marker::read(output).is_some()
 }
 
+/// Whether `output` holds a run that came to its end.
+pub fn is_finished(output: &Path) -> bool {
+    Marker::read(output).is_some_and(|marker| marker.finished)
+}
+
 /// The folder of the checkpoint after optimizer step `step`. Write it with [`super::write_dir`].
 pub fn checkpoint_path(output: &Path, step: u64) -> PathBuf {
     output.join(format!("checkpoint-{step}"))

@@ -412,6 +412,16 @@ pub enum OnOverflow {
     Error,
 }
 
+impl From<OnOverflow> for crate::data::Overflow {
+    fn from(value: OnOverflow) -> Self {
+        match value {
+            OnOverflow::Drop => Self::Drop,
+            OnOverflow::Truncate => Self::Truncate,
+            OnOverflow::Error => Self::Error,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Init {

@@ -2,7 +2,13 @@
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
 pub mod args;
+mod eval;
+mod generate;
+mod list;
+mod logps;
+mod plan;
 mod recipe;
+mod train;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -48,6 +54,51 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::Error(error)
     }
+}
+
+/// Runs a command. Exit codes: 0 done, 1 failed, 130 interrupted by the user.
+pub fn execute(cli: Cli) -> ExitCode {
+    let result = match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Logps(args) => logps::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::List(args) => list::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(if matches!(error, Error::Interrupted { .. }) { 130 } else { 1 })
+        }
+    }
+}
+
+/// Writes a result to stdout. A reader that closed the pipe has what it wanted.
+fn print(text: &str) -> Result<(), Error> {
+    use std::io::Write;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::file("stdout", e)),
+        _ => Ok(()),
+    }
+}
+
+/// The one device there is; `auto` takes it.
+fn device(engine: &args::EngineArgs) -> Result<crate::device::Cpu, Error> {
+    match engine.device {
+        args::Device::Auto | args::Device::Cpu => crate::device::Cpu::new(engine.threads.unwrap_or(0)),
+    }
+}
+
+fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
+    let sharing = if batching.no_prefix_sharing { crate::data::Sharing::Off } else { crate::data::Sharing::On };
+    let budget = batching.micro_batch_tokens.unwrap_or(crate::train::MICRO_BATCH_TOKENS);
+    crate::data::Packing { budget, sharing }
+}
+
+fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
+    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into() }
 }
 
 /// Parses a command line (program name first) and the recipe it may name.

@@ -9,10 +9,12 @@ mod batch;
 mod dataset;
 mod jsonl;
 mod order;
+mod packing;
 mod tokenizer;
 
 pub use batch::{Batch, Extent, Segment, Sharing, pack, rows_of};
 pub use dataset::{Dataset, EncodeOptions, Example, Merge, Overflow, Sequence, Skip};
 pub use jsonl::{Form, Row, read_rows};
 pub use order::epoch_order;
+pub use packing::Packing;
 pub use tokenizer::Tokenizer;

@@ -18,6 +18,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<(u32, String)>,
+    stops: Vec<u32>,
 }
 
 impl Tokenizer {
@@ -46,7 +47,8 @@ impl Tokenizer {
         let vocab_size = encoder.get_vocab(true).values().max().map_or(0, |&largest| largest as usize + 1);
         let bos = configs.special(&encoder, "bos")?;
         let eos = configs.special(&encoder, "eos")?;
-        Ok(Self { encoder, path, vocab_size, bos: bos.map(|(id, _)| id), eos })
+        let stops = configs.stops(eos.as_ref().map(|(id, _)| *id));
+        Ok(Self { encoder, path, vocab_size, bos: bos.map(|(id, _)| id), eos, stops })
     }
 
     /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
@@ -72,6 +74,11 @@ impl Tokenizer {
     /// The end-of-text token, id and text.
     pub fn eos(&self) -> Option<(u32, &str)> {
         self.eos.as_ref().map(|(id, text)| (*id, text.as_str()))
+    }
+
+    /// Tokens that end a generated text: the end-of-text token and those that `generation_config.json` names.
+    pub fn stops(&self) -> &[u32] {
+        &self.stops
     }
 
     /// The beginning-of-text token; whether a text gets one is the post-processor's matter.
@@ -145,6 +152,14 @@ impl Configs {
                 format!("{name}_token {text:?} is not in tokenizer.json; do both files belong to one model?"),
             )),
         }
+    }
+
+    fn stops(&self, eos: Option<u32>) -> Vec<u32> {
+        let [_, (_, generation)] = &self.ids;
+        let named = generation.get("eos_token_id");
+        let several = named.and_then(Value::as_array).into_iter().flatten();
+        let ids = several.chain(named).filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok());
+        ids.chain(eos).collect()
     }
 
     /// The first id that a model configuration gives `name`. It counts only where the tokenizer agrees that the

@@ -178,6 +178,11 @@ impl<D: Device> Acts<D> {
         &mut self.residual[slot]
     }
 
+    /// The same to look at, where every layer's is kept.
+    pub fn kept_residual(&self, layer: usize) -> Option<&Tensor<D>> {
+        (self.keep != Keep::Nothing).then(|| &self.residual[layer])
+    }
+
     /// Input, output and activations of one layer.
     pub fn layer(&mut self, layer: usize) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>) {
         let slots = [self.slot(layer), self.slot(layer + 1)];

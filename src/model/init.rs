@@ -1,6 +1,37 @@
+//! Where a model's first weights come from.
+
+use super::arch::Checkpoint;
+use super::load::load;
 use super::{Model, Role};
+use crate::checkpoint::Weights;
 use crate::device::{Device, Philox};
 use crate::error::Result;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Init {
+    /// The checkpoint's safetensors.
+    Checkpoint,
+    /// Random values; of the checkpoint only config and tokenizer are needed.
+    Random { seed: u64 },
+}
+
+impl Init {
+    /// The weight files, where they are used.
+    pub fn weights(&self, checkpoint: &Checkpoint) -> Result<Option<Weights>> {
+        match self {
+            Self::Checkpoint => Weights::open(&checkpoint.dir).map(Some),
+            Self::Random { .. } => Ok(None),
+        }
+    }
+
+    /// Gives every weight its first value.
+    pub fn fill<D: Device>(&self, device: &D, checkpoint: &Checkpoint, model: &mut Model<D>) -> Result<()> {
+        match self {
+            Self::Checkpoint => load(device, checkpoint, &Weights::open(&checkpoint.dir)?, model),
+            Self::Random { seed } => init_random(device, model, *seed),
+        }
+    }
+}
 
 /// Weights as transformers initializes them: matrices normal with the config's `initializer_range`, biases 0,
 /// norms 1. Each tensor draws from a stream named after it, so a value depends on the seed and its place alone.

@@ -1,9 +1,9 @@
 //! Checkpoints in and out.
 
 use super::arch::{Checkpoint, Slot};
-use super::{Model, Param};
+use super::{Model, Options, Param};
 use crate::checkpoint::{TensorSource, Weights};
-use crate::device::Device;
+use crate::device::{Device, Dry};
 use crate::error::{Error, Result};
 
 /// Where the file keeps a weight: a tied file may hold the embedding, the head, or both.
@@ -45,11 +45,12 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
 }
 
 /// Identity of a model: its weights as stored, and what its config makes of them.
-pub fn fingerprint<D: Device>(checkpoint: &Checkpoint, weights: &Weights, model: &mut Model<D>) -> blake3::Hash {
+pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
     let head = (checkpoint.architecture.naming)(Slot::Head, 0);
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", checkpoint.spec).as_bytes());
-    for param in model.params_mut() {
+    let mut names = Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0));
+    for param in names.params_mut() {
         weights.hash_into(stored_name(checkpoint, weights, &param.name, &head), &mut hasher);
     }
     hasher.finalize()

@@ -15,7 +15,7 @@ mod spec;
 pub use acts::{Acts, Keep};
 pub use arch::Checkpoint;
 pub use batch::Batch;
-pub use init::init_random;
+pub use init::{Init, init_random};
 pub use kv::KvCache;
 pub use load::{fingerprint, load, sources};
 pub use param::{Param, Role};

@@ -1,3 +1,128 @@
-//! Where reference log-probabilities come from.
+//! Where reference log-probabilities come from: each frozen reference is scored once into a cache on disk and is
+//! not in memory while the policy trains.
 
 pub mod cache;
+mod score;
+
+use std::path::Path;
+
+pub use score::Scorer;
+
+use crate::checkpoint::Weights;
+use crate::data::{Dataset, Example, Extent, Packing};
+use crate::device::Ledger;
+use crate::error::{Error, Result};
+use crate::model::{self, Checkpoint, Init};
+use crate::ops::Backend;
+use crate::progress::Progress;
+use cache::{RefCache, sequence_key};
+
+/// Part of every cache key: raise it when the same weights and tokens may give other bits.
+const SCORER_VERSION: u32 = 1;
+
+/// Examples scored and written as one: what an interruption costs at most.
+const SHARD_EXAMPLES: usize = 256;
+
+/// Log-probabilities of the examples of one data set by one reference, summed over completion tokens, in nats.
+#[derive(Clone, Debug, Default)]
+pub struct RefLogps {
+    /// `[examples][sequences]`
+    pub sums: Vec<Vec<f64>>,
+}
+
+/// A frozen reference on disk.
+pub struct Reference {
+    pub checkpoint: Checkpoint,
+    pub init: Init,
+}
+
+/// Asked between shards; true stops scoring with [`Error::Interrupted`].
+pub type Stop<'a> = &'a dyn Fn() -> bool;
+
+impl Reference {
+    /// Scores what the cache lacks, then reads the log-probabilities of each data set.
+    pub fn logps<B: Backend>(
+        &self,
+        device: &B,
+        datasets: &[&Dataset],
+        packing: Packing,
+        cache_dir: &Path,
+        stop: Stop,
+    ) -> Result<Vec<RefLogps>> {
+        let weights = self.init.weights(&self.checkpoint)?;
+        let mut cache = RefCache::open(cache_dir, self.key::<B>(weights.as_ref()))?;
+        if let Some(lost) = cache.recovered() {
+            eprintln!("{lost}");
+        }
+        let missing: Vec<Example> = datasets
+            .iter()
+            .flat_map(|dataset| &dataset.examples)
+            .filter(|example| keys(example).any(|key| !cache.contains(&key)))
+            .cloned()
+            .collect();
+        if !missing.is_empty() {
+            self.score(device, &missing, packing, &mut cache, stop)?;
+        }
+        datasets.iter().map(|dataset| read(&cache, dataset)).collect()
+    }
+
+    /// Identity of the numbers: weights, config, device, arithmetic.
+    fn key<B: Backend>(&self, weights: Option<&Weights>) -> [u8; 32] {
+        let identity = match weights {
+            Some(weights) => model::fingerprint(&self.checkpoint, weights).to_hex().to_string(),
+            None => format!("{:?} {:?}", self.init, self.checkpoint.spec),
+        };
+        let key = format!("{identity} {} f32 {SCORER_VERSION}", B::NAME);
+        *blake3::hash(key.as_bytes()).as_bytes()
+    }
+
+    fn score<B: Backend>(
+        &self,
+        device: &B,
+        missing: &[Example],
+        packing: Packing,
+        cache: &mut RefCache,
+        stop: Stop,
+    ) -> Result<()> {
+        let largest = packing.largest(missing, missing.len());
+        let mut scorer = Scorer::new(device, &self.checkpoint, self.init, &largest)?;
+        let mut progress = Progress::new("scoring the reference", missing.len() as u64, "rows");
+        for (shard, examples) in missing.chunks(SHARD_EXAMPLES).enumerate() {
+            if stop() {
+                let detail = format!("scored log-probabilities are in {}", cache.path().display());
+                return Err(Error::Interrupted { detail });
+            }
+            let logps = scorer.score(examples, packing, &mut |done| {
+                progress.at((shard * SHARD_EXAMPLES + done) as u64, "");
+            })?;
+            let sequences = examples.iter().flat_map(keys).zip(logps.iter().flatten());
+            let records: Vec<_> = sequences.map(|(key, logps)| (key, logps.as_slice())).collect();
+            if let Some(bad) = records.iter().position(|(_, logps)| logps.iter().any(|x| !x.is_finite())) {
+                let detail = format!("gives a log-probability that is not finite (sequence {bad} of shard {shard})");
+                return Err(Error::file(&self.checkpoint.dir, detail));
+            }
+            cache.append_shard(&records)?;
+        }
+        progress.finish();
+        Ok(())
+    }
+
+    /// Memory while scoring.
+    pub fn plan(&self, largest: &Extent) -> Ledger {
+        score::plan(&self.checkpoint, largest)
+    }
+}
+
+fn keys(example: &Example) -> impl Iterator<Item = [u8; 32]> {
+    example.sequences.iter().map(|s| sequence_key(&s.ids, s.first))
+}
+
+fn read(cache: &RefCache, dataset: &Dataset) -> Result<RefLogps> {
+    let mut tokens = Vec::new();
+    let mut sum = |key: [u8; 32]| {
+        assert!(cache.get(&key, &mut tokens)?, "scored above");
+        Ok(tokens.iter().map(|x| f64::from(*x)).sum())
+    };
+    let sums = dataset.examples.iter().map(|example| keys(example).map(&mut sum).collect());
+    Ok(RefLogps { sums: sums.collect::<Result<_>>()? })
+}

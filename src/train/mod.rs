@@ -1,3 +1,22 @@
-//! Training: the loop, its metrics and its plots.
+//! Training: the loop, its steps, metrics, checkpoints and plots.
 
+mod evaluate;
+mod metrics;
+mod plan;
 pub mod plot;
+mod policy;
+mod report;
+mod resume;
+mod run;
+mod settings;
+mod step;
+mod task;
+
+pub use evaluate::{Evaluation, Summary};
+pub use plan::{Phase, Plan, plan, plan_without_data};
+pub use policy::{Blueprint, Policy};
+pub use report::Report;
+pub use run::{Outcome, run};
+pub use settings::{Resume, Samples, Settings};
+pub use step::{StepBatch, StepResult, step};
+pub use task::{MICRO_BATCH_TOKENS, check_vocabulary};

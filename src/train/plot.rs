@@ -109,7 +109,8 @@ fn curve(colour: usize, points: &[(f64, f64)], place: impl Fn((f64, f64)) -> (f6
         format!("<polyline class=\"line {class}c{colour}\" points=\"{}\"/>\n", places.join(" "))
     };
     if points.len() > RAW_POINTS {
-        return path(points, "raw ") + &path(&smooth(points), "");
+        // A learning rate is no noise: an average would only round off its corner.
+        return if turns_often(points) { path(points, "raw ") + &path(&smooth(points), "") } else { path(points, "") };
     }
     // With few points each one counts, and a single one makes no line.
     let mut svg = path(points, "");
@@ -155,16 +156,18 @@ fn finite(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
 }
 
-/// Centred moving average over about a tenth of the series. The window shrinks evenly towards both ends, so
-/// that a straight line stays one and a run starts where it started.
+/// Whether the curve turns more often than every tenth point.
+fn turns_often(points: &[(f64, f64)]) -> bool {
+    let turns = |w: &&[(f64, f64)]| (w[1].1 - w[0].1) * (w[2].1 - w[1].1) < 0.0;
+    points.windows(3).filter(turns).count() * 10 > points.len()
+}
+
+/// Centred moving average over about a tenth of the series, where the whole window exists: a shorter one at the ends
+/// would let a single odd step look like a trend.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = (points.len() / 20).max(2);
-    let average = |at: usize| {
-        let reach = reach.min(at).min(points.len() - 1 - at);
-        let window = &points[at - reach..=at + reach];
-        window.iter().map(|(_, y)| y / window.len() as f64).sum()
-    };
-    points.iter().enumerate().map(|(at, &(x, _))| (x, average(at))).collect()
+    let mean = |window: &[(f64, f64)]| window.iter().map(|(_, y)| y / window.len() as f64).sum();
+    points.windows(2 * reach + 1).map(|window| (window[reach].0, mean(window))).collect()
 }
 
 /// A linear axis with ticks at multiples of 1, 2 or 5 times a power of ten.
@@ -301,8 +304,8 @@ mod tests {
         assert_eq!(svg.matches("<circle").count(), 3 + 1 + 2);
         assert_eq!(svg.matches(">rejected<").count(), 1);
         assert_eq!(svg.matches(">train<").count(), 0, "one series needs no legend");
-        // Six raw lines with their averages, two plain ones, and the point.
-        assert_eq!(svg.matches("<polyline").count(), 2 * 6 + 3);
+        // Four noisy lines with their averages, and five as they are.
+        assert_eq!(svg.matches("<polyline").count(), 2 * 4 + 5);
         assert!(curves_svg("", "", &[]).ends_with("</svg>\n"));
     }
 
@@ -327,8 +330,9 @@ mod tests {
     fn smoothing_keeps_straight_lines() {
         let straight: Vec<(f64, f64)> = (0..50).map(f64::from).map(|x| (x, 2.0 * x)).collect();
         let smoothed = smooth(&straight);
-        assert_eq!(smoothed.len(), 50);
-        assert!((0..50).all(|at| (smoothed[at].1 - straight[at].1).abs() < 1e-9));
+        assert_eq!((smoothed.len(), smoothed[0].0), (46, 2.0));
+        assert!(smoothed.iter().all(|(x, y)| (y - 2.0 * x).abs() < 1e-9));
+        assert!(!turns_often(&straight));
     }
 
     #[test]

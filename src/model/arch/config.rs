@@ -36,6 +36,8 @@ const HARMLESS: &[&str] = &[
 
 pub struct Config {
     path: PathBuf,
+    /// Where an inner object lies: `rope_parameters.`
+    prefix: String,
     keys: Map<String, Value>,
     read: RefCell<BTreeSet<String>>,
 }
@@ -45,11 +47,11 @@ impl Config {
         let Value::Object(keys) = json else {
             return Err(Error::file(path, "the configuration is not a JSON object"));
         };
-        Ok(Self { path: path.to_path_buf(), keys, read: RefCell::default() })
+        Ok(Self { path: path.to_path_buf(), prefix: String::new(), keys, read: RefCell::default() })
     }
 
     pub fn error(&self, key: &str, detail: impl std::fmt::Display) -> Error {
-        Error::file(&self.path, format!("\"{key}\": {detail}"))
+        Error::file(&self.path, format!("\"{}{key}\": {detail}", self.prefix))
     }
 
     /// `null` counts as absent, as it does for transformers.
@@ -133,6 +135,7 @@ impl Config {
 
     /// Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4.x).
     fn rope(&self, head_dim: usize) -> Result<Rope> {
+        self.refuse_partial_rotary()?;
         let theta = self.number("rope_theta")?;
         let (key, scaling) = match (self.get("rope_parameters"), self.get("rope_scaling")) {
             (Some(parameters), _) => ("rope_parameters", Some(parameters)),
@@ -143,7 +146,8 @@ impl Config {
         let Value::Object(map) = scaling else {
             return Err(self.error(key, format!("expected an object, found {scaling}")));
         };
-        let inner = Config::new(&self.path, Value::Object(map.clone()))?;
+        let inner = Self { prefix: format!("{key}."), ..Config::new(&self.path, Value::Object(map.clone()))? };
+        inner.refuse_partial_rotary()?;
         let theta = inner.number("rope_theta")?.unwrap_or(plain.theta);
         let kind = match inner.get("rope_type").or(inner.get("type")) {
             None => "default",
@@ -159,6 +163,15 @@ impl Config {
         };
         inner.refuse_unread()?;
         Ok(Rope { theta, scaling, ..plain })
+    }
+
+    /// The llama family rotates whole heads.
+    fn refuse_partial_rotary(&self) -> Result<()> {
+        const KEY: &str = "partial_rotary_factor";
+        match self.number(KEY)? {
+            None | Some(1.0) => Ok(()),
+            Some(factor) => Err(self.error(KEY, format!("{factor} is not supported for this architecture, only 1"))),
+        }
     }
 
     fn llama3(&self) -> Result<RopeScaling> {

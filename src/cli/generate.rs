@@ -1,0 +1,46 @@
+//! `cuvee generate`
+
+use serde_json::json;
+
+use super::args::GenerateArgs;
+use crate::data::Tokenizer;
+use crate::device::Arena;
+use crate::error::Result;
+use crate::model::{Checkpoint, Init, Model, Options};
+use crate::rollout::{Request, Sampling, generate};
+
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let device = super::device(&args.engine)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let tokenizer = Tokenizer::load(&args.model)?;
+    let prompt = tokenizer.encode(&args.prompt)?;
+    let options = Options::frozen(prompt.len() + args.max_new_tokens);
+    let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
+    let mut arena = Arena::new(&device, &Model::<crate::device::Dry>::plan(spec, naming, options))?;
+    let mut model = Model::new(&mut arena, spec, naming, options);
+    Init::Checkpoint.fill(&device, &checkpoint, &mut model)?;
+    let request = Request {
+        prompt: &prompt,
+        samples: args.samples,
+        first_sample: 0,
+        max_new_tokens: args.max_new_tokens,
+        sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
+        eos: tokenizer.stops(),
+    };
+    let completions = generate(&device, &model, &request)?;
+    for completion in completions {
+        let text = tokenizer.decode(&completion.ids)?;
+        if args.json {
+            let line = json!({
+                "prompt": args.prompt,
+                "completion": text,
+                "ids": completion.ids,
+                "finished": completion.finished,
+            });
+            super::print(&format!("{line}\n"))?;
+        } else {
+            super::print(&format!("{}{text}\n", args.prompt))?;
+        }
+    }
+    Ok(())
+}

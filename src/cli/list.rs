@@ -1,0 +1,29 @@
+//! `cuvee list`
+
+use super::args::{ListArgs, Registry};
+use crate::error::Result;
+use crate::{model, objectives, optim};
+
+pub fn run(args: &ListArgs) -> Result<()> {
+    let rows: Vec<(String, String)> = match args.what {
+        Registry::Objectives => objectives::all().iter().map(objective).collect(),
+        Registry::Optimizers => {
+            optim::all().iter().map(|e| (e.name.to_string(), format!("{} ({})", e.summary, e.paper))).collect()
+        }
+        Registry::Architectures => {
+            model::arch::all().iter().map(|a| (a.model_type.to_string(), a.summary.to_string())).collect()
+        }
+    };
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    super::print(&rows.iter().map(|(name, text)| format!("{name:<width$}  {text}\n")).collect::<String>())
+}
+
+fn objective(entry: &objectives::Entry) -> (String, String) {
+    let flag = |p: &objectives::ParamSpec| if p.required() { p.flag() } else { format!("[{}]", p.flag()) };
+    let flags: Vec<String> = entry.params.iter().map(flag).collect();
+    let also = match entry.aliases {
+        [] => String::new(),
+        names => format!("; also {}", names.join(", ")),
+    };
+    (entry.name.to_string(), format!("{} ({}{also}) {}", entry.summary, entry.paper, flags.join(" ")).trim_end().into())
+}

@@ -1,0 +1,118 @@
+//! `cuvee train`
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use super::args::{self, RunArgs, TrainArgs};
+use crate::checkpoint::SaveDtype;
+use crate::error::{At, Result};
+use crate::model::Init;
+use crate::objectives::Params;
+use crate::optim::{Decay, Hyper};
+use crate::train::{Outcome, Resume, Samples, Settings};
+
+pub fn run(args: &TrainArgs) -> Result<()> {
+    let device = super::device(&args.run.engine)?;
+    let stop = stop_on_signal()?;
+    let settings = settings(args)?;
+    match crate::train::run(&device, &settings, &|| stop.load(Ordering::Relaxed))? {
+        Outcome::Finished(report) => super::print(&report.text()),
+        Outcome::Stopped(checkpoint) => {
+            let how = "--resume-from-checkpoint auto continues";
+            super::print(&format!("stopped as asked; checkpoint {}; {how}\n", checkpoint.display()))
+        }
+        Outcome::AlreadyFinished => {
+            let output = args.output_dir.display();
+            super::print(&format!(
+                "{output}: this run is finished; without --resume-from-checkpoint a new one starts\n"
+            ))
+        }
+    }
+}
+
+/// The first Ctrl-C asks for a checkpoint, the second ends the program at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the flag that the first handler reads is set by the second.
+        flag::register_conditional_shutdown(signal, 130, stop.clone()).at("signal handler")?;
+        flag::register(signal, stop.clone()).at("signal handler")?;
+    }
+    Ok(stop)
+}
+
+fn settings(args: &TrainArgs) -> Result<Settings> {
+    let mut settings = from_run(&args.run)?;
+    settings.dataset = args.dataset.clone();
+    settings.output_dir = args.output_dir.clone();
+    // A run that stops early is resumed with the same recipe, to go on.
+    let mut resumable = args.clone();
+    resumable.run.schedule.stop_at_step = None;
+    resumable.run.schedule.resume_from_checkpoint = None;
+    settings.recipe = resumable.to_toml();
+    Ok(settings)
+}
+
+/// What `train` and `plan` share.
+pub fn from_run(run: &RunArgs) -> Result<Settings> {
+    let given = [("beta", run.loss.beta), ("label_smoothing", run.loss.label_smoothing)];
+    let objective_params: Params = given.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+    Ok(Settings {
+        model: run.model.clone(),
+        init: match run.init {
+            args::Init::Checkpoint => Init::Checkpoint,
+            args::Init::Random => Init::Random { seed: run.schedule.seed },
+        },
+        ref_models: run.ref_model.clone(),
+        dataset: Default::default(),
+        eval_dataset: run.eval_dataset.clone(),
+        output_dir: Default::default(),
+        cache_dir: run.cache_dir()?,
+        objective: run.loss.objective.clone(),
+        objective_params,
+        optimizer: run.optim.optimizer.clone(),
+        hyper: Hyper {
+            beta1: run.optim.adam_beta1,
+            beta2: run.optim.adam_beta2,
+            eps: run.optim.adam_epsilon,
+            weight_decay: run.optim.weight_decay,
+            max_grad_norm: run.optim.max_grad_norm,
+        },
+        learning_rate: run.optim.learning_rate,
+        decay: match run.optim.lr_scheduler_type {
+            args::LrSchedulerType::Constant => Decay::Constant,
+            args::LrSchedulerType::Linear => Decay::Linear,
+            args::LrSchedulerType::Cosine => Decay::Cosine,
+        },
+        warmup_ratio: run.optim.warmup_ratio,
+        num_train_epochs: run.schedule.num_train_epochs,
+        max_steps: run.schedule.max_steps,
+        stop_at_step: run.schedule.stop_at_step,
+        resume: run.schedule.resume_from_checkpoint.clone().map(|resume| match resume {
+            args::Resume::Auto => Resume::Newest,
+            args::Resume::Dir(dir) => Resume::At(dir),
+        }),
+        batch_size: run.data.per_device_train_batch_size * run.data.gradient_accumulation_steps,
+        shuffle: !run.data.no_shuffle,
+        seed: run.schedule.seed,
+        encode: super::encode(Some(run.data.max_length), run.data.on_overflow),
+        packing: super::packing(&run.batching),
+        recompute: run.recompute,
+        eval_steps: run.save.eval_steps,
+        save_steps: run.save.save_steps,
+        dtype: match run.dtype {
+            args::Dtype::F32 => SaveDtype::F32,
+            args::Dtype::Bf16 => SaveDtype::Bf16,
+        },
+        samples: Samples {
+            count: run.sampling.samples,
+            max_new_tokens: run.sampling.max_new_tokens,
+            temperature: run.sampling.temperature,
+            top_p: run.sampling.top_p,
+        },
+        recipe: String::new(),
+    })
+}

@@ -1,0 +1,85 @@
+//! How examples become micro-batches.
+
+use std::ops::Range;
+
+use super::batch::{Batch, Extent, Sharing, pack};
+use super::dataset::Example;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Packing {
+    /// Rows of a micro-batch, unless a single example has more.
+    pub budget: usize,
+    pub sharing: Sharing,
+}
+
+impl Packing {
+    /// Consecutive batches, each with the range of `examples` it holds.
+    pub fn batches<'a>(&self, examples: &'a [&'a Example]) -> impl Iterator<Item = (Range<usize>, Batch)> + 'a {
+        let sharing = self.sharing;
+        let ranges = pack(examples, self.budget, sharing).into_iter();
+        ranges.map(move |range| {
+            let batch = Batch::new(examples[range.clone()].iter().copied(), sharing);
+            (range, batch)
+        })
+    }
+
+    /// An upper bound on the batches that any `at_most` of these examples can give, in any order.
+    pub fn largest(&self, examples: &[Example], at_most: usize) -> Extent {
+        let extents: Vec<Extent> = examples.iter().map(|e| Batch::new([e], self.sharing).extent()).collect();
+        let most = |f: fn(&Extent) -> usize| extents.iter().map(f).max().unwrap_or(0);
+        let all = |f: fn(&Extent) -> usize| {
+            let mut sizes: Vec<usize> = extents.iter().map(f).collect();
+            sizes.sort_unstable_by(|a, b| b.cmp(a));
+            sizes.iter().take(at_most).sum::<usize>()
+        };
+        let rows = all(|e| e.rows).min(self.budget.max(most(|e| e.rows)));
+        // A full batch of the examples that have most of it per row.
+        let bound = |f: fn(&Extent) -> usize| {
+            let density = extents.iter().map(|e| f(e) as f64 / e.rows as f64).fold(0.0, f64::max);
+            all(f).min((density * rows as f64).ceil() as usize)
+        };
+        Extent {
+            rows,
+            targets: bound(|e| e.targets),
+            segments: bound(|e| e.segments),
+            sequences: bound(|e| e.sequences),
+            longest: most(|e| e.longest),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Sequence;
+    use proptest::prelude::*;
+
+    fn pair(prompt: usize, chosen: usize, rejected: usize) -> Example {
+        let sequence = |len: usize, fill: u32| {
+            let ids = [vec![1; prompt], vec![fill; len]].concat();
+            Sequence { ids, first: prompt }
+        };
+        Example { row: 0, sequences: vec![sequence(chosen, 2), sequence(rejected, 3)] }
+    }
+
+    proptest! {
+        #[test]
+        fn no_batch_is_larger_than_the_bound(
+            lens in proptest::collection::vec((1usize..9, 1usize..9, 1usize..9), 1..20),
+            budget in 1usize..60,
+            at_most in 1usize..8,
+            shared in proptest::bool::ANY,
+        ) {
+            let sharing = if shared { Sharing::On } else { Sharing::Off };
+            let packing = Packing { budget, sharing };
+            let examples: Vec<Example> = lens.into_iter().map(|(p, c, r)| pair(p, c, r)).collect();
+            let bound = packing.largest(&examples, at_most);
+            let all: Vec<&Example> = examples.iter().rev().collect();
+            for step in all.chunks(at_most) {
+                for (_, batch) in packing.batches(step) {
+                    prop_assert_eq!(batch.extent().max(bound), bound);
+                }
+            }
+        }
+    }
+}

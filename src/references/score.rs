@@ -1,0 +1,60 @@
+use crate::data::{self, Example, Extent, Packing};
+use crate::device::{Arena, Device, Dry, Ledger};
+use crate::error::Result;
+use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options};
+use crate::ops::Backend;
+
+/// A frozen model that gives log-probabilities.
+pub struct Scorer<'a, B: Backend> {
+    device: &'a B,
+    model: Model<B>,
+    acts: Acts<B>,
+    batch: Batch<B>,
+}
+
+fn build<D: Device>(arena: &mut Arena<D>, checkpoint: &Checkpoint, largest: &Extent) -> (Model<D>, Acts<D>, Batch<D>) {
+    let options = Options::frozen(largest.longest);
+    let model = Model::new(arena, &checkpoint.spec, checkpoint.architecture.naming, options);
+    (model, Acts::new(arena, &checkpoint.spec, largest, Keep::Nothing), Batch::new(arena, largest))
+}
+
+/// Memory of a scorer for batches up to `largest`.
+pub fn plan(checkpoint: &Checkpoint, largest: &Extent) -> Ledger {
+    let mut arena = Dry::arena();
+    build(&mut arena, checkpoint, largest);
+    arena.ledger()
+}
+
+impl<'a, B: Backend> Scorer<'a, B> {
+    pub fn new(device: &'a B, checkpoint: &Checkpoint, init: Init, largest: &Extent) -> Result<Self> {
+        let mut arena = Arena::new(device, &plan(checkpoint, largest))?;
+        let (mut model, acts, batch) = build(&mut arena, checkpoint, largest);
+        init.fill(device, checkpoint, &mut model)?;
+        Ok(Self { device, model, acts, batch })
+    }
+
+    /// `[examples][sequences][scored tokens]`, nats. `done` is told how many examples are finished.
+    pub fn score(
+        &mut self,
+        examples: &[Example],
+        packing: Packing,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Vec<Vec<f32>>>> {
+        let refs: Vec<&Example> = examples.iter().collect();
+        let mut all = Vec::with_capacity(examples.len());
+        for (range, host) in packing.batches(&refs) {
+            self.batch.load(self.device, &host)?;
+            self.model.forward(self.device, &self.batch, &mut self.acts)?;
+            let mut logps = vec![0.0; host.targets.len()];
+            self.device.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
+            all.extend(by_example(&host, &logps));
+            done(range.end);
+        }
+        Ok(all)
+    }
+}
+
+fn by_example<'a>(batch: &'a data::Batch, logps: &'a [f32]) -> impl Iterator<Item = Vec<Vec<f32>>> + 'a {
+    let sequences = |range: &std::ops::Range<usize>| batch.sequences[range.clone()].iter();
+    batch.examples.iter().map(move |example| sequences(example).map(|tokens| logps[tokens.clone()].to_vec()).collect())
+}

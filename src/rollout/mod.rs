@@ -1,0 +1,162 @@
+//! Generation with a KV cache. A prompt is computed once, whatever the number of completions; its keys and values
+//! lie in one slot, those of each completion in another, and attention reads them through the segment table that
+//! training uses. A sample's text depends on its seed and index alone, never on what is generated beside it.
+
+mod sampling;
+
+pub use sampling::Sampling;
+
+use crate::data::Extent;
+use crate::device::{Arena, Device, Dry, Kind, Ledger, Tensor};
+use crate::error::{Error, Result};
+use crate::model::{Acts, Batch, Keep, KvCache, Model, Spec};
+use crate::ops::Backend;
+use crate::ops::attention::{NO_PARENT, Segment};
+
+/// What to generate from one prompt.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// At least one token.
+    pub prompt: &'a [u32],
+    /// Completions; completion i draws from stream `first_sample + i` of the seed.
+    pub samples: usize,
+    pub first_sample: u64,
+    pub max_new_tokens: usize,
+    pub sampling: Sampling,
+    /// A completion ends with the first of these, which it keeps.
+    pub eos: &'a [u32],
+}
+
+impl Request<'_> {
+    fn extent(&self) -> Extent {
+        Extent {
+            rows: self.prompt.len().max(self.samples),
+            targets: self.samples,
+            segments: 1 + self.samples,
+            sequences: self.samples,
+            longest: self.prompt.len() + self.max_new_tokens,
+        }
+    }
+
+    /// Key rows: the prompt's slot, then one for each completion.
+    fn slot_rows(&self) -> usize {
+        self.prompt.len() + self.samples * self.max_new_tokens
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Completion {
+    pub ids: Vec<u32>,
+    /// Whether it ended with an end-of-sequence token, not at the length limit.
+    pub finished: bool,
+}
+
+struct Buffers<D: Device> {
+    acts: Acts<D>,
+    batch: Batch<D>,
+    kv: KvCache<D>,
+    /// `[samples, vocab]`
+    logits: Tensor<D>,
+}
+
+impl<D: Device> Buffers<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, request: &Request) -> Self {
+        let extent = request.extent();
+        Self {
+            acts: Acts::new(arena, spec, &extent, Keep::Nothing),
+            batch: Batch::new(arena, &extent),
+            kv: KvCache::new(arena, spec, request.slot_rows(), extent.rows),
+            logits: arena.floats(Kind::Workspace, request.samples, spec.vocab),
+        }
+    }
+}
+
+/// Memory of a generation besides the model.
+pub fn plan(spec: &Spec, request: &Request) -> Ledger {
+    let mut arena = Dry::arena();
+    Buffers::new(&mut arena, spec, request);
+    arena.ledger()
+}
+
+/// Completions of one prompt. The model's rotation table must reach `prompt + max_new_tokens`.
+pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> Result<Vec<Completion>> {
+    if request.prompt.is_empty() {
+        let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
+        return Err(Error::option("--prompt", detail));
+    }
+    let mut arena = Arena::new(device, &plan(&model.spec, request))?;
+    let mut buffers = Buffers::new(&mut arena, &model.spec, request);
+    let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];
+    let first = prefill(device, model, request, &mut buffers)?;
+    let mut logits: Vec<&[f32]> = vec![&first; request.samples];
+    let mut active: Vec<usize> = (0..request.samples).collect();
+    let mut next = Vec::new();
+    loop {
+        for (logits, sample) in logits.iter().zip(&active) {
+            let completion = &mut completions[*sample];
+            let stream = request.first_sample + *sample as u64;
+            let id = request.sampling.choose(logits, stream, completion.ids.len() as u64)?;
+            completion.ids.push(id);
+            completion.finished = request.eos.contains(&id);
+        }
+        let open = |s: &usize| !completions[*s].finished && completions[*s].ids.len() < request.max_new_tokens;
+        active.retain(open);
+        if active.is_empty() {
+            return Ok(completions);
+        }
+        decode(device, model, request, &mut buffers, &completions, &active, &mut next)?;
+        logits = next.chunks_exact(model.spec.vocab).collect();
+    }
+}
+
+fn prompt_segment(request: &Request, queries: usize) -> Segment {
+    let len = request.prompt.len() as u32;
+    Segment { start: 0, len, parent: NO_PARENT, position: 0, query_start: 0, queries: queries as u32 }
+}
+
+/// Runs the prompt; returns the logits of its last row.
+fn prefill<B: Backend>(device: &B, model: &Model<B>, request: &Request, b: &mut Buffers<B>) -> Result<Vec<f32>> {
+    let len = request.prompt.len();
+    let rows: Vec<u32> = (0..len as u32).collect();
+    b.batch.load_decode(device, request.prompt, &rows, &[prompt_segment(request, len)], &[len as u32 - 1])?;
+    b.kv.set_append(device, &rows)?;
+    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)?;
+    let mut logits = vec![0.0; model.spec.vocab];
+    device.read_f32(b.logits.top(1), &mut logits)?;
+    Ok(logits)
+}
+
+/// Runs the newest token of every active completion; `logits` becomes `[active, vocab]`.
+fn decode<B: Backend>(
+    device: &B,
+    model: &Model<B>,
+    request: &Request,
+    b: &mut Buffers<B>,
+    completions: &[Completion],
+    active: &[usize],
+    logits: &mut Vec<f32>,
+) -> Result<()> {
+    let prompt = request.prompt.len();
+    let done = |sample: usize| completions[sample].ids.len();
+    let slot = |sample: usize| prompt + sample * request.max_new_tokens;
+    let newest = |sample: &usize| *completions[*sample].ids.last().expect("sampled before it is decoded");
+    let tokens: Vec<u32> = active.iter().map(newest).collect();
+    let positions: Vec<u32> = active.iter().map(|s| (prompt + done(*s) - 1) as u32).collect();
+    let append: Vec<u32> = active.iter().map(|s| (slot(*s) + done(*s) - 1) as u32).collect();
+    let completion = |(query, sample): (usize, &usize)| Segment {
+        start: slot(*sample) as u32,
+        len: done(*sample) as u32,
+        parent: 0,
+        position: prompt as u32,
+        query_start: query as u32,
+        queries: 1,
+    };
+    let completions = active.iter().enumerate().map(completion);
+    let segments: Vec<Segment> = std::iter::once(prompt_segment(request, 0)).chain(completions).collect();
+    let read: Vec<u32> = (0..active.len() as u32).collect();
+    b.batch.load_decode(device, &tokens, &positions, &segments, &read)?;
+    b.kv.set_append(device, &append)?;
+    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)?;
+    logits.resize(active.len() * model.spec.vocab, 0.0);
+    device.read_f32(b.logits.top(active.len()), logits)
+}

@@ -1,0 +1,140 @@
+//! What a run came to: a table before and after, samples, curves. Read from the run's own logs, so a resumed run
+//! reports the same as an uninterrupted one.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::metrics::{EVALUATIONS, METRICS, read_lines};
+use super::plot::{Panel, Series, curves_svg, sparkline};
+use super::run::SAMPLES;
+use crate::checkpoint::write_file;
+use crate::error::Result;
+
+type Lines = Vec<Map<String, Value>>;
+
+pub struct Report {
+    output: PathBuf,
+    objective: &'static str,
+    metrics: Lines,
+    evaluations: Lines,
+    samples: Lines,
+}
+
+/// (label, key of an evaluation, factor, decimals, unit)
+const TABLE: &[(&str, &str, f64, usize, &str)] = &[
+    ("pair accuracy", "eval_accuracy", 100.0, 1, " %"),
+    ("margin", "eval_margin", 1.0, 3, " nats"),
+    ("loss", "eval_loss", 1.0, 4, ""),
+    ("perplexity of chosen", "eval_perplexity", 1.0, 2, ""),
+];
+
+impl Report {
+    /// Reads the logs of a run.
+    pub fn read(output: &Path, objective: &'static str) -> Result<Self> {
+        let lines = |name: &str| read_lines(&output.join(name));
+        let (metrics, evaluations, samples) = (lines(METRICS)?, lines(EVALUATIONS)?, lines(SAMPLES)?);
+        Ok(Self { output: output.to_path_buf(), objective, metrics, evaluations, samples })
+    }
+
+    /// The end of a run, as text.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        self.table(&mut out);
+        self.generations(&mut out);
+        self.sparklines(&mut out);
+        let seconds: f64 = self.metrics.iter().filter_map(|line| number(line, "step_time")).sum();
+        let tokens: f64 = self.metrics.iter().filter_map(|line| number(line, "tokens")).sum();
+        let steps = self.metrics.len();
+        let _ = writeln!(out, "{steps} steps in {seconds:.1} s, {:.0} tokens/s", tokens / seconds.max(1e-9));
+        let _ = writeln!(out, "model   {}", self.output.display());
+        let _ = writeln!(out, "curves  {}", self.plot_path().display());
+        out
+    }
+
+    fn table(&self, out: &mut String) {
+        let (Some(before), Some(after)) = (self.evaluations.first(), self.evaluations.last()) else { return };
+        let rows = number(after, "eval_rows").unwrap_or(0.0);
+        let _ = writeln!(out, "{:<24}{:>14}{:>14}", format!("{rows} held-out rows"), "before", "after");
+        for (label, key, factor, decimals, unit) in TABLE {
+            let cell = |line| number(line, key).map(|value| format!("{:.decimals$}{unit}", factor * value));
+            if let (Some(before), Some(after)) = (cell(before), cell(after)) {
+                let _ = writeln!(out, "{label:<24}{before:>14}{after:>14}");
+            }
+        }
+        out.push('\n');
+    }
+
+    /// The course of the run at a glance.
+    fn sparklines(&self, out: &mut String) {
+        for (label, key) in [("training loss", "loss"), ("reward margin", "rewards/margins")] {
+            let values: Vec<f64> = self.metrics.iter().filter_map(|line| number(line, key)).collect();
+            if let ([first, .., last], true) = (values.as_slice(), values.len() >= 10) {
+                let _ = writeln!(out, "{label:<14} {first:.3} {} {last:.3}", sparkline(&values, 50));
+            }
+        }
+        out.push('\n');
+    }
+
+    fn generations(&self, out: &mut String) {
+        let step = |line: &Map<String, Value>| number(line, "step").unwrap_or(0.0);
+        let Some(last) = self.samples.iter().map(step).reduce(f64::max) else { return };
+        for (title, wanted) in [("before", 0.0), ("after", last)] {
+            let _ = writeln!(out, "samples {title} training");
+            for line in self.samples.iter().filter(|line| step(line) == wanted) {
+                let text = |key: &str| line.get(key).and_then(Value::as_str).unwrap_or("").replace('\n', " ");
+                let _ = writeln!(out, "  {}|{}", text("prompt"), text("completion"));
+            }
+        }
+        out.push('\n');
+    }
+
+    fn plot_path(&self) -> PathBuf {
+        self.output.join("curves.svg")
+    }
+
+    pub fn write_plot(&self) -> Result<()> {
+        let svg = curves_svg(&format!("cuvee: {}", self.objective), "step", &self.panels());
+        write_file(&self.plot_path(), |out| out.write_all(svg.as_bytes()))
+    }
+
+    fn panels(&self) -> Vec<Panel> {
+        let train = |name: &str, key: &str| series(&self.metrics, name, key);
+        let eval = |name: &str, key: &str| series(&self.evaluations, name, key);
+        let panel = |title: &str, y_label: &str, series: Vec<Series>| {
+            let series: Vec<Series> = series.into_iter().filter(|s| !s.points.is_empty()).collect();
+            (!series.is_empty()).then(|| Panel { title: title.into(), y_label: y_label.into(), series })
+        };
+        let panels = [
+            panel("loss", "nats", vec![train("training", "loss"), eval("held out", "eval_loss")]),
+            panel(
+                "reward margin",
+                "chosen - rejected",
+                vec![train("training", "rewards/margins"), eval("held out", "eval_rewards/margins")],
+            ),
+            panel(
+                "pair accuracy",
+                "share",
+                vec![train("training", "rewards/accuracies"), eval("held out", "eval_accuracy")],
+            ),
+            panel(
+                "log-probability of completions",
+                "nats",
+                vec![train("chosen", "logps/chosen"), train("rejected", "logps/rejected")],
+            ),
+            panel("gradient norm, before clipping", "", vec![train("training", "grad_norm")]),
+            panel("learning rate", "", vec![train("training", "learning_rate")]),
+        ];
+        panels.into_iter().flatten().collect()
+    }
+}
+
+fn number(line: &Map<String, Value>, key: &str) -> Option<f64> {
+    line.get(key).and_then(Value::as_f64)
+}
+
+fn series(lines: &Lines, name: &str, key: &str) -> Series {
+    let points = lines.iter().filter_map(|line| Some((number(line, "step")?, number(line, key)?))).collect();
+    Series { name: name.into(), points }
+}

@@ -1,0 +1,115 @@
+//! Checkpoints of a run: the model as Hugging Face stores it, and beside it what continuing needs, bit for bit.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::policy::Policy;
+use crate::checkpoint::hf::{copy_companions, write_config};
+use crate::checkpoint::json::{read_json, write_json};
+use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
+use crate::error::{At, Error, Result};
+use crate::model::sources;
+use crate::ops::Backend;
+
+const STATE: &str = "cuvee_state.json";
+const TENSORS: &str = "optimizer.safetensors";
+const MODEL: &str = "model.safetensors";
+
+/// Where a run stands. Random choices are functions of seed and step, so there is no more to it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RunState {
+    /// Optimizer steps done.
+    pub step: u64,
+    pub num_tokens: u64,
+    /// Every setting that decides the course of the run, as the user writes it.
+    pub course: Map<String, Value>,
+}
+
+/// Writes the trained model as a Hugging Face folder into `dir`.
+pub fn save_model<B: Backend>(
+    device: &B,
+    policy: &mut Policy<B>,
+    source: &Path,
+    dir: &Path,
+    dtype: SaveDtype,
+) -> Result<()> {
+    let params = policy.model.params_mut();
+    save_safetensors(&dir.join(MODEL), &sources(device, &params), dtype)?;
+    write_config(source, dir, dtype)?;
+    copy_companions(source, dir)
+}
+
+/// Writes what continuing needs into `dir`: moments, full-precision weights where the model was rounded, state.
+pub fn save_state<B: Backend>(
+    device: &B,
+    policy: &mut Policy<B>,
+    state: &RunState,
+    dir: &Path,
+    dtype: SaveDtype,
+) -> Result<()> {
+    let (model, optimizer) = (&mut policy.model, &policy.optimizer);
+    let params = model.params_mut();
+    let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
+    let trained = params.iter().filter(|param| param.grad.is_some());
+    for (param, state) in trained.zip(optimizer.states()) {
+        for (what, tensor) in state.named() {
+            tensors.push(TensorSource {
+                name: format!("{}.{what}", param.name),
+                shape: param.shape(),
+                fill: Box::new(move |out: &mut [f32]| device.read_f32(tensor.view(), out)),
+            });
+        }
+    }
+    save_safetensors(&dir.join(TENSORS), &tensors, SaveDtype::F32)?;
+    write_json(&dir.join(STATE), state)
+}
+
+/// Reads where a checkpoint stands, and refuses one of another course.
+pub fn read_state(dir: &Path, course: &Map<String, Value>) -> Result<RunState> {
+    let path = dir.join(STATE);
+    if !path.exists() {
+        let detail = format!("holds no {STATE}; --resume-from-checkpoint takes a checkpoint-N folder of cuvee");
+        return Err(Error::file(dir, detail));
+    }
+    let state: RunState = serde_json::from_value(read_json(&path)?).at(&path)?;
+    let differs = |(key, now): &(&String, &Value)| state.course.get(*key) != Some(now);
+    match course.iter().find(differs) {
+        None => Ok(state),
+        Some((key, now)) => {
+            let then = state.course.get(key).unwrap_or(&Value::Null);
+            let detail = format!(
+                "the checkpoint in {} was made with {then}, this run has {now}; give the same, or start a new run in another --output-dir",
+                dir.display()
+            );
+            Err(Error::option(format!("--{}", key.replace('_', "-")), detail))
+        }
+    }
+}
+
+/// Puts weights and moments of a checkpoint into a policy.
+pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dtype: SaveDtype) -> Result<()> {
+    let tensors = Weights::open_file(&dir.join(TENSORS))?;
+    let model_file = match dtype {
+        SaveDtype::F32 => &Weights::open(dir)?,
+        SaveDtype::Bf16 => &tensors,
+    };
+    let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
+    let mut values = Vec::new();
+    let mut states = optimizer.states_mut().iter_mut();
+    for param in model.params_mut() {
+        values.resize(param.value.len(), 0.0);
+        model_file.read(&param.name, &param.shape(), &mut values)?;
+        device.write_f32(&values, param.value.view_mut())?;
+        if param.grad.is_none() {
+            continue;
+        }
+        let state = states.next().expect("one state for each trained weight");
+        for (what, tensor) in state.named_mut() {
+            tensors.read(&format!("{}.{what}", param.name), &param.shape(), &mut values)?;
+            device.write_f32(&values, tensor.view_mut())?;
+        }
+    }
+    model.fill_tables(device)
+}

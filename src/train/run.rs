@@ -1,0 +1,317 @@
+//! A training run from its settings to a Hugging Face folder.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+
+use super::evaluate::{Evaluation, evaluate};
+use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState};
+use super::plan::{flops_per_step, sample_request};
+use super::policy::Policy;
+use super::report::Report;
+use super::resume::{RunState, load_state, read_state, save_model, save_state};
+use super::settings::{Resume, Settings};
+use super::step::{StepBatch, step};
+use super::task::Task;
+use crate::checkpoint::run_dir::{
+    Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, remove_stale,
+};
+use crate::checkpoint::{write_dir, write_file};
+use crate::data::Example;
+use crate::error::{Error, Result};
+use crate::ops::Backend;
+use crate::optim::Schedule;
+use crate::progress::Progress;
+use crate::references::RefLogps;
+use crate::rollout::{self, Request};
+
+/// Text generated before and after training, one JSON line each.
+pub const SAMPLES: &str = "samples.jsonl";
+
+/// How a run ended, short of an error.
+pub enum Outcome {
+    Finished(Report),
+    /// `--stop-at-step`: the checkpoint lies there.
+    Stopped(PathBuf),
+    /// The output folder already holds this run, finished.
+    AlreadyFinished,
+}
+
+/// Trains. `stop` is asked between steps; true writes a checkpoint and returns [`Error::Interrupted`].
+pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
+    let task = Task::prepare(settings)?;
+    task.datasets().iter().flat_map(|d| d.report()).for_each(|line| eprintln!("{line}"));
+    let course = task.course(settings)?;
+    let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
+    let ref_logps = score_references(device, settings, &task, stop)?;
+    let blueprint = task.blueprint(settings);
+    let mut policy = blueprint.build(device)?;
+    match &start.from {
+        Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
+        None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
+    }
+    let log = |name: &str, step: u64| match (&start.from, settings.output_dir.join(name)) {
+        (Some(_), path) => LineLog::resume(&path, step),
+        (None, path) => LineLog::create(&path),
+    };
+    // What comes after the last step is done again by a run that was killed during it.
+    let before_end = start.state.step.min(task.max_steps - 1);
+    let metrics = log(METRICS, start.state.step)?;
+    let (evaluations, samples) = (log(EVALUATIONS, before_end)?, log(SAMPLES, before_end)?);
+    let mut session = Session {
+        device,
+        settings,
+        schedule: Schedule::new(settings.learning_rate, settings.decay, settings.warmup_ratio, task.max_steps),
+        flops_per_step: flops_per_step(&task, settings, &blueprint)?,
+        policy,
+        ref_logps,
+        state: start.state,
+        metrics,
+        evaluations,
+        samples,
+        task: &task,
+    };
+    session.train(stop)
+}
+
+/// Where a run begins.
+struct Start {
+    state: RunState,
+    /// The checkpoint to load, if any.
+    from: Option<PathBuf>,
+}
+
+/// Claims the output folder or finds the checkpoint to continue from; `None` when there is nothing left to do.
+fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Option<Start>> {
+    let output = &settings.output_dir;
+    let continues = settings.resume.is_some() && is_run(output);
+    if continues && is_finished(output) {
+        return Ok(None);
+    }
+    let from = match &settings.resume {
+        Some(Resume::At(dir)) => Some(dir.clone()),
+        Some(Resume::Newest) if continues => {
+            remove_stale(output)?;
+            latest_checkpoint(output)?.map(|(_, dir)| dir)
+        }
+        _ => None,
+    };
+    let state = match &from {
+        Some(dir) => read_state(dir, course)?,
+        None => RunState { step: 0, num_tokens: 0, course: course.clone() },
+    };
+    if !continues {
+        if let Claim::Moved(old) = claim(output)? {
+            eprintln!("{}: the finished run there is now {}", output.display(), old.display());
+        }
+    } else if from.is_none() {
+        eprintln!("{}: no checkpoint yet, starting at the beginning", output.display());
+    }
+    if let Some(dir) = &from {
+        eprintln!("continuing after step {} from {}", state.step, dir.display());
+    }
+    write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
+    Ok(Some(Start { state, from }))
+}
+
+/// `[references][data sets]`
+fn score_references<B: Backend>(
+    device: &B,
+    settings: &Settings,
+    task: &Task,
+    stop: &dyn Fn() -> bool,
+) -> Result<Vec<Vec<RefLogps>>> {
+    let datasets = task.datasets();
+    let score = |reference: &crate::references::Reference| {
+        reference.logps(device, &datasets, settings.packing, &settings.cache_dir, stop)
+    };
+    task.references.iter().map(score).collect()
+}
+
+struct Session<'a, B: Backend> {
+    device: &'a B,
+    settings: &'a Settings,
+    task: &'a Task,
+    schedule: Schedule,
+    flops_per_step: f64,
+    policy: Policy<B>,
+    ref_logps: Vec<Vec<RefLogps>>,
+    state: RunState,
+    metrics: LineLog,
+    evaluations: LineLog,
+    samples: LineLog,
+}
+
+impl<B: Backend> Session<'_, B> {
+    fn train(&mut self, stop: &dyn Fn() -> bool) -> Result<Outcome> {
+        if self.state.step == 0 {
+            self.evaluate()?;
+            self.sample()?;
+        }
+        let max_steps = self.task.max_steps;
+        let mut progress = Progress::new("training", max_steps, "steps").starting_at(self.state.step);
+        while self.state.step < max_steps {
+            if stop() {
+                let detail = match self.state.step {
+                    0 => "before the first step".to_string(),
+                    _ => format!("{} holds everything", self.save_checkpoint()?.display()),
+                };
+                let how = "--resume-from-checkpoint auto continues";
+                return Err(Error::Interrupted { detail: format!("{detail}; {how}") });
+            }
+            if self.settings.stop_at_step.is_some_and(|last| self.state.step >= last) {
+                return Ok(Outcome::Stopped(self.save_checkpoint()?));
+            }
+            let message = self.step()?;
+            progress.at(self.state.step, &message);
+            self.after_step(&progress)?;
+        }
+        progress.finish();
+        self.finish().map(Outcome::Finished)
+    }
+
+    /// One optimizer step and its line; returns what the progress bar says.
+    fn step(&mut self) -> Result<String> {
+        let number = self.state.step + 1;
+        let indices = self.task.examples_of_step(self.settings, number);
+        let examples: Vec<&Example> = indices.iter().map(|i| &self.task.train.examples[*i]).collect();
+        let of_train = |reference: &'_ Vec<RefLogps>| -> Vec<Vec<f64>> {
+            indices.iter().map(|i| reference[0].sums[*i].clone()).collect()
+        };
+        let ref_sums: Vec<Vec<Vec<f64>>> = self.ref_logps.iter().map(of_train).collect();
+        let ref_logps: Vec<Vec<&[f64]>> =
+            ref_sums.iter().map(|sums| sums.iter().map(Vec::as_slice).collect()).collect();
+        let batch = StepBatch { examples: &examples, ref_logps: &ref_logps };
+        let (rate, started) = (self.schedule.rate(number), Instant::now());
+        let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
+        let result = step(self.device, &mut self.policy, objective, packing, &batch, number, rate);
+        let result = result.map_err(|e| self.keep_last_good(e))?;
+        let step_time = started.elapsed().as_secs_f64();
+        self.state.step = number;
+        self.state.num_tokens += examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
+        let line = Line {
+            step: number,
+            epoch: self.task.epoch(number),
+            loss: result.loss,
+            grad_norm: result.grad_norm,
+            learning_rate: rate,
+            metrics: &result.metrics,
+            step_time,
+            tokens: result.rows,
+            num_tokens: self.state.num_tokens,
+        };
+        self.metrics.append(&line.to_json())?;
+        let margin = result.metrics.iter().find(|(name, _)| *name == "rewards/margins");
+        let margin = margin.map_or(String::new(), |(_, value)| format!(" margin {value:.3}"));
+        Ok(format!("loss {:.4}{margin} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+    }
+
+    /// A step that failed changed nothing: what came before it is worth keeping.
+    fn keep_last_good(&mut self, error: Error) -> Error {
+        let Error::NotFinite { step, what, detail } = error else { return error };
+        if self.state.step == 0 {
+            return Error::NotFinite { step, what, detail };
+        }
+        let kept = match self.save_checkpoint() {
+            Ok(dir) => format!("the state before this step is in {}", dir.display()),
+            Err(e) => format!("the state before this step could not be saved: {e}"),
+        };
+        Error::NotFinite { step, what, detail: format!("{detail}; {kept}") }
+    }
+
+    fn after_step(&mut self, progress: &Progress) -> Result<()> {
+        let due = |every: Option<u64>| every.is_some_and(|every| self.state.step.is_multiple_of(every));
+        let (eval, save) = (due(self.settings.eval_steps), due(self.settings.save_steps));
+        if eval && self.state.step < self.task.max_steps {
+            let line = self.evaluate()?.map(|e| describe(&e));
+            line.iter().for_each(|line| progress.say(line));
+        }
+        if save {
+            self.save_checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self) -> Result<Option<Evaluation>> {
+        let Some(eval) = &self.task.eval else { return Ok(None) };
+        let started = Instant::now();
+        let ref_logps: Vec<RefLogps> = self.ref_logps.iter().map(|by_dataset| by_dataset[1].clone()).collect();
+        let objective = self.task.objective.as_ref();
+        let (packing, examples) = (self.settings.packing, &eval.examples);
+        let measured = evaluate(self.device, &mut self.policy, objective, packing, examples, &ref_logps)?;
+        let evaluation = Evaluation {
+            step: self.state.step,
+            epoch: self.task.epoch(self.state.step),
+            rows: eval.examples.len(),
+            loss: measured.loss,
+            summary: measured.summary,
+            metrics: measured.metrics.into_iter().map(|(name, value)| (name.to_string(), value)).collect(),
+            runtime: started.elapsed().as_secs_f64(),
+        };
+        self.evaluations.append(&evaluation.to_json())?;
+        Ok(Some(evaluation))
+    }
+
+    /// One completion for each sample prompt, each from its own random stream.
+    fn sample(&mut self) -> Result<()> {
+        let eos = self.task.tokenizer.stops();
+        for (i, prompt) in self.task.prompts(self.settings).into_iter().enumerate() {
+            let request = Request { first_sample: i as u64, eos, ..sample_request(self.settings, prompt) };
+            let completion = rollout::generate(self.device, &self.policy.model, &request)?.remove(0);
+            self.samples.append(&json!({
+                "step": self.state.step,
+                "prompt": self.task.tokenizer.decode(prompt)?,
+                "completion": self.task.tokenizer.decode(&completion.ids)?,
+                "finished": completion.finished,
+            }))?;
+        }
+        Ok(())
+    }
+
+    fn save_checkpoint(&mut self) -> Result<PathBuf> {
+        let path = checkpoint_path(&self.settings.output_dir, self.state.step);
+        // Lines that the checkpoint counts on must not be younger than it.
+        [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
+        let trainer_state = self.trainer_state();
+        let (device, settings, state) = (self.device, self.settings, &self.state);
+        let policy = &mut self.policy;
+        write_dir(&path, |dir| {
+            save_model(device, policy, &settings.model, dir, settings.dtype)?;
+            save_state(device, policy, state, dir, settings.dtype)?;
+            trainer_state.write(&settings.output_dir, dir)
+        })?;
+        Ok(path)
+    }
+
+    fn trainer_state(&self) -> TrainerState {
+        TrainerState {
+            global_step: self.state.step,
+            epoch: self.task.epoch(self.state.step),
+            max_steps: self.task.max_steps,
+            num_train_epochs: self.settings.num_train_epochs,
+            train_batch_size: self.settings.batch_size,
+            num_tokens: self.state.num_tokens,
+            total_flops: self.flops_per_step * self.state.step as f64,
+            eval_steps: self.settings.eval_steps,
+            save_steps: self.settings.save_steps,
+        }
+    }
+
+    fn finish(&mut self) -> Result<Report> {
+        self.evaluate()?;
+        self.sample()?;
+        let output: &Path = &self.settings.output_dir;
+        save_model(self.device, &mut self.policy, &self.settings.model, output, self.settings.dtype)?;
+        self.trainer_state().write(output, output)?;
+        let report = Report::read(output, self.task.objective.name())?;
+        report.write_plot()?;
+        finish(output)?;
+        Ok(report)
+    }
+}
+
+fn describe(e: &Evaluation) -> String {
+    let accuracy = e.summary.accuracy.map_or(String::new(), |a| format!(", pair accuracy {:.1} %", 100.0 * a));
+    format!("step {}: held-out loss {:.4}{accuracy}, perplexity {:.2}", e.step, e.loss, e.summary.perplexity)
+}

@@ -1,0 +1,65 @@
+use std::path::PathBuf;
+
+use crate::checkpoint::SaveDtype;
+use crate::data::{EncodeOptions, Packing};
+use crate::model::Init;
+use crate::objectives::Params;
+use crate::optim::{Decay, Hyper};
+
+/// A run, completely: what the command line and the recipe come down to.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub model: PathBuf,
+    pub init: Init,
+    /// Frozen references; empty means the policy at step 0.
+    pub ref_models: Vec<PathBuf>,
+    pub dataset: PathBuf,
+    pub eval_dataset: Option<PathBuf>,
+    pub output_dir: PathBuf,
+    pub cache_dir: PathBuf,
+    pub objective: String,
+    pub objective_params: Params,
+    pub optimizer: String,
+    pub hyper: Hyper,
+    pub learning_rate: f64,
+    pub decay: Decay,
+    pub warmup_ratio: f64,
+    pub num_train_epochs: f64,
+    /// Overrides the epochs.
+    pub max_steps: Option<u64>,
+    pub stop_at_step: Option<u64>,
+    pub resume: Option<Resume>,
+    /// Examples of one optimizer step.
+    pub batch_size: usize,
+    pub shuffle: bool,
+    pub seed: u64,
+    pub encode: EncodeOptions,
+    pub packing: Packing,
+    /// Keep block inputs only and run each block's forward again in its backward.
+    pub recompute: bool,
+    pub eval_steps: Option<u64>,
+    pub save_steps: Option<u64>,
+    /// What the checkpoints hold.
+    pub dtype: SaveDtype,
+    pub samples: Samples,
+    /// The same, as a recipe to be kept with the results.
+    pub recipe: String,
+}
+
+/// Where to continue.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Resume {
+    /// At the newest checkpoint of the output folder, or at the start if it has none.
+    Newest,
+    At(PathBuf),
+}
+
+/// Generations shown before and after training.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Samples {
+    /// 0 = none.
+    pub count: usize,
+    pub max_new_tokens: usize,
+    pub temperature: f64,
+    pub top_p: f64,
+}

@@ -1,0 +1,197 @@
+//! What a run needs before it touches a device: files read, names looked up, sizes known.
+
+use serde_json::{Map, Value, json};
+
+use super::settings::Settings;
+use super::step::check_needs;
+use crate::data::{Dataset, Extent, Form, Tokenizer, epoch_order};
+use crate::device::Philox;
+use crate::error::{Error, Result};
+use crate::model::{Checkpoint, Init, Keep, fingerprint};
+use crate::objectives::{self, Objective};
+use crate::optim;
+use crate::references::Reference;
+use crate::train::Blueprint;
+
+/// Rows of a micro-batch where the user does not say: large enough to keep the cores busy, small enough for the
+/// activations of a 135M model to fit beside a browser.
+pub const MICRO_BATCH_TOKENS: usize = 2048;
+
+/// Streams of the seed. Names are hashed, so a new one disturbs no other.
+const SHUFFLE: &str = "shuffle";
+
+pub struct Task {
+    pub checkpoint: Checkpoint,
+    pub tokenizer: Tokenizer,
+    pub objective: Box<dyn Objective>,
+    pub optimizer: &'static optim::Entry,
+    pub references: Vec<Reference>,
+    pub train: Dataset,
+    pub eval: Option<Dataset>,
+    pub steps_per_epoch: u64,
+    pub max_steps: u64,
+}
+
+/// The objective of a run, checked against what training can give it and which references are named.
+pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
+    let objective = objectives::build(&settings.objective, &settings.objective_params)?;
+    let (name, needs) = (objective.name(), objective.needs());
+    check_needs(name, &needs)?;
+    let (given, most) = (settings.ref_models.len(), *needs.refs.end());
+    if given > most {
+        let detail = format!("{given} given, but {name} uses {most}; leave the rest out");
+        return Err(Error::option("--ref-model", detail));
+    }
+    Ok(objective)
+}
+
+/// The references that an objective reads: those named, or else the policy as it starts.
+pub fn references(settings: &Settings, objective: &dyn Objective) -> Result<Vec<Reference>> {
+    if *objective.needs().refs.end() == 0 {
+        return Ok(Vec::new());
+    }
+    if settings.ref_models.is_empty() {
+        return Ok(vec![Reference { checkpoint: Checkpoint::open(&settings.model)?, init: settings.init }]);
+    }
+    let open = |dir: &std::path::PathBuf| Ok(Reference { checkpoint: Checkpoint::open(dir)?, init: Init::Checkpoint });
+    settings.ref_models.iter().map(open).collect()
+}
+
+impl Task {
+    /// Reads and checks everything that can fail cheaply, before an output folder is made.
+    pub fn prepare(settings: &Settings) -> Result<Self> {
+        let objective = objective(settings)?;
+        let optimizer = optim::find(&settings.optimizer)?;
+        let checkpoint = Checkpoint::open(&settings.model)?;
+        let references = references(settings, objective.as_ref())?;
+        let tokenizer = Tokenizer::load(&settings.model)?;
+        let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
+        let train = load(&settings.dataset)?;
+        let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
+        for reference in &references {
+            check_vocabulary(&reference.checkpoint, [Some(&train), eval.as_ref()].into_iter().flatten())?;
+        }
+        let steps_per_epoch = train.examples.len().div_ceil(settings.batch_size) as u64;
+        let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
+        let max_steps = settings.max_steps.unwrap_or(by_epochs);
+        Ok(Self { checkpoint, tokenizer, objective, optimizer, references, train, eval, steps_per_epoch, max_steps })
+    }
+
+    pub fn datasets(&self) -> Vec<&Dataset> {
+        std::iter::once(&self.train).chain(&self.eval).collect()
+    }
+
+    /// Indices of the training examples of step `step`, counted from 1.
+    pub fn examples_of_step(&self, settings: &Settings, step: u64) -> Vec<usize> {
+        let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch);
+        let random = Philox::named(settings.seed, &format!("{SHUFFLE} {epoch}"));
+        let order = epoch_order(self.train.examples.len(), settings.shuffle, &mut |i| random.u64(i));
+        let first = index as usize * settings.batch_size;
+        order[first..(first + settings.batch_size).min(order.len())].to_vec()
+    }
+
+    pub fn epoch(&self, step: u64) -> f64 {
+        step as f64 / self.steps_per_epoch as f64
+    }
+
+    /// Memory of a run with this data.
+    pub fn blueprint(&self, settings: &Settings) -> Blueprint<'_> {
+        let packing = settings.packing;
+        let largest = packing.largest(&self.train.examples, settings.batch_size);
+        let eval = self.eval.as_ref().map_or(Extent::default(), |d| packing.largest(&d.examples, d.examples.len()));
+        let largest = largest.max(eval);
+        let samples = self.prompts(settings).iter().map(|p| p.len() + settings.samples.max_new_tokens).max();
+        Blueprint {
+            checkpoint: &self.checkpoint,
+            optimizer: self.optimizer,
+            hyper: settings.hyper,
+            largest,
+            positions: largest.longest.max(samples.unwrap_or(0)),
+            keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
+        }
+    }
+
+    /// Prompts of the samples: those of the first evaluation rows.
+    pub fn prompts(&self, settings: &Settings) -> Vec<&[u32]> {
+        let examples = self.eval.as_ref().map_or(&[][..], |eval| &eval.examples).iter().take(settings.samples.count);
+        examples.map(|example| &example.sequences[0]).map(|sequence| &sequence.ids[..sequence.first]).collect()
+    }
+
+    /// Every setting that decides the course of a run; a checkpoint of another course cannot be continued.
+    pub fn course(&self, settings: &Settings) -> Result<Map<String, Value>> {
+        let identity = |checkpoint: &Checkpoint, init: Init| -> Result<String> {
+            let weights = init.weights(checkpoint)?;
+            Ok(weights.map_or(format!("{init:?}"), |w| fingerprint(checkpoint, &w).to_hex()[..16].to_string()))
+        };
+        let references = self.references.iter().map(|r| identity(&r.checkpoint, r.init));
+        let hex = |bytes: [u8; 32]| blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string();
+        let mut course = json!({
+            "model": identity(&self.checkpoint, settings.init)?,
+            "ref_model": references.collect::<Result<Vec<_>>>()?,
+            "dataset": hex(self.train.fingerprint()),
+            "objective": self.objective.name(),
+            "optimizer": self.optimizer.name,
+            "adam_beta1": settings.hyper.beta1,
+            "adam_beta2": settings.hyper.beta2,
+            "adam_epsilon": settings.hyper.eps,
+            "weight_decay": settings.hyper.weight_decay,
+            "max_grad_norm": settings.hyper.max_grad_norm,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": format!("{:?}", settings.decay).to_lowercase(),
+            "warmup_ratio": settings.warmup_ratio,
+            "max_steps": self.max_steps,
+            "batch_size": settings.batch_size,
+            "no_shuffle": !settings.shuffle,
+            "seed": settings.seed,
+            "dtype": settings.dtype.config_name(),
+        });
+        for name in settings.objective_params.names() {
+            course[name] = settings.objective_params.get(name).into();
+        }
+        match course {
+            Value::Object(course) => Ok(course),
+            _ => unreachable!("made as an object above"),
+        }
+    }
+}
+
+fn load_dataset(
+    path: &std::path::Path,
+    tokenizer: &Tokenizer,
+    settings: &Settings,
+    objective: &dyn Objective,
+    checkpoint: &Checkpoint,
+) -> Result<Dataset> {
+    let mut dataset = Dataset::load(path, tokenizer, &settings.encode)?.not_empty()?;
+    let pairs = objective.needs().pairs;
+    if pairs && dataset.form != Form::Pairs {
+        let name = objective.name();
+        let detail = format!("{name} trains on pairs (prompt, chosen, rejected), these rows are {}", dataset.form);
+        return Err(Error::file(path, detail));
+    }
+    if !pairs {
+        // What an objective never reads is not run.
+        dataset.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
+    }
+    check_vocabulary(checkpoint, [&dataset])?;
+    Ok(dataset)
+}
+
+/// Token ids must have a row in the embedding.
+pub fn check_vocabulary<'a>(checkpoint: &Checkpoint, datasets: impl IntoIterator<Item = &'a Dataset>) -> Result<()> {
+    for dataset in datasets {
+        for example in &dataset.examples {
+            let largest = example.sequences.iter().flat_map(|s| &s.ids).max().copied().unwrap_or(0);
+            if largest as usize >= checkpoint.spec.vocab {
+                let detail = format!(
+                    "token {largest} of row {} of {} lies past its vocabulary of {}; do tokenizer.json and config.json belong together?",
+                    example.row,
+                    dataset.path.display(),
+                    checkpoint.spec.vocab
+                );
+                return Err(Error::file(&checkpoint.dir, detail));
+            }
+        }
+    }
+    Ok(())
+}
