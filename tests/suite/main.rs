@@ -1,3 +1,5 @@
 mod common;
+mod model;
 mod objectives;
 mod ops;
+mod tiny;
