@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// What a module may `use crate::` besides itself and `error`. `cli` and `main` may use everything.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("progress", &[]),
     ("device", &[]),
     ("data", &[]),
     ("objectives", &[]),
@@ -16,8 +17,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
-    ("references", &["device", "ops", "model", "data", "checkpoint"]),
-    ("train", &["device", "ops", "data", "objectives", "checkpoint", "model", "optim", "rollout", "references"]),
+    ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
+    (
+        "train",
+        &["device", "ops", "data", "objectives", "checkpoint", "model", "optim", "rollout", "references", "progress"],
+    ),
 ];
 /// Files of `src/` that stand above the modules.
 const ROOTS: &[&str] = &["lib", "main", "cli"];
