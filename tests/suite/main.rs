@@ -2,4 +2,5 @@ mod common;
 mod model;
 mod objectives;
 mod ops;
+mod step;
 mod tiny;
