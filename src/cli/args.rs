@@ -17,7 +17,7 @@ use crate::{Error, Result};
     max_term_width = 110,
     after_help = "\
 Start here:
-  cuvee train recipes/quickstart.toml     train a small model on preference pairs, in about a minute
+  cuvee train recipes/quickstart.toml     train a small model on preference pairs, in well under a minute
   cuvee train --help                      every option, with units and defaults"
 )]
 pub struct Cli {
@@ -180,7 +180,7 @@ pub struct OptimArgs {
     #[arg(long, value_name = "F", default_value = "0.999", value_parser = below_one)]
     pub adam_beta2: f64,
     /// Added to the denominator of the update
-    #[arg(long, value_name = "F", default_value = "1e-8", value_parser = positive)]
+    #[arg(long, value_name = "F", default_value = "1e-8", value_parser = normal)]
     pub adam_epsilon: f64,
     /// Scale gradients down to this global norm; 0 = off
     #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
@@ -259,7 +259,7 @@ pub struct SamplingArgs {
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Engine")]
 pub struct BatchingArgs {
-    /// Tokens the engine runs at once; changes memory and speed, not results [default: chosen by the engine]
+    /// Tokens the engine runs at once; changes memory and speed, and results by rounding only [default: 2048]
     #[arg(long, value_name = "N", value_parser = count)]
     pub micro_batch_tokens: Option<usize>,
     /// Run every sequence on its own, its prompt included, even where two share it; for comparison
@@ -549,6 +549,11 @@ fn positive(text: &str) -> Result<f64, String> {
     number(text, "above 0", |x| x > 0.0)
 }
 
+/// A number that f32 arithmetic does not round to 0: dividing by it is safe.
+fn normal(text: &str) -> Result<f64, String> {
+    number(text, "of 1.2e-38 or more", |x| x >= f64::from(f32::MIN_POSITIVE))
+}
+
 fn zero_or_more(text: &str) -> Result<f64, String> {
     number(text, "of 0 or more", |x| x >= 0.0)
 }
@@ -577,8 +582,14 @@ fn whole(text: &str, least: u64) -> Result<u64, String> {
     }
 }
 
+/// Far above any use, and low enough that the product of two sizes is still a number of rows.
+const MAX_SIZE: u64 = 1 << 24;
+
 fn size(text: &str, least: u64) -> Result<usize, String> {
-    usize::try_from(whole(text, least)?).map_err(|_| "too large for this machine".to_owned())
+    match whole(text, least)? {
+        value if value <= MAX_SIZE => Ok(value as usize),
+        _ => Err(format!("expected a whole number from {least} to {MAX_SIZE}")),
+    }
 }
 
 fn seed(text: &str) -> Result<u64, String> {

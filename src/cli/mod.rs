@@ -84,8 +84,10 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// The one device there is; `auto` takes it.
+/// The one device there is; `auto` takes it. What runs beside it, such as tokenization, gets as many threads.
 fn device(engine: &args::EngineArgs) -> Result<crate::device::Cpu, Error> {
+    // Fails only where a pool is there already, as in a test that calls this twice.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(engine.threads.unwrap_or(0)).build_global();
     match engine.device {
         args::Device::Auto | args::Device::Cpu => crate::device::Cpu::new(engine.threads.unwrap_or(0)),
     }

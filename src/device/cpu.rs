@@ -73,7 +73,7 @@ impl Device for Cpu {
     }
 
     fn alloc(&self, bytes: usize) -> Result<HostSpan> {
-        Ok(HostSpan::new(bytes))
+        HostSpan::new(bytes)
     }
 
     fn split(span: HostSpan, at: usize) -> (HostSpan, HostSpan) {

@@ -1,11 +1,12 @@
 //! Host memory for the devices that compute on the host.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::sync::Arc;
 
 use bytemuck::Pod;
 
 use super::{ALIGN_BYTES, DType, Device, View, ViewMut};
+use crate::error::{Error, Result};
 
 /// One aligned, zeroed allocation, freed when its last span goes.
 struct Block {
@@ -19,12 +20,21 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    fn new(bytes: usize) -> Self {
-        let layout = Layout::from_size_align(bytes.max(1), ALIGN_BYTES).expect("a plan fits the address space");
+    fn new(bytes: usize) -> Result<Self> {
+        let refused = || {
+            let size = format!("{:.1} GiB cannot be had", bytes as f64 / (1u64 << 30) as f64);
+            Error::op(
+                "memory",
+                format!(
+                    "{size}; `cuvee plan` shows what takes them, and --micro-batch-tokens, --max-length and --recompute what to change"
+                ),
+            )
+        };
+        let layout = Layout::from_size_align(bytes.max(1), ALIGN_BYTES).map_err(|_| refused())?;
         // SAFETY: the layout has a non-zero size.
         let start = unsafe { alloc_zeroed(layout) };
         if start.is_null() {
-            handle_alloc_error(layout);
+            return Err(refused());
         }
         let block = Self { start, layout };
         // Touch every page now: planned and resident bytes then compare, and an out-of-memory comes before step 1.
@@ -32,7 +42,7 @@ impl Block {
             // SAFETY: `offset` lies inside the allocation, to which nobody else holds a pointer yet.
             unsafe { block.start.add(offset).write_volatile(0) };
         }
-        block
+        Ok(block)
     }
 }
 
@@ -51,8 +61,8 @@ pub struct HostSpan {
 }
 
 impl HostSpan {
-    pub(super) fn new(bytes: usize) -> Self {
-        Self { block: Arc::new(Block::new(bytes)), start: 0, len: bytes }
+    pub(super) fn new(bytes: usize) -> Result<Self> {
+        Ok(Self { block: Arc::new(Block::new(bytes)?), start: 0, len: bytes })
     }
 
     pub(super) fn split(self, at: usize) -> (Self, Self) {

@@ -133,10 +133,6 @@ impl<D: Device> ViewMut<'_, D> {
         [self.rows, self.cols]
     }
 
-    pub fn reborrow(&mut self) -> ViewMut<'_, D> {
-        ViewMut { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
-    }
-
     pub fn view(&self) -> View<'_, D> {
         View { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
     }

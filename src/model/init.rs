@@ -1,7 +1,7 @@
 //! Where a model's first weights come from.
 
 use super::arch::Checkpoint;
-use super::load::load;
+use super::load::{fingerprint, load};
 use super::{Model, Role};
 use crate::checkpoint::Weights;
 use crate::device::{Device, Philox};
@@ -16,12 +16,13 @@ pub enum Init {
 }
 
 impl Init {
-    /// The weight files, where they are used.
-    pub fn weights(&self, checkpoint: &Checkpoint) -> Result<Option<Weights>> {
-        match self {
-            Self::Checkpoint => Weights::open(&checkpoint.dir).map(Some),
-            Self::Random { .. } => Ok(None),
-        }
+    /// A hash of the first weights and of what the config makes of them. Reads every weight once.
+    pub fn identity(&self, checkpoint: &Checkpoint) -> Result<[u8; 32]> {
+        let hash = match self {
+            Self::Checkpoint => fingerprint(checkpoint, &Weights::open(&checkpoint.dir)?),
+            Self::Random { seed } => blake3::hash(format!("random {seed} {:?}", checkpoint.spec).as_bytes()),
+        };
+        Ok(*hash.as_bytes())
     }
 
     /// Gives every weight its first value.

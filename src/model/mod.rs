@@ -17,7 +17,7 @@ pub use arch::Checkpoint;
 pub use batch::Batch;
 pub use init::{Init, init_random};
 pub use kv::KvCache;
-pub use load::{fingerprint, load, sources};
+pub use load::{load, sources};
 pub use param::{Param, Role};
 pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 

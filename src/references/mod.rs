@@ -8,16 +8,16 @@ use std::path::Path;
 
 pub use score::Scorer;
 
-use crate::checkpoint::Weights;
 use crate::data::{Dataset, Example, Extent, Packing};
 use crate::device::Ledger;
 use crate::error::{Error, Result};
-use crate::model::{self, Checkpoint, Init};
+use crate::model::{Checkpoint, Init};
 use crate::ops::Backend;
 use crate::progress::Progress;
 use cache::{RefCache, sequence_key};
 
-/// Part of every cache key: raise it when the same weights and tokens may give other bits.
+/// Part of every cache key: raise it when the same weights and tokens may give other bits. (A new field of
+/// `model::Spec` changes every key too: what was cached is then scored again.)
 const SCORER_VERSION: u32 = 1;
 
 /// Examples scored and written as one: what an interruption costs at most.
@@ -49,8 +49,7 @@ impl Reference {
         cache_dir: &Path,
         stop: Stop,
     ) -> Result<Vec<RefLogps>> {
-        let weights = self.init.weights(&self.checkpoint)?;
-        let mut cache = RefCache::open(cache_dir, self.key::<B>(weights.as_ref()))?;
+        let mut cache = RefCache::open(cache_dir, self.key::<B>()?)?;
         if let Some(lost) = cache.recovered() {
             eprintln!("{lost}");
         }
@@ -67,13 +66,9 @@ impl Reference {
     }
 
     /// Identity of the numbers: weights, config, device, arithmetic.
-    fn key<B: Backend>(&self, weights: Option<&Weights>) -> [u8; 32] {
-        let identity = match weights {
-            Some(weights) => model::fingerprint(&self.checkpoint, weights).to_hex().to_string(),
-            None => format!("{:?} {:?}", self.init, self.checkpoint.spec),
-        };
-        let key = format!("{identity} {} f32 {SCORER_VERSION}", B::NAME);
-        *blake3::hash(key.as_bytes()).as_bytes()
+    fn key<B: Backend>(&self) -> Result<[u8; 32]> {
+        let identity = blake3::Hash::from_bytes(self.init.identity(&self.checkpoint)?).to_hex();
+        Ok(*blake3::hash(format!("{identity} {} f32 {SCORER_VERSION}", B::NAME).as_bytes()).as_bytes())
     }
 
     fn score<B: Backend>(

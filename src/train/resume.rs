@@ -74,11 +74,12 @@ pub fn read_state(dir: &Path, course: &Map<String, Value>) -> Result<RunState> {
         return Err(Error::file(dir, detail));
     }
     let state: RunState = serde_json::from_value(read_json(&path)?).at(&path)?;
-    let differs = |(key, now): &(&String, &Value)| state.course.get(*key) != Some(now);
-    match course.iter().find(differs) {
+    let of = |course: &Map<String, Value>, key: &String| course.get(key).cloned().unwrap_or_default();
+    let differs = |key: &&String| of(&state.course, key) != of(course, key);
+    match course.keys().chain(state.course.keys()).find(differs) {
         None => Ok(state),
-        Some((key, now)) => {
-            let then = state.course.get(key).unwrap_or(&Value::Null);
+        Some(key) => {
+            let (then, now) = (of(&state.course, key), of(course, key));
             let detail = format!(
                 "the checkpoint in {} was made with {then}, this run has {now}; give the same, or start a new run in another --output-dir",
                 dir.display()

@@ -4,10 +4,10 @@ use serde_json::{Map, Value, json};
 
 use super::settings::Settings;
 use super::step::check_needs;
-use crate::data::{Dataset, Extent, Form, Tokenizer, epoch_order};
+use crate::data::{Dataset, Extent, Form, Sharing, Tokenizer, epoch_order};
 use crate::device::Philox;
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init, Keep, fingerprint};
+use crate::model::{Checkpoint, Init, Keep};
 use crate::objectives::{self, Objective};
 use crate::optim;
 use crate::references::Reference;
@@ -119,14 +119,10 @@ impl Task {
 
     /// Every setting that decides the course of a run; a checkpoint of another course cannot be continued.
     pub fn course(&self, settings: &Settings) -> Result<Map<String, Value>> {
-        let identity = |checkpoint: &Checkpoint, init: Init| -> Result<String> {
-            let weights = init.weights(checkpoint)?;
-            Ok(weights.map_or(format!("{init:?}"), |w| fingerprint(checkpoint, &w).to_hex()[..16].to_string()))
-        };
-        let references = self.references.iter().map(|r| identity(&r.checkpoint, r.init));
         let hex = |bytes: [u8; 32]| blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string();
+        let references = self.references.iter().map(|r| Ok(hex(r.init.identity(&r.checkpoint)?)));
         let mut course = json!({
-            "model": identity(&self.checkpoint, settings.init)?,
+            "model": hex(settings.init.identity(&self.checkpoint)?),
             "ref_model": references.collect::<Result<Vec<_>>>()?,
             "dataset": hex(self.train.fingerprint()),
             "objective": self.objective.name(),
@@ -141,12 +137,14 @@ impl Task {
             "warmup_ratio": settings.warmup_ratio,
             "max_steps": self.max_steps,
             "batch_size": settings.batch_size,
+            "micro_batch_tokens": settings.packing.budget,
+            "no_prefix_sharing": settings.packing.sharing == Sharing::Off,
             "no_shuffle": !settings.shuffle,
             "seed": settings.seed,
             "dtype": settings.dtype.config_name(),
         });
-        for name in settings.objective_params.names() {
-            course[name] = settings.objective_params.get(name).into();
+        for spec in objectives::find(self.objective.name())?.params {
+            course[spec.name] = settings.objective_params.get(spec.name).or(spec.default).into();
         }
         match course {
             Value::Object(course) => Ok(course),

@@ -3,7 +3,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Attention, Backward, Dims, Forward, NO_PARENT, Segment, path_rows};
+use super::{Attention, Backward, Dims, Forward, NO_PARENT, Segment, check_segments, path_rows};
 use crate::device::{Cpu, Isa};
 use crate::error::Result;
 use crate::ops::simd::{LANES, Shared, dispatched, exp, sum_lanes};
@@ -98,6 +98,7 @@ impl Attention for Cpu {
         a.check()?;
         let (d, isa) = (a.dims, self.isa());
         let segments: &[Segment] = bytemuck::cast_slice(a.segments.u32s());
+        check_segments("attention", segments, false)?;
         let (q, k, v) = (a.q.f32s(), a.k.f32s(), a.v.f32s());
         let (o, lse) = (Shared::new(a.o.into_f32s()), Shared::new(a.lse.into_f32s()));
         let group = d.heads / d.kv_heads;
@@ -133,6 +134,7 @@ impl Attention for Cpu {
         a.check()?;
         let (d, isa) = (a.dims, self.isa());
         let segments: &[Segment] = bytemuck::cast_slice(a.segments.u32s());
+        check_segments("attention_backward", segments, true)?;
         let (q, k, v, o, d_o, lse) = (a.q.f32s(), a.k.f32s(), a.v.f32s(), a.o.f32s(), a.d_o.f32s(), a.lse.f32s());
         let (dk, dv) = (a.dk.into_f32s(), a.dv.into_f32s());
         dk.fill(0.0);

@@ -55,7 +55,7 @@ pub struct Dims {
     pub head_dim: usize,
     /// Keys that a query sees at most, itself included.
     pub window: Option<usize>,
-    /// Longest path from a root to a leaf; sizes scratch and prices the work.
+    /// Longest path from a root to a leaf; prices the work.
     pub longest: usize,
 }
 
@@ -150,6 +150,20 @@ impl<D: Device> Backward<'_, D> {
         }
         super::require(OP, "lse", self.lse.shape(), [rows, d.heads])
     }
+}
+
+/// Refuses a table whose segments would write each other's rows.
+fn check_segments(op: &'static str, segments: &[Segment], every_row_is_queried: bool) -> Result<()> {
+    let (mut queries, mut keys) = (0, 0);
+    for (index, s) in segments.iter().enumerate() {
+        let parent = s.parent == NO_PARENT || (s.parent as usize) < index;
+        let whole = s.queries == s.len && s.query_start == s.start && s.start >= keys;
+        if !parent || s.queries > s.len || s.query_start < queries || (every_row_is_queried && !whole) {
+            return Err(Error::op(op, format!("segment {index} does not fit those before it: {s:?}")));
+        }
+        (queries, keys) = (s.query_start + s.queries, s.start + s.len);
+    }
+    Ok(())
 }
 
 /// The path root -> segment as indices into the table.
