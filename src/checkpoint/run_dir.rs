@@ -172,6 +172,15 @@ impl LineLog {
         Self::open(path)
     }
 
+    /// Starts a log with these lines.
+    pub fn with(path: &Path, lines: &[impl Serialize]) -> Result<Self> {
+        let lines: Vec<Vec<u8>> = lines.iter().map(serde_json::to_vec).collect::<Result<_, _>>().at(path)?;
+        write_file(path, |out| {
+            lines.iter().try_for_each(|line| out.write_all(line).and_then(|()| out.write_all(b"\n")))
+        })?;
+        Self::open(path)
+    }
+
     /// Continues a log after the checkpoint of `step`: lines whose `"step"` is larger are dropped, and so is whatever
     /// is no JSON line, as a crash tears the last one. Lines without a step stay. A missing file is created.
     pub fn resume(path: &Path, step: u64) -> Result<Self> {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::evaluate::{Evaluation, evaluate};
-use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState};
+use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::plan::{flops_per_step, sample_request};
 use super::policy::Policy;
 use super::report::Report;
@@ -51,12 +51,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
         None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
     }
-    let step = start.state.step;
-    let log = |name: &str| match (&start.from, settings.output_dir.join(name)) {
-        (Some(_), path) => LineLog::resume(&path, step),
-        (None, path) => LineLog::create(&path),
-    };
-    let (metrics, evaluations, samples) = (log(METRICS)?, log(EVALUATIONS)?, log(SAMPLES)?);
+    let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
     let mut session = Session {
         device,
         settings,
@@ -111,6 +106,18 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
     Ok(Some(Start { state, from }))
+}
+
+/// metrics.jsonl, evaluations.jsonl and samples.jsonl as they were at the checkpoint to continue from.
+fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
+    let [metrics, evaluations, samples] = [METRICS, EVALUATIONS, SAMPLES].map(|name| output.join(name));
+    let Some(checkpoint) = from else {
+        return Ok([LineLog::create(&metrics)?, LineLog::create(&evaluations)?, LineLog::create(&samples)?]);
+    };
+    let (steps, evaluated) = read_history(checkpoint)?;
+    let (metrics, evaluations) = (LineLog::with(&metrics, &steps)?, LineLog::with(&evaluations, &evaluated)?);
+    // Samples are taken before the first step and after the last; the latter are still to come.
+    Ok([metrics, evaluations, LineLog::resume(&samples, 0)?])
 }
 
 /// `[references][data sets]`
