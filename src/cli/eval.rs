@@ -10,7 +10,7 @@ use crate::device::Cpu;
 use crate::error::Result;
 use crate::model::{Checkpoint, Init};
 use crate::objectives::Stats;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::{Summary, check_vocabulary};
 
@@ -19,7 +19,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
-    dataset.report().iter().for_each(|line| eprintln!("{line}"));
+    dataset.report().iter().for_each(say);
     let packing = super::packing(&args.batching);
     let score = |dir: &Path| sums(&device, dir, &dataset, packing);
     let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);

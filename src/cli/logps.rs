@@ -9,7 +9,7 @@ use crate::checkpoint::write_file;
 use crate::data::{Dataset, Form, Tokenizer};
 use crate::error::Result;
 use crate::model::{Checkpoint, Init};
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::check_vocabulary;
 
@@ -19,7 +19,7 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
-    dataset.report().iter().for_each(|line| eprintln!("{line}"));
+    dataset.report().iter().for_each(say);
     check_vocabulary(&checkpoint, [&dataset])?;
     let packing = super::packing(&args.batching);
     let largest = packing.largest(&dataset.examples, dataset.examples.len());

@@ -14,7 +14,7 @@ use crate::device::Ledger;
 use crate::error::{Error, Result};
 use crate::model::{self, Checkpoint, Init};
 use crate::ops::Backend;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use cache::{RefCache, sequence_key};
 
 /// Part of every cache key: raise it when the same weights and tokens may give other bits.
@@ -52,7 +52,7 @@ impl Reference {
         let weights = self.init.weights(&self.checkpoint)?;
         let mut cache = RefCache::open(cache_dir, self.key::<B>(weights.as_ref()))?;
         if let Some(lost) = cache.recovered() {
-            eprintln!("{lost}");
+            say(lost);
         }
         let missing: Vec<Example> = datasets
             .iter()

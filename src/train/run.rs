@@ -22,7 +22,7 @@ use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::optim::Schedule;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::references::RefLogps;
 use crate::rollout::{self, Request};
 
@@ -41,7 +41,7 @@ pub enum Outcome {
 /// Trains. `stop` is asked between steps; true writes a checkpoint and returns [`Error::Interrupted`].
 pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
     let task = Task::prepare(settings)?;
-    task.datasets().iter().flat_map(|d| d.report()).for_each(|line| eprintln!("{line}"));
+    task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
     let ref_logps = score_references(device, settings, &task, stop)?;
@@ -96,13 +96,13 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     };
     if !continues {
         if let Claim::Moved(old) = claim(output)? {
-            eprintln!("{}: the finished run there is now {}", output.display(), old.display());
+            say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
         }
     } else if from.is_none() {
-        eprintln!("{}: no checkpoint yet, starting at the beginning", output.display());
+        say(format_args!("{}: no checkpoint yet, starting at the beginning", output.display()));
     }
     if let Some(dir) = &from {
-        eprintln!("continuing after step {} from {}", state.step, dir.display());
+        say(format_args!("continuing after step {} from {}", state.step, dir.display()));
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
     Ok(Some(Start { state, from }))
