@@ -97,10 +97,6 @@ impl Reference {
             })?;
             let sequences = examples.iter().flat_map(keys).zip(logps.iter().flatten());
             let records: Vec<_> = sequences.map(|(key, logps)| (key, logps.as_slice())).collect();
-            if let Some(bad) = records.iter().position(|(_, logps)| logps.iter().any(|x| !x.is_finite())) {
-                let detail = format!("gives a log-probability that is not finite (sequence {bad} of shard {shard})");
-                return Err(Error::file(&self.checkpoint.dir, detail));
-            }
             cache.append_shard(&records)?;
         }
         progress.finish();

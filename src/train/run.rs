@@ -244,7 +244,8 @@ impl<B: Backend> Session<'_, B> {
         let ref_logps: Vec<RefLogps> = self.ref_logps.iter().map(|by_dataset| by_dataset[1].clone()).collect();
         let objective = self.task.objective.as_ref();
         let (packing, examples) = (self.settings.packing, &eval.examples);
-        let measured = evaluate(self.device, &mut self.policy, objective, packing, examples, &ref_logps)?;
+        let measured =
+            evaluate(self.device, &mut self.policy, self.state.step, objective, packing, examples, &ref_logps)?;
         let evaluation = Evaluation {
             step: self.state.step,
             epoch: self.task.epoch(self.state.step),
