@@ -95,6 +95,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
         None => RunState { step: 0, num_tokens: 0, course: course.clone() },
     };
     if !continues {
+        check_inputs(settings)?;
         if let Claim::Moved(old) = claim(output)? {
             say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
         }
@@ -106,6 +107,27 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
     Ok(Some(Start { state, from }))
+}
+
+/// A finished run is moved away to make room; it must not hold what this run is about to read.
+fn check_inputs(settings: &Settings) -> Result<()> {
+    let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
+    let models =
+        std::iter::once(("--model", &settings.model)).chain(settings.ref_models.iter().map(|m| ("--ref-model", m)));
+    let data = std::iter::once(("--dataset", &settings.dataset))
+        .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
+    let inside = |path: &Path| path.canonicalize().is_ok_and(|path| path.starts_with(&output));
+    match models.chain(data).find(|(_, path)| inside(path)) {
+        Some((flag, path)) if is_finished(&settings.output_dir) => {
+            let detail = format!(
+                "{} is to be moved away, but it holds {flag} {}; choose another folder",
+                settings.output_dir.display(),
+                path.display()
+            );
+            Err(Error::option("--output-dir", detail))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// metrics.jsonl, evaluations.jsonl and samples.jsonl as they were at the checkpoint to continue from.
