@@ -44,6 +44,10 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
+    let reached = |stop: &u64| (*stop..task.max_steps).contains(&start.state.step);
+    if let (Some(checkpoint), Some(_)) = (&start.from, settings.stop_at_step.filter(reached)) {
+        return Ok(Outcome::Stopped(checkpoint.clone()));
+    }
     let ref_logps = score_references(device, settings, &task, stop)?;
     let blueprint = task.blueprint(settings);
     let mut policy = blueprint.build(device)?;
