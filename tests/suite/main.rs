@@ -1,1 +1,5 @@
+mod anomalies;
+mod cli;
+mod exactness;
 mod objectives;
+mod program;
