@@ -45,8 +45,11 @@ impl Line<'_> {
     }
 }
 
+/// The lines of a log.
+pub type Lines = Vec<Map<String, Value>>;
+
 /// The lines of a log of this run.
-pub fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
+pub fn read_lines(path: &Path) -> Result<Lines> {
     if !path.exists() {
         return Ok(Vec::new());
     }
@@ -56,10 +59,10 @@ pub fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
 
 /// The lines that metrics.jsonl and evaluations.jsonl held when a checkpoint was written. The run may have gone on
 /// since, or back, or elsewhere.
-pub fn read_history(checkpoint: &Path) -> Result<(Vec<Map<String, Value>>, Vec<Map<String, Value>>)> {
+pub fn read_history(checkpoint: &Path) -> Result<(Lines, Lines)> {
     let path = checkpoint.join(TRAINER_STATE);
     let history = read_json(&path)?.get_mut("log_history").map(Value::take).unwrap_or_default();
-    let lines: Vec<Map<String, Value>> = serde_json::from_value(history)
+    let lines: Lines = serde_json::from_value(history)
         .map_err(|e| Error::file(&path, format!("has no usable \"log_history\": {e}; use another checkpoint")))?;
     Ok(lines.into_iter().partition(|line| !line.contains_key("eval_loss")))
 }
