@@ -5,28 +5,28 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::EvalArgs;
+use super::logps::score;
 use crate::data::{Dataset, Form, Packing, Tokenizer};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::model::{Checkpoint, Init};
+use crate::model::Checkpoint;
 use crate::objectives::Stats;
-use crate::progress::{Progress, say};
-use crate::references::Scorer;
-use crate::train::{Summary, check_vocabulary};
+use crate::progress::say;
+use crate::train::Summary;
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     let device = super::device(&args.engine)?;
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
-    let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
+    let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
     dataset.report().iter().for_each(say);
     let packing = super::packing(&args.batching);
-    let score = |dir: &Path| sums(&device, dir, &dataset, packing);
+    let sums = |dir: &Path| sums(&device, dir, &dataset, packing);
     let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);
     let pairs = if dataset.form == Form::Pairs { dataset.examples.len() } else { 0 };
     let stats = Stats {
-        logps: score(&args.model)?,
-        ref_logps: args.ref_model.as_deref().map(score).transpose()?.into_iter().collect(),
+        logps: sums(&args.model)?,
+        ref_logps: args.ref_model.as_deref().map(sums).transpose()?.into_iter().collect(),
         lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
         pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
         ..Stats::default()
@@ -54,12 +54,6 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 /// Summed log-probabilities of every sequence, in order.
 fn sums(device: &Cpu, dir: &Path, dataset: &Dataset, packing: Packing) -> Result<Vec<f64>> {
-    let checkpoint = Checkpoint::open(dir)?;
-    check_vocabulary(&checkpoint, [dataset])?;
-    let largest = packing.largest(&dataset.examples, dataset.examples.len());
-    let mut scorer = Scorer::new(device, &checkpoint, Init::Checkpoint, &largest)?;
-    let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");
-    let logps = scorer.score(&dataset.examples, packing, &mut |done| progress.at(done as u64, ""))?;
-    progress.finish();
+    let logps = score(device, &Checkpoint::open(dir)?, dataset, packing)?;
     Ok(logps.iter().flatten().map(|tokens| tokens.iter().map(|x| f64::from(*x)).sum()).collect())
 }

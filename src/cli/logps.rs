@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use super::args::LogpsArgs;
 use crate::checkpoint::write_file;
-use crate::data::{Dataset, Form, Tokenizer};
+use crate::data::{Dataset, Form, Packing, Tokenizer};
+use crate::device::Cpu;
 use crate::error::Result;
 use crate::model::{Checkpoint, Init};
 use crate::progress::{Progress, say};
@@ -20,13 +21,10 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
     dataset.report().iter().for_each(say);
-    check_vocabulary(&checkpoint, [&dataset])?;
-    let packing = super::packing(&args.batching);
-    let largest = packing.largest(&dataset.examples, dataset.examples.len());
-    let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest)?;
-    let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");
-    let logps = scorer.score(&dataset.examples, packing, &mut |done| progress.at(done as u64, ""))?;
-    progress.finish();
+    let logps = match dataset.examples.is_empty() {
+        true => Vec::new(),
+        false => score(&device, &checkpoint, &dataset, super::packing(&args.batching))?,
+    };
     let mut lines: BTreeMap<usize, Value> =
         dataset.skipped.iter().map(|(row, skip)| (*row, json!({"row": row, "skipped": skip.to_string()}))).collect();
     for (example, sequences) in dataset.examples.iter().zip(&logps) {
@@ -46,4 +44,15 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
         lines.insert(example.row, line);
     }
     write_file(&args.out, |out| lines.values().try_for_each(|line| writeln!(out, "{line}")))
+}
+
+/// `[examples][sequences][scored tokens]`, with a bar.
+pub fn score(device: &Cpu, checkpoint: &Checkpoint, dataset: &Dataset, packing: Packing) -> Result<Vec<Vec<Vec<f32>>>> {
+    check_vocabulary(checkpoint, [dataset])?;
+    let largest = packing.largest(&dataset.examples, dataset.examples.len());
+    let mut scorer = Scorer::new(device, checkpoint, Init::Checkpoint, &largest)?;
+    let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");
+    let logps = scorer.score(&dataset.examples, packing, &mut |done| progress.at(done as u64, ""))?;
+    progress.finish();
+    Ok(logps)
 }

@@ -170,11 +170,16 @@ impl Dataset {
                 Err(skip) => dataset.skipped.push((row, skip)),
             }
         }
-        match dataset.skipped_report() {
-            Some(skipped) if dataset.examples.is_empty() => {
-                Err(Error::file(path, format!("no row is left to train on: {skipped}")))
+        Ok(dataset)
+    }
+
+    /// Fails, with the reasons, where every row was skipped.
+    pub fn not_empty(self) -> Result<Self> {
+        match self.skipped_report() {
+            Some(skipped) if self.examples.is_empty() => {
+                Err(Error::file(&self.path, format!("no row is left: {skipped}")))
             }
-            _ => Ok(dataset),
+            _ => Ok(self),
         }
     }
 
@@ -479,9 +484,9 @@ mod tests {
 
     #[test]
     fn a_file_without_a_usable_row_is_an_error() {
-        let message =
-            dataset_of(&load(true, true), &pair("c", "", "d"), EncodeOptions::default()).unwrap_err().to_string();
-        let expected = "no row is left to train on: 1 of 1 rows dropped: 1 empty completion (first at line 1)";
+        let dataset = dataset_of(&load(true, true), &pair("c", "", "d"), EncodeOptions::default()).unwrap();
+        let message = dataset.not_empty().unwrap_err().to_string();
+        let expected = "no row is left: 1 of 1 rows dropped: 1 empty completion (first at line 1)";
         assert!(message.ends_with(expected), "{message}");
     }
 

@@ -148,7 +148,7 @@ fn unknown(name: &str) -> Error {
     let nearest = names.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).expect("the registry is not empty");
     let known: Vec<&str> = all().iter().map(|e| e.name).collect();
     Error::option(
-        "--loss-type",
+        "--objective",
         format!("there is no objective {name:?}; did you mean {nearest:?}? known are {}", known.join(", ")),
     )
 }

@@ -119,22 +119,103 @@ fn pack_b(cpu: &Cpu, block: &Block, b: Operand, packed: &mut Vec<f32>) {
         let first = panel * TILE_COLS;
         let width = TILE_COLS.min(block.cols - first);
         let origin = block.first_k * b.row + (block.first_col + first) * b.col;
-        pack_panel::<TILE_COLS>(&b.data[origin..], b.row, b.col, width, out);
+        pack_panel::<TILE_COLS>(cpu.isa(), &b.data[origin..], [b.row, b.col], width, out);
     });
 }
 
 /// Copies a `[depth, width]` operand (`outer` apart in depth, `inner` apart in width) into rows of `WIDTH`.
-fn pack_panel<const WIDTH: usize>(data: &[f32], outer: usize, inner: usize, width: usize, out: &mut [f32]) {
+fn pack_panel<const WIDTH: usize>(isa: Isa, data: &[f32], strides: [usize; 2], width: usize, out: &mut [f32]) {
+    let [outer, inner] = strides;
+    if inner != 1 && outer == 1 {
+        return pack_transposed::<WIDTH>(isa, data, inner, width, out);
+    }
     for (p, row) in out.chunks_exact_mut(WIDTH).enumerate() {
-        if inner == 1 {
-            row[..width].copy_from_slice(&data[p * outer..p * outer + width]);
-        } else {
-            for (j, slot) in row[..width].iter_mut().enumerate() {
-                *slot = data[p * outer + j * inner];
-            }
+        if inner == 1 && width == WIDTH {
+            row.copy_from_slice(&data[p * outer..][..WIDTH]);
+            continue;
+        }
+        for (j, slot) in row[..width].iter_mut().enumerate() {
+            *slot = data[p * outer + j * inner];
         }
         row[width..].fill(0.0);
     }
+}
+
+/// As `pack_panel` for an operand whose depth is contiguous and whose columns are `stride` apart.
+fn pack_transposed<const WIDTH: usize>(isa: Isa, data: &[f32], stride: usize, width: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    let packed = match isa {
+        Isa::Portable => 0,
+        // SAFETY: `Isa::detect` found AVX2 on this machine.
+        Isa::Avx2 | Isa::Avx512 => unsafe { transpose_avx2::<WIDTH>(data, stride, width, out) },
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (packed, _) = (0, isa);
+    for (p, row) in out.chunks_exact_mut(WIDTH).enumerate().skip(packed) {
+        for (j, slot) in row[..width].iter_mut().enumerate() {
+            *slot = data[p + j * stride];
+        }
+        row[width..].fill(0.0);
+    }
+}
+
+/// Packs as many depths as fill squares of 8 x 8, and returns their number.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn transpose_avx2<const WIDTH: usize>(data: &[f32], stride: usize, width: usize, out: &mut [f32]) -> usize {
+    use std::arch::x86_64::*;
+    const SQUARE: usize = 8;
+    const AHEAD: usize = 64;
+    assert!(WIDTH.is_multiple_of(4) && width <= WIDTH);
+    let depth = out.len() / WIDTH / SQUARE * SQUARE;
+    for p in (0..depth).step_by(SQUARE) {
+        for j in (0..WIDTH).step_by(SQUARE) {
+            let mut rows = [_mm256_setzero_ps(); SQUARE];
+            for (i, row) in rows.iter_mut().enumerate().take(width.saturating_sub(j)) {
+                let from = &data[(j + i) * stride + p..][..SQUARE];
+                // Too many rows at once for the hardware to see that each is read in order.
+                _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast());
+                // SAFETY: `from` holds eight elements.
+                *row = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+            }
+            for (i, column) in transpose_square(rows).into_iter().enumerate() {
+                let to = &mut out[(p + i) * WIDTH + j..(p + i) * WIDTH + WIDTH.min(j + SQUARE)];
+                // SAFETY: `to` holds eight elements, or four where WIDTH ends within the square.
+                unsafe {
+                    match to.len() {
+                        SQUARE => _mm256_storeu_ps(to.as_mut_ptr(), column),
+                        _ => _mm_storeu_ps(to.as_mut_ptr(), _mm256_castps256_ps128(column)),
+                    }
+                }
+            }
+        }
+    }
+    depth
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn transpose_square(r: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+    use std::arch::x86_64::*;
+    // Pairs of rows, then pairs of pairs, then the 128-bit halves.
+    let mut pairs = r;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    let mut fours = pairs;
+    for i in [0, 4] {
+        for h in 0..2 {
+            fours[i + 2 * h] = _mm256_shuffle_ps::<0b01_00_01_00>(pairs[i + h], pairs[i + 2 + h]);
+            fours[i + 2 * h + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(pairs[i + h], pairs[i + 2 + h]);
+        }
+    }
+    let mut columns = fours;
+    for i in 0..4 {
+        columns[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
+        columns[i + 4] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+    }
+    columns
 }
 
 fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Shared<f32>) {
@@ -152,7 +233,7 @@ fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Sh
         let panels = group_index * group..((group_index + 1) * group).min(panels);
         let height = rows.min(block.m - first_row);
         PACKED_A.with_borrow_mut(|packed_a| {
-            pack_a(block, a, first_row, height, packed_a);
+            pack_a(cpu.isa(), block, a, first_row, height, packed_a);
             for panel in panels {
                 for first in (0..height).step_by(TILE_ROWS) {
                     let tile = Tile {
@@ -171,7 +252,7 @@ fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Sh
 }
 
 /// Panels of `TILE_ROWS` rows, each `[depth, TILE_ROWS]`, zero beyond the last row.
-fn pack_a(block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<f32>) {
+fn pack_a(isa: Isa, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<f32>) {
     let panel_len = TILE_ROWS * block.depth;
     let needed = rows.div_ceil(TILE_ROWS) * panel_len;
     if packed.len() < needed {
@@ -181,7 +262,7 @@ fn pack_a(block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut
         let first = panel * TILE_ROWS;
         let width = TILE_ROWS.min(rows - first);
         let origin = (first_row + first) * a.row + block.first_k * a.col;
-        pack_panel::<TILE_ROWS>(&a.data[origin..], a.col, a.row, width, out);
+        pack_panel::<TILE_ROWS>(isa, &a.data[origin..], [a.col, a.row], width, out);
     }
 }
 
@@ -192,69 +273,120 @@ struct Tile {
     cols: usize,
 }
 
-/// Runs the register kernel on a tile buffer whose rows continue C's chains, and writes what lies inside C.
+/// Where the sums of a tile live: in C, or in a buffer when C ends within the tile.
+#[derive(Clone, Copy)]
+struct Sums {
+    start: *mut f32,
+    stride: usize,
+    /// The chains start here, at zero.
+    fresh: bool,
+}
+
+impl Sums {
+    fn row(&self, i: usize) -> *mut f32 {
+        self.start.wrapping_add(i * self.stride)
+    }
+}
+
+/// Continues the chains of one tile by `block.depth` terms.
 fn multiply_tile(isa: Isa, block: &Block, tile: &Tile, a: &[f32], b: &[f32], c: &Shared<f32>) {
-    let continues = block.first_k > 0 || block.start == Start::Output;
-    let mut sums = [[0.0f32; TILE_COLS]; TILE_ROWS];
-    // SAFETY: tiles of one block are disjoint.
-    let row_of = |i: usize| unsafe { c.slice((tile.row + i) * block.n + tile.col, tile.cols) };
-    if continues {
-        for (i, sums) in sums[..tile.rows].iter_mut().enumerate() {
-            sums[..tile.cols].copy_from_slice(row_of(i));
+    let fresh = block.first_k == 0 && block.start == Start::Zero;
+    let at = tile.row * block.n + tile.col;
+    let rows = match tile.rows {
+        rows @ (1 | 2) => rows,
+        3..=4 => 4,
+        5..=8 => 8,
+        _ => TILE_ROWS,
+    };
+    if tile.rows == rows && tile.cols == TILE_COLS {
+        let sums = Sums { start: c.block(at, block.n, rows, TILE_COLS), stride: block.n, fresh };
+        // SAFETY: the block of C is this task's own: tiles are disjoint.
+        return unsafe { multiply_rows(isa, rows, a, b, sums) };
+    }
+    let mut buffer = [0.0f32; TILE_ROWS * TILE_COLS];
+    // SAFETY: as above.
+    let row_of = |i: usize| unsafe { c.slice(at + i * block.n, tile.cols) };
+    if !fresh {
+        (0..tile.rows).for_each(|i| buffer[i * TILE_COLS..][..tile.cols].copy_from_slice(row_of(i)));
+    }
+    let sums = Sums { start: buffer.as_mut_ptr(), stride: TILE_COLS, fresh };
+    // SAFETY: the buffer has TILE_ROWS rows of TILE_COLS.
+    unsafe { multiply_rows(isa, rows, a, b, sums) };
+    (0..tile.rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * TILE_COLS..][..tile.cols]));
+}
+
+/// # Safety
+/// `sums` must have `rows` rows of TILE_COLS that nobody else touches.
+unsafe fn multiply_rows(isa: Isa, rows: usize, a: &[f32], b: &[f32], sums: Sums) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match rows {
+            1 => kernel::<1>(isa, a, b, sums),
+            2 => kernel::<2>(isa, a, b, sums),
+            4 => kernel::<4>(isa, a, b, sums),
+            8 => kernel::<8>(isa, a, b, sums),
+            _ => kernel::<TILE_ROWS>(isa, a, b, sums),
         }
-    }
-    match tile.rows {
-        1 => kernel::<1>(isa, a, b, &mut sums),
-        2 => kernel::<2>(isa, a, b, &mut sums),
-        3..=4 => kernel::<4>(isa, a, b, &mut sums),
-        5..=8 => kernel::<8>(isa, a, b, &mut sums),
-        _ => kernel::<TILE_ROWS>(isa, a, b, &mut sums),
-    }
-    for (i, sums) in sums[..tile.rows].iter().enumerate() {
-        row_of(i).copy_from_slice(&sums[..tile.cols]);
     }
 }
 
 /// `sums[i][j] = fma(a[p][i], b[p][j], sums[i][j])` for p in order, the first `ROWS` rows.
-fn kernel<const ROWS: usize>(isa: Isa, a: &[f32], b: &[f32], sums: &mut [[f32; TILE_COLS]; TILE_ROWS]) {
-    match isa {
-        // SAFETY: `Isa::detect` found the features on this machine.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { kernel_avx512::<ROWS>(a, b, sums) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { kernel_avx2::<ROWS>(a, b, sums) },
-        Isa::Portable => kernel_portable::<ROWS>(a, b, sums),
+///
+/// # Safety
+/// `sums` must have `ROWS` rows of TILE_COLS that nobody else touches.
+unsafe fn kernel<const ROWS: usize>(isa: Isa, a: &[f32], b: &[f32], sums: Sums) {
+    assert!(a.len() / TILE_ROWS >= b.len() / TILE_COLS);
+    // SAFETY: as promised by the caller; `Isa::detect` found the features on this machine.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => kernel_avx512::<ROWS>(a, b, sums),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => kernel_avx2::<ROWS>(a, b, sums),
+            Isa::Portable => kernel_portable::<ROWS>(a, b, sums),
+        }
     }
 }
 
-fn kernel_portable<const ROWS: usize>(a: &[f32], b: &[f32], sums: &mut [[f32; TILE_COLS]; TILE_ROWS]) {
+/// # Safety
+/// As `kernel`.
+unsafe fn kernel_portable<const ROWS: usize>(a: &[f32], b: &[f32], at: Sums) {
+    let mut sums = [[0.0f32; TILE_COLS]; ROWS];
+    // SAFETY: as promised by the caller; the slices do not outlive the call.
+    let row_of = |i: usize| unsafe { std::slice::from_raw_parts_mut(at.row(i), TILE_COLS) };
+    if !at.fresh {
+        (0..ROWS).for_each(|i| sums[i].copy_from_slice(row_of(i)));
+    }
     for (a, b) in a.chunks_exact(TILE_ROWS).zip(b.chunks_exact(TILE_COLS)) {
-        for (sums, a) in sums[..ROWS].iter_mut().zip(a) {
+        for (sums, a) in sums.iter_mut().zip(a) {
             for (sum, b) in sums.iter_mut().zip(b) {
                 *sum = a.mul_add(*b, *sum);
             }
         }
     }
+    (0..ROWS).for_each(|i| row_of(i).copy_from_slice(&sums[i]));
 }
 
+/// # Safety
+/// As `kernel`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn kernel_avx512<const ROWS: usize>(a: &[f32], b: &[f32], sums: &mut [[f32; TILE_COLS]; TILE_ROWS]) {
+unsafe fn kernel_avx512<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums) {
     use std::arch::x86_64::*;
     const VECTOR: usize = 16;
-    let depth = b.len() / TILE_COLS;
-    assert!(a.len() >= depth * TILE_ROWS);
     let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
-    for i in 0..ROWS {
-        for v in 0..2 {
-            // SAFETY: a row of `sums` holds two vectors.
-            acc[i][v] = unsafe { _mm512_loadu_ps(sums[i].as_ptr().add(v * VECTOR)) };
+    if !sums.fresh {
+        for i in 0..ROWS {
+            for v in 0..2 {
+                // SAFETY: a row of `sums` holds two vectors.
+                acc[i][v] = unsafe { _mm512_loadu_ps(sums.row(i).add(v * VECTOR)) };
+            }
         }
     }
+    let depth = b.len() / TILE_COLS;
     let (mut a, mut b) = (a.as_ptr(), b.as_ptr());
     for _ in 0..depth {
-        // SAFETY: `depth` rows of TILE_ROWS and TILE_COLS elements lie behind the pointers (asserted above).
+        // SAFETY: `depth` rows of TILE_ROWS and TILE_COLS elements lie behind the pointers (asserted in `kernel`).
         unsafe {
             let b0 = _mm512_loadu_ps(b);
             let b1 = _mm512_loadu_ps(b.add(VECTOR));
@@ -270,51 +402,51 @@ fn kernel_avx512<const ROWS: usize>(a: &[f32], b: &[f32], sums: &mut [[f32; TILE
     for i in 0..ROWS {
         for v in 0..2 {
             // SAFETY: as for the loads.
-            unsafe { _mm512_storeu_ps(sums[i].as_mut_ptr().add(v * VECTOR), acc[i][v]) };
+            unsafe { _mm512_storeu_ps(sums.row(i).add(v * VECTOR), acc[i][v]) };
         }
     }
 }
 
-/// 16 registers hold a 6 x 16 tile: the buffer is walked in such pieces.
+/// 16 registers hold a 6 x 16 tile: the tile is walked in such pieces.
+///
+/// # Safety
+/// As `kernel`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn kernel_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: &mut [[f32; TILE_COLS]; TILE_ROWS]) {
+unsafe fn kernel_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums) {
     for half in 0..2 {
-        match ROWS {
-            1 => piece_avx2::<1>(a, b, sums, 0, half),
-            2 => piece_avx2::<2>(a, b, sums, 0, half),
-            4 => piece_avx2::<4>(a, b, sums, 0, half),
-            _ => {
-                piece_avx2::<6>(a, b, sums, 0, half);
-                piece_avx2::<6>(a, b, sums, 6, half);
+        // SAFETY: the pieces of one half are ROWS rows together.
+        unsafe {
+            match ROWS {
+                1 => piece_avx2::<1>(a, b, sums, 0, half),
+                2 => piece_avx2::<2>(a, b, sums, 0, half),
+                4 => piece_avx2::<4>(a, b, sums, 0, half),
+                8 => (0..2).for_each(|piece| piece_avx2::<4>(a, b, sums, 4 * piece, half)),
+                _ => (0..2).for_each(|piece| piece_avx2::<6>(a, b, sums, 6 * piece, half)),
             }
         }
     }
 }
 
+/// # Safety
+/// `sums` must have `first_row + ROWS` rows of TILE_COLS that nobody else touches.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn piece_avx2<const ROWS: usize>(
-    a: &[f32],
-    b: &[f32],
-    sums: &mut [[f32; TILE_COLS]; TILE_ROWS],
-    first_row: usize,
-    half: usize,
-) {
+unsafe fn piece_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums, first_row: usize, half: usize) {
     use std::arch::x86_64::*;
     const VECTOR: usize = 8;
-    let depth = b.len() / TILE_COLS;
-    assert!(a.len() >= depth * TILE_ROWS && first_row + ROWS <= TILE_ROWS);
     let first_col = half * 2 * VECTOR;
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
-    for i in 0..ROWS {
-        for v in 0..2 {
-            // SAFETY: columns first_col..first_col + 16 lie inside a row of `sums`.
-            acc[i][v] = unsafe { _mm256_loadu_ps(sums[first_row + i].as_ptr().add(first_col + v * VECTOR)) };
+    if !sums.fresh {
+        for i in 0..ROWS {
+            for v in 0..2 {
+                // SAFETY: columns first_col..first_col + 16 lie inside a row of `sums`.
+                acc[i][v] = unsafe { _mm256_loadu_ps(sums.row(first_row + i).add(first_col + v * VECTOR)) };
+            }
         }
     }
-    for p in 0..depth {
-        // SAFETY: `depth` rows of TILE_ROWS and TILE_COLS elements lie behind the pointers (asserted above).
+    for p in 0..b.len() / TILE_COLS {
+        // SAFETY: as many rows of TILE_ROWS and TILE_COLS lie behind the pointers (asserted in `kernel`).
         unsafe {
             let b = b.as_ptr().add(p * TILE_COLS + first_col);
             let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(VECTOR)));
@@ -329,7 +461,7 @@ fn piece_avx2<const ROWS: usize>(
     for i in 0..ROWS {
         for v in 0..2 {
             // SAFETY: as for the loads.
-            unsafe { _mm256_storeu_ps(sums[first_row + i].as_mut_ptr().add(first_col + v * VECTOR), acc[i][v]) };
+            unsafe { _mm256_storeu_ps(sums.row(first_row + i).add(first_col + v * VECTOR), acc[i][v]) };
         }
     }
 }

@@ -109,6 +109,13 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
+    /// Where `rows` runs of `cols` elements begin, `stride` apart. Whoever writes through it must own them.
+    pub fn block(&self, start: usize, stride: usize, rows: usize, cols: usize) -> *mut T {
+        assert!(rows > 0 && start + (rows - 1) * stride + cols <= self.len, "a task reached past the end");
+        // SAFETY: in bounds (just asserted).
+        unsafe { self.start.add(start) }
+    }
+
     /// # Safety
     /// No two live slices may overlap.
     pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {

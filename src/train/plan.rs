@@ -67,9 +67,12 @@ pub fn flops(blueprint: &Blueprint, size: Extent) -> Result<u64> {
     Ok(dry.flops())
 }
 
-/// FLOPs of an average step of the first epoch.
+/// Steps that an average is taken over.
+const SAMPLED_STEPS: u64 = 32;
+
+/// FLOPs of an average step, from the first steps' real batches.
 pub fn flops_per_step(task: &Task, settings: &Settings, blueprint: &Blueprint) -> Result<f64> {
-    let steps = task.steps_per_epoch.min(task.max_steps).max(1);
+    let steps = task.max_steps.clamp(1, SAMPLED_STEPS);
     let mut total = 0;
     for step in 1..=steps {
         let examples = task.examples_of_step(settings, step);

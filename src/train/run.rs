@@ -44,10 +44,6 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
-    let reached = |stop: &u64| (*stop..task.max_steps).contains(&start.state.step);
-    if let (Some(checkpoint), Some(_)) = (&start.from, settings.stop_at_step.filter(reached)) {
-        return Ok(Outcome::Stopped(checkpoint.clone()));
-    }
     let ref_logps = score_references(device, settings, &task, stop)?;
     let blueprint = task.blueprint(settings);
     let mut policy = blueprint.build(device)?;
@@ -191,12 +187,12 @@ impl<B: Backend> Session<'_, B> {
                 let how = "--resume-from-checkpoint auto continues";
                 return Err(Error::Interrupted { detail: format!("{detail}; {how}") });
             }
+            if self.settings.stop_at_step.is_some_and(|last| self.state.step >= last) {
+                return Ok(Outcome::Stopped(self.save_checkpoint()?));
+            }
             let message = self.step()?;
             progress.at(self.state.step, &message);
             self.after_step(&progress)?;
-            if self.settings.stop_at_step == Some(self.state.step) && self.state.step < max_steps {
-                return Ok(Outcome::Stopped(self.save_checkpoint()?));
-            }
         }
         progress.finish();
         self.finish().map(Outcome::Finished)

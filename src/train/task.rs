@@ -162,7 +162,7 @@ fn load_dataset(
     objective: &dyn Objective,
     checkpoint: &Checkpoint,
 ) -> Result<Dataset> {
-    let mut dataset = Dataset::load(path, tokenizer, &settings.encode)?;
+    let mut dataset = Dataset::load(path, tokenizer, &settings.encode)?.not_empty()?;
     let pairs = objective.needs().pairs;
     if pairs && dataset.form != Form::Pairs {
         let name = objective.name();

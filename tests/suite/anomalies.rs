@@ -276,9 +276,13 @@ fn rows_that_cannot_be_trained_on_are_counted() {
     }
     rows.retain(|row| row["chosen"] == json!("") || row["rejected"] == json!(""));
     w.write_lines("train.jsonl", &rows);
-    let parts = ["train.jsonl: ", "no row is left to train on: 2 of 2 rows dropped: 2 empty completion"];
+    let parts = ["train.jsonl: ", "no row is left: 2 of 2 rows dropped: 2 empty completion"];
     w.fails(1, &format!("{SHORT} --model model --output-dir run-2"), &parts);
     w.fails(1, &format!("{SHORT} --model model --output-dir run-2").replace("sigmoid --beta 0.1", "sft"), &parts);
+
+    w.fails(1, "eval --model model --dataset train.jsonl", &parts);
+    w.ok("logps --model model --dataset train.jsonl --out logps.jsonl");
+    assert_eq!(w.text("logps.jsonl").matches("\"skipped\":\"empty completion\"").count(), 2);
 
     w.write("train.jsonl", "{\"text\": \"a text\"}\n");
     w.fails(
@@ -321,7 +325,7 @@ fn rows_that_are_too_long() {
     );
     assert!(!w.exists("error-30"));
     w.ok(&train("error", 300));
-    w.fails(1, &train("drop", 3), &["no row is left to train on: 12 of 12 rows dropped: 12 too long"]);
+    w.fails(1, &train("drop", 3), &["no row is left: 12 of 12 rows dropped: 12 too long"]);
     w.fails(1, &train("truncate", prompt), &["no row is left", "12 prompt fills max length"]);
     w.fails(2, &train("drop", 1), &["--max-length", "a whole number of 2 or more"]);
 }

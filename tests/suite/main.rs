@@ -1,5 +1,9 @@
 mod anomalies;
 mod cli;
+mod common;
 mod exactness;
+mod model;
 mod objectives;
+mod ops;
 mod program;
+mod tiny;

@@ -207,7 +207,7 @@ fn options_that_are_missing_unused_or_out_of_range_are_named() {
     }
     refused("hinge", &smoothing(0.1), "--label-smoothing", "hinge does not use it, it takes --beta");
     refused("sft", &beta_only(0.1), "--beta", "sft does not use it, it takes no parameter");
-    refused("sigmiod", &none, "--loss-type", "did you mean \"sigmoid\"?");
+    refused("sigmiod", &none, "--objective", "did you mean \"sigmoid\"?");
     assert!(objectives::build("sigmoid", &smoothing(0.0)).is_ok());
 }
 

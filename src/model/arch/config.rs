@@ -14,16 +14,13 @@ const HARMLESS: &[&str] = &[
     "architectures",
     "attention_dropout", // dropout stays off: the reference is scored once
     "auto_map",
-    "bos_token_id",
     "dtype",
-    "eos_token_id",
     "id2label",
     "is_llama_config",
     "label2id",
     "max_position_embeddings", // rotations are computed as far as they are needed
     "model_max_length",
     "name_or_path",
-    "pad_token_id",
     "pretraining_tp", // how the authors sliced their matrices
     "tokenizer_class",
     "torch_dtype",
@@ -212,7 +209,10 @@ impl Config {
             Value::Object(items) => items.is_empty(),
             _ => false,
         };
-        let harmless = |key: &str| HARMLESS.contains(&key) || key.starts_with('_') || key.starts_with("output_");
+        let harmless = |key: &str| {
+            let named = key.starts_with('_') || key.starts_with("output_") || key.ends_with("_token_id");
+            named || HARMLESS.contains(&key)
+        };
         match self.keys.iter().find(|(key, value)| !read.contains(*key) && !harmless(key) && !off(value)) {
             None => Ok(()),
             Some((key, value)) => Err(self.error(
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn what_does_not_is_accepted() {
         let extra = json!({"_name_or_path": "x", "use_cache": true, "rope_interleaved": false, "quantization_config": null,
-            "is_llama_config": true, "output_attentions": false, "attention_dropout": 0.1, "pretraining_tp": 2});
+            "is_llama_config": true, "unk_token_id": 0, "output_attentions": false, "attention_dropout": 0.1, "pretraining_tp": 2});
         let spec = read("llama", extra).unwrap();
         assert_eq!((spec.head_dim, spec.tied_head, spec.qkv_bias), (8, false, false));
         assert_eq!((llama::ARCHITECTURE.naming)(super::super::Slot::Key, 2), "model.layers.2.self_attn.k_proj.weight");

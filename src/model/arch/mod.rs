@@ -97,7 +97,11 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(Error::file(dir, "there is no such folder; a model is a folder with config.json in it"));
         }
-        Self::from_config(dir, &dir.join("config.json"))
+        let config = dir.join("config.json");
+        if !config.exists() {
+            return Err(Error::file(config, "there is no such file; a model is a folder with config.json in it"));
+        }
+        Self::from_config(dir, &config)
     }
 
     /// The same with a configuration that is kept elsewhere.

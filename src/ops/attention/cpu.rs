@@ -194,12 +194,14 @@ fn trees(segments: &[Segment]) -> impl Iterator<Item = Range<usize>> {
 dispatched! {
     /// `scores[j] = x . columns[.., j]` for a whole block, each a chain over the head dimension.
     fn block_scores(x: &[f32], columns: &[f32], stride: usize, block: usize, scores: &mut [f32; BLOCK]) {
-        scores.fill(0.0);
+        let mut local = [0.0f32; BLOCK];
         for (x, column) in x.iter().zip(columns.chunks_exact(stride)) {
-            for (s, c) in scores.iter_mut().zip(&column[block..block + BLOCK]) {
-                *s = x.mul_add(*c, *s);
+            let column = column[block..].first_chunk::<BLOCK>().expect("a stride is whole blocks");
+            for i in 0..BLOCK {
+                local[i] = x.mul_add(column[i], local[i]);
             }
         }
+        *scores = local;
     }
 }
 
@@ -224,11 +226,54 @@ dispatched! {
 dispatched! {
     /// `sum += weights[j] * rows[j]` in the order of j.
     fn add_rows(weights: &[f32], rows: &[f32], sum: &mut [f32]) {
-        for (w, row) in weights.iter().zip(rows.chunks_exact(sum.len())) {
-            for (sum, x) in sum.iter_mut().zip(row) {
+        const WIDE: usize = 4 * LANES;
+        let (width, mut start) = (sum.len(), 0);
+        while let Some(sum) = sum[start..].first_chunk_mut::<WIDE>() {
+            add_columns(weights, rows, width, start, sum);
+            start += WIDE;
+        }
+        while let Some(sum) = sum[start..].first_chunk_mut::<LANES>() {
+            add_columns(weights, rows, width, start, sum);
+            start += LANES;
+        }
+        for (w, row) in weights.iter().zip(rows.chunks_exact(width)) {
+            for (sum, x) in sum[start..].iter_mut().zip(&row[start..]) {
                 *sum = w.mul_add(*x, *sum);
             }
         }
+    }
+}
+
+/// As `add_rows` for the columns from `start` on, whose sums stay in registers.
+#[inline(always)]
+fn add_columns<const N: usize>(weights: &[f32], rows: &[f32], width: usize, start: usize, sum: &mut [f32; N]) {
+    let mut local = *sum;
+    for (w, row) in weights.iter().zip(rows.chunks_exact(width)) {
+        let row = row[start..].first_chunk::<N>().expect("the sums are as long as the rows");
+        for i in 0..N {
+            local[i] = w.mul_add(row[i], local[i]);
+        }
+    }
+    *sum = local;
+}
+
+dispatched! {
+    /// The largest of `max` and the scaled scores; NaN is passed over.
+    fn block_max(scale: f32, max: f32, scores: &[f32]) -> f32 {
+        let mut top = [max; LANES];
+        for chunk in scores.chunks(LANES) {
+            for (top, s) in top.iter_mut().zip(chunk) {
+                *top = top.max(s * scale);
+            }
+        }
+        top.into_iter().fold(max, f32::max)
+    }
+}
+
+dispatched! {
+    /// One chain over the head dimension.
+    fn chain(x: &[f32], y: &[f32]) -> f32 {
+        x.iter().zip(y).fold(0.0, |sum, (x, y)| x.mul_add(*y, sum))
     }
 }
 
@@ -251,13 +296,13 @@ fn query_forward(isa: Isa, scale: f32, q: &[f32], kv: &Scratch, visible: Range<u
     for (block, valid) in blocks(visible) {
         block_scores(isa, q, &kv.keys_t, kv.stride, block, &mut scores);
         // NaN scores must stay visible: `max` would drop them, the sum below keeps them.
-        let block_max = scores[valid.clone()].iter().fold(max, |m, s| m.max(s * scale));
-        let shrink = if max == f32::NEG_INFINITY { 0.0 } else { exp(max - block_max) };
-        total = total * shrink + block_exp(isa, scale, block_max, valid.clone(), &mut scores);
+        let new_max = block_max(isa, scale, max, &scores[valid.clone()]);
+        let shrink = if max == f32::NEG_INFINITY { 0.0 } else { exp(max - new_max) };
+        total = total * shrink + block_exp(isa, scale, new_max, valid.clone(), &mut scores);
         o.iter_mut().for_each(|o| *o *= shrink);
         let rows = (block + valid.start) * q.len()..(block + valid.end) * q.len();
         add_rows(isa, &scores[valid], &kv.values[rows], o);
-        max = block_max;
+        max = new_max;
     }
     o.iter_mut().for_each(|o| *o /= total);
     max + total.ln()
@@ -273,7 +318,7 @@ struct QueryBackward<'a> {
 }
 
 fn query_backward(isa: Isa, a: QueryBackward, kv: &mut Scratch, dq: &mut [f32]) {
-    let delta: f32 = a.d_o.iter().zip(a.o).fold(0.0, |sum, (x, y)| x.mul_add(*y, sum));
+    let delta = chain(isa, a.d_o, a.o);
     let (mut p, mut ds) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
     dq.fill(0.0);
     for (block, valid) in blocks(a.visible) {

@@ -68,8 +68,10 @@ dispatched! {
 dispatched! {
     fn backward_row(dy: &[f32], x: &[f32], w: &[f32], rstd: f32, dx: &mut [f32]) {
         let mut lanes = [0.0f32; LANES];
-        for (i, ((dy, x), w)) in dy.iter().zip(x).zip(w).enumerate() {
-            lanes[i % LANES] += dy * w * x;
+        for ((dy, x), w) in dy.chunks(LANES).zip(x.chunks(LANES)).zip(w.chunks(LANES)) {
+            for (((lane, dy), x), w) in lanes.iter_mut().zip(dy).zip(x).zip(w) {
+                *lane += dy * w * x;
+            }
         }
         let mean = sum_lanes(lanes) / x.len() as f32;
         let scale = rstd * rstd * mean;

@@ -1,0 +1,331 @@
+//! Time of the ops at the shapes of two models. Products and attention report FLOP/s (as elements per second, a
+//! multiply-add is two), the others bytes per second of what must be read and written once.
+//!
+//! `cargo bench --bench ops` takes under two minutes; a filter such as `linear` or `quickstart` less. The group
+//! `peak` is the yardstick: fused multiply-adds on registers alone, on as many threads.
+
+use std::collections::BTreeSet;
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use cuvee::device::{Arena, Cpu, Device, Isa, Kind, Philox, Tensor};
+use cuvee::ops::attention::{Attention, Dims, NO_PARENT, Segment};
+use cuvee::ops::linear::Linear;
+use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
+use cuvee::ops::merged_update::{MergedUpdate, Rule, Step};
+use cuvee::ops::rms_norm::RmsNorm;
+use cuvee::ops::swiglu::SwiGlu;
+use cuvee::ops::{attention, linear, logprob_head, merged_update, rms_norm, swiglu};
+use rayon::prelude::*;
+
+#[derive(Clone, Copy)]
+struct Shape {
+    name: &'static str,
+    rows: usize,
+    hidden: usize,
+    mlp: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocab: usize,
+    /// Tokens of a prompt and of each of its two completions; rows / (prompt + 2 completion) such pairs.
+    pair: [usize; 2],
+}
+
+const SHAPES: [Shape; 2] = [
+    Shape {
+        name: "smollm2-135m",
+        rows: 512,
+        hidden: 576,
+        mlp: 1536,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        vocab: 49_152,
+        pair: [128, 64],
+    },
+    Shape {
+        name: "quickstart",
+        rows: 960,
+        hidden: 128,
+        mlp: 384,
+        heads: 8,
+        kv_heads: 4,
+        head_dim: 16,
+        vocab: 2048,
+        pair: [64, 28],
+    },
+];
+
+struct Bench {
+    cpu: Cpu,
+    arena: Arena<Cpu>,
+    drawn: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let cpu = Cpu::new(0).expect("threads start");
+        let arena = Arena::with_bytes(&cpu, 1 << 30).expect("a GiB is there");
+        Self { cpu, arena, drawn: 0 }
+    }
+
+    /// Normal numbers of a deviation of 0.1.
+    fn random(&mut self, rows: usize, cols: usize) -> Tensor<Cpu> {
+        self.drawn += 1;
+        let random = Philox::new(1, self.drawn);
+        let mut tensor = self.arena.floats(Kind::Activations, rows, cols);
+        let values: Vec<f32> = (0..rows * cols).map(|i| 0.1 * random.normal(i as u64) as f32).collect();
+        self.cpu.write_f32(&values, tensor.view_mut()).expect("a copy");
+        tensor
+    }
+
+    fn indices(&mut self, cols: usize, values: &[u32]) -> Tensor<Cpu> {
+        let mut tensor = self.arena.indices(Kind::Activations, values.len() / cols, cols);
+        self.cpu.write_u32(values, tensor.view_mut()).expect("a copy");
+        tensor
+    }
+}
+
+fn measure(group: &mut BenchmarkGroup<WallTime>, name: String, throughput: Throughput, mut op: impl FnMut()) {
+    group.throughput(throughput);
+    group.bench_function(name, |b| b.iter(&mut op));
+}
+
+fn flop(count: usize) -> Throughput {
+    Throughput::Elements(count as u64)
+}
+
+fn floats(count: usize) -> Throughput {
+    Throughput::Bytes(4 * count as u64)
+}
+
+/// Runs so many rounds; returns something that depends on all of them.
+type RegisterLoop = fn(usize) -> f32;
+
+/// Chains of fused multiply-adds on registers, enough of them to hide the latency: (run `rounds`, FLOP of a round).
+#[cfg(target_arch = "x86_64")]
+fn register_loop(isa: Isa) -> Option<(RegisterLoop, usize)> {
+    use std::arch::x86_64::*;
+    const CHAINS: usize = 12;
+    #[target_feature(enable = "avx512f")]
+    fn avx512(rounds: usize) -> f32 {
+        let (factor, term) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(1e-3)));
+        let mut sums = [_mm512_set1_ps(1.0); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, factor, term);
+            }
+        }
+        sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
+    }
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(rounds: usize) -> f32 {
+        let (factor, term) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(1e-3)));
+        let mut sums = [_mm256_set1_ps(1.0); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, factor, term);
+            }
+        }
+        sums.into_iter().map(|sum| _mm256_cvtss_f32(sum)).sum()
+    }
+    match isa {
+        // SAFETY: `Isa::detect` found the features on this machine.
+        Isa::Avx512 => Some((|rounds| unsafe { avx512(rounds) }, 2 * 16 * CHAINS)),
+        // SAFETY: as above.
+        Isa::Avx2 => Some((|rounds| unsafe { avx2(rounds) }, 2 * 8 * CHAINS)),
+        Isa::Portable => None,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn register_loop(_: Isa) -> Option<(RegisterLoop, usize)> {
+    None
+}
+
+fn peak(c: &mut Criterion) {
+    const ROUNDS: usize = 1 << 16;
+    let cpu = Cpu::new(0).expect("threads start");
+    let Some((run, flop_per_round)) = register_loop(cpu.isa()) else { return };
+    let mut group = c.benchmark_group("peak");
+    for threads in BTreeSet::from([1, cpu.threads()]) {
+        let name = format!("{:?}, {threads} threads", cpu.isa());
+        measure(&mut group, name, flop(threads * ROUNDS * flop_per_round), || {
+            cpu.run(|| {
+                (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+                    black_box(run(ROUNDS));
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+fn bench_linear(c: &mut Criterion) {
+    for s in SHAPES {
+        let mut group = c.benchmark_group(format!("linear/{}", s.name));
+        for (rows, inputs, outputs) in [(s.rows, s.hidden, s.mlp), (s.rows, s.mlp, s.hidden), (1, s.hidden, s.mlp)] {
+            let mut b = Bench::new();
+            let (x, weight, mut y) = (b.random(rows, inputs), b.random(outputs, inputs), b.random(rows, outputs));
+            let (mut dx, mut dweight) = (b.random(rows, inputs), b.random(outputs, inputs));
+            let (shape, product) = (format!("{rows}x{inputs}x{outputs}"), 2 * rows * inputs * outputs);
+            measure(&mut group, format!("forward {shape}"), flop(product), || {
+                let (x, weight, y) = (x.view(), weight.view(), y.view_mut());
+                b.cpu.linear(linear::Forward { x, weight, bias: None, residual: None, y }).expect("shapes fit");
+            });
+            if rows == 1 {
+                continue;
+            }
+            let mut backward = |which: &str, wanted: [bool; 2]| {
+                let products = wanted.iter().filter(|w| **w).count();
+                measure(&mut group, format!("{which} {shape}"), flop(products * product), || {
+                    let dx = wanted[0].then(|| dx.view_mut());
+                    let dweight = wanted[1].then(|| dweight.view_mut());
+                    let (dy, x, weight) = (y.view(), x.view(), weight.view());
+                    let arguments = linear::Backward { dy, x, weight, dx, dweight, dbias: None };
+                    b.cpu.linear_backward(arguments).expect("shapes fit");
+                });
+            };
+            backward("dx", [true, false]);
+            backward("dweight", [false, true]);
+        }
+        group.finish();
+    }
+}
+
+fn bench_head(c: &mut Criterion) {
+    for s in SHAPES {
+        let mut group = c.benchmark_group(format!("logprob_head/{}", s.name));
+        let (mut b, rows) = (Bench::new(), s.rows);
+        let (h, weight) = (b.random(rows, s.hidden), b.random(s.vocab, s.hidden));
+        let target: Vec<u32> = (0..rows).map(|i| (i * 7919 % s.vocab) as u32).collect();
+        let target = b.indices(1, &target);
+        let [scratch_rows, scratch_cols] = scratch_shape(rows);
+        let mut scratch = b.random(scratch_rows, scratch_cols);
+        let (mut logp, mut lse, dlogp) = (b.random(rows, 1), b.random(rows, 1), b.random(rows, 1));
+        let (mut dh, mut dweight) = (b.random(rows, s.hidden), b.random(s.vocab, s.hidden));
+        let (shape, product) = (format!("{rows}x{}x{}", s.hidden, s.vocab), 2 * rows * s.hidden * s.vocab);
+        measure(&mut group, format!("forward {shape}"), flop(product), || {
+            let (h, weight, target, scratch) = (h.view(), weight.view(), target.view(), scratch.view_mut());
+            let (logp, lse) = (logp.view_mut(), lse.view_mut());
+            b.cpu.logprob_head(logprob_head::Forward { h, weight, target, scratch, logp, lse }).expect("shapes fit");
+        });
+        measure(&mut group, format!("backward {shape}"), flop(3 * product), || {
+            let arguments = logprob_head::Backward {
+                h: h.view(),
+                weight: weight.view(),
+                target: target.view(),
+                lse: lse.view(),
+                dlogp: dlogp.view(),
+                scratch: scratch.view_mut(),
+                dh: dh.view_mut(),
+                dweight: Some(dweight.view_mut()),
+            };
+            b.cpu.logprob_head_backward(arguments).expect("shapes fit");
+        });
+        group.finish();
+    }
+}
+
+/// Prompts with two completions each, as preference pairs come.
+fn pairs(s: &Shape) -> Vec<Segment> {
+    let [prompt, completion] = s.pair.map(|len| len as u32);
+    let mut table: Vec<Segment> = Vec::new();
+    for first in (0..s.rows as u32).step_by((prompt + 2 * completion) as usize) {
+        let parent = table.len() as u32;
+        let children = [0, 1].map(|i| (first + prompt + i * completion, completion, parent, prompt));
+        for (start, len, parent, position) in [(first, prompt, NO_PARENT, 0)].into_iter().chain(children) {
+            table.push(Segment { start, len, parent, position, query_start: start, queries: len });
+        }
+    }
+    table
+}
+
+fn bench_attention(c: &mut Criterion) {
+    for s in SHAPES {
+        let mut group = c.benchmark_group(format!("attention/{}", s.name));
+        let (mut b, table) = (Bench::new(), pairs(&s));
+        let longest = s.pair[0] + s.pair[1];
+        let dims = Dims { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, window: None, longest };
+        let segments = b.indices(Segment::WORDS, bytemuck::cast_slice(&table));
+        let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let (q, k, v) = (b.random(s.rows, wide), b.random(s.rows, narrow), b.random(s.rows, narrow));
+        let (mut o, mut lse) = (b.random(s.rows, wide), b.random(s.rows, s.heads));
+        let (mut dq, mut dk, mut dv) = (b.random(s.rows, wide), b.random(s.rows, narrow), b.random(s.rows, narrow));
+        let d_o = b.random(s.rows, wide);
+        // What the mask leaves, exactly: each query meets the keys up to its own position.
+        let seen = |s: &Segment| (0..s.len).map(|i| (s.position + i + 1) as usize).sum::<usize>();
+        let product = 2 * wide * table.iter().map(seen).sum::<usize>();
+        let segments = segments.view();
+        let (q, k, v) = (q.view(), k.view(), v.view());
+        measure(&mut group, "forward".into(), flop(2 * product), || {
+            let (o, lse) = (o.view_mut(), lse.view_mut());
+            b.cpu.attention(attention::Forward { dims, segments, q, k, v, o, lse }).expect("shapes fit");
+        });
+        measure(&mut group, "backward".into(), flop(5 * product), || {
+            let (d_o, o, lse) = (d_o.view(), o.view(), lse.view());
+            let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
+            let arguments = attention::Backward { dims, segments, d_o, q, k, v, o, lse, dq, dk, dv };
+            b.cpu.attention_backward(arguments).expect("shapes fit");
+        });
+        group.finish();
+    }
+}
+
+fn bench_memory_bound(c: &mut Criterion) {
+    for s in SHAPES {
+        let mut group = c.benchmark_group(format!("memory/{}", s.name));
+        let (mut b, (rows, hidden, mlp)) = (Bench::new(), (s.rows, s.hidden, s.mlp));
+        let (x, weight, mut y) = (b.random(rows, hidden), b.random(1, hidden), b.random(rows, hidden));
+        let (mut rstd, mut dx, mut dweight) = (b.random(rows, 1), b.random(rows, hidden), b.random(1, hidden));
+        measure(&mut group, format!("rms_norm forward {rows}x{hidden}"), floats(2 * rows * hidden), || {
+            let (x, weight, y, rstd) = (x.view(), weight.view(), y.view_mut(), rstd.view_mut());
+            b.cpu.rms_norm(rms_norm::Forward { x, weight, eps: 1e-5, y, rstd }).expect("shapes fit");
+        });
+        measure(&mut group, format!("rms_norm backward {rows}x{hidden}"), floats(4 * rows * hidden), || {
+            let (dy, x, weight, rstd) = (y.view(), x.view(), weight.view(), rstd.view());
+            let (dx, dweight) = (dx.view_mut(), Some(dweight.view_mut()));
+            b.cpu.rms_norm_backward(rms_norm::Backward { dy, x, weight, rstd, dx, dweight }).expect("shapes fit");
+        });
+        let (gate, up, mut y) = (b.random(rows, mlp), b.random(rows, mlp), b.random(rows, mlp));
+        let (mut dgate, mut dup) = (b.random(rows, mlp), b.random(rows, mlp));
+        measure(&mut group, format!("swiglu forward {rows}x{mlp}"), floats(3 * rows * mlp), || {
+            b.cpu.swiglu(swiglu::Forward { gate: gate.view(), up: up.view(), y: y.view_mut() }).expect("shapes fit");
+        });
+        measure(&mut group, format!("swiglu backward {rows}x{mlp}"), floats(5 * rows * mlp), || {
+            let (dy, gate, up, dgate, dup) = (y.view(), gate.view(), up.view(), dgate.view_mut(), dup.view_mut());
+            b.cpu.swiglu_backward(swiglu::Backward { dy, gate, up, dgate, dup }).expect("shapes fit");
+        });
+        // The largest tensor of the model: its embedding.
+        let shape = [s.vocab, hidden];
+        let [grad, mut weight, mut m, mut v] = [(); 4].map(|()| b.random(shape[0], shape[1]));
+        b.cpu.zero(v.view_mut()).expect("a fill");
+        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        let step = Step { rule, step: 10, learning_rate: 1e-4, weight_decay: 0.01, clip: 1.0 };
+        measure(
+            &mut group,
+            format!("merged_update {}x{}", shape[0], shape[1]),
+            floats(7 * shape[0] * shape[1]),
+            || {
+                let (grad, weight) = (grad.view(), weight.view_mut());
+                let (first_moment, second_moment) = (m.view_mut(), v.view_mut());
+                let arguments = merged_update::Args { step, grad, weight, first_moment, second_moment };
+                b.cpu.merged_update(arguments).expect("shapes fit");
+            },
+        );
+        group.finish();
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_millis(1200))
+        .without_plots();
+    targets = peak, bench_linear, bench_head, bench_attention, bench_memory_bound
+}
+criterion_main!(benches);
