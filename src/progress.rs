@@ -1,8 +1,14 @@
 //! What the user sees while something takes time: a bar on a terminal, a line now and then elsewhere.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Prints a line on stderr. A reader that went away is no reason to fail: the work goes on.
+pub fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Between two lines where no terminal can redraw one.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -40,14 +46,14 @@ impl Progress {
             && last.elapsed() >= LINE_INTERVAL
         {
             *last = Instant::now();
-            eprintln!("{} {done}/{} {message}", self.what, self.bar.length().unwrap_or(0));
+            say(format_args!("{} {done}/{} {message}", self.what, self.bar.length().unwrap_or(0)));
         }
     }
 
     /// Prints a line without tearing the bar.
     pub fn say(&self, line: &str) {
         if self.last_line.is_some() {
-            eprintln!("{line}");
+            say(line);
         } else {
             self.bar.println(line);
         }

@@ -50,11 +50,15 @@ pub fn claim(output: &Path) -> Result<Claim> {
         Err(e) => return Err(cannot_create(output, e)),
         Ok(_) => Claim::Moved(move_finished(output)?),
     };
-    // `create_dir` also decides between two runs that start at the same time.
-    fs::create_dir(output).map_err(|e| cannot_create(output, e))?;
-    if let Err(e) = Marker::write(output, false) {
-        // An empty folder would be refused as someone else's the next time; the marker's own error says more.
-        let _ = fs::remove_dir(output);
+    // The folder appears with its marker: killed in between, an empty one would be refused as someone else's.
+    let marked = sibling(output, &format!(".{}{TMP}", std::process::id()))?;
+    fs::create_dir(&marked).map_err(|e| cannot_create(output, e))?;
+    // Renaming also decides between two runs that start at the same time, as neither's folder is empty.
+    let claimed =
+        Marker::write(&marked, false).and_then(|()| fs::rename(&marked, output).map_err(|e| cannot_create(output, e)));
+    if let Err(e) = claimed {
+        // The error that led here says more than this one could.
+        let _ = remove(&marked);
         return Err(e);
     }
     sync_parent(output)?;
@@ -169,6 +173,15 @@ impl LineLog {
     /// Starts an empty log.
     pub fn create(path: &Path) -> Result<Self> {
         write_file(path, |_| Ok(()))?;
+        Self::open(path)
+    }
+
+    /// Starts a log with these lines.
+    pub fn with(path: &Path, lines: &[impl Serialize]) -> Result<Self> {
+        let lines: Vec<Vec<u8>> = lines.iter().map(serde_json::to_vec).collect::<Result<_, _>>().at(path)?;
+        write_file(path, |out| {
+            lines.iter().try_for_each(|line| out.write_all(line).and_then(|()| out.write_all(b"\n")))
+        })?;
         Self::open(path)
     }
 

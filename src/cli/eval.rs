@@ -11,6 +11,7 @@ use crate::device::Cpu;
 use crate::error::Result;
 use crate::model::Checkpoint;
 use crate::objectives::Stats;
+use crate::progress::say;
 use crate::train::Summary;
 
 pub fn run(args: &EvalArgs) -> Result<()> {
@@ -18,7 +19,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
-    dataset.report().iter().for_each(|line| eprintln!("{line}"));
+    dataset.report().iter().for_each(say);
     let packing = super::packing(&args.batching);
     let sums = |dir: &Path| sums(&device, dir, &dataset, packing);
     let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);

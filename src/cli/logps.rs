@@ -10,7 +10,7 @@ use crate::data::{Dataset, Form, Packing, Tokenizer};
 use crate::device::Cpu;
 use crate::error::Result;
 use crate::model::{Checkpoint, Init};
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::check_vocabulary;
 
@@ -20,7 +20,7 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
-    dataset.report().iter().for_each(|line| eprintln!("{line}"));
+    dataset.report().iter().for_each(say);
     let logps = match dataset.examples.is_empty() {
         true => Vec::new(),
         false => score(&device, &checkpoint, &dataset, super::packing(&args.batching))?,

@@ -18,6 +18,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use crate::Error;
+use crate::progress::say;
 pub use args::{Cli, Command};
 
 /// Why `parse` gave no command: clap has something to print (help and version included), or our own
@@ -35,7 +36,7 @@ impl Failure {
         match self {
             // A closed pipe (`cuvee --help | head -1`) is no failure of ours.
             Self::Clap(error) => drop(error.print()),
-            Self::Error(error) => eprintln!("error: {error}"),
+            Self::Error(error) => say(format_args!("error: {error}")),
         }
         match self {
             Self::Clap(error) if !error.use_stderr() => ExitCode::SUCCESS,
@@ -69,7 +70,7 @@ pub fn execute(cli: Cli) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            say(format_args!("error: {error}"));
             ExitCode::from(if matches!(error, Error::Interrupted { .. }) { 130 } else { 1 })
         }
     }

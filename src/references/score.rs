@@ -1,12 +1,14 @@
 use crate::data::{self, Example, Extent, Packing};
 use crate::device::{Arena, Device, Dry, Ledger};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options};
 use crate::ops::Backend;
 
 /// A frozen model that gives log-probabilities.
 pub struct Scorer<'a, B: Backend> {
     device: &'a B,
+    /// For messages.
+    checkpoint: &'a Checkpoint,
     model: Model<B>,
     acts: Acts<B>,
     batch: Batch<B>,
@@ -26,14 +28,14 @@ pub fn plan(checkpoint: &Checkpoint, largest: &Extent) -> Ledger {
 }
 
 impl<'a, B: Backend> Scorer<'a, B> {
-    pub fn new(device: &'a B, checkpoint: &Checkpoint, init: Init, largest: &Extent) -> Result<Self> {
+    pub fn new(device: &'a B, checkpoint: &'a Checkpoint, init: Init, largest: &Extent) -> Result<Self> {
         let mut arena = Arena::new(device, &plan(checkpoint, largest))?;
         let (mut model, acts, batch) = build(&mut arena, checkpoint, largest);
         init.fill(device, checkpoint, &mut model)?;
-        Ok(Self { device, model, acts, batch })
+        Ok(Self { device, checkpoint, model, acts, batch })
     }
 
-    /// `[examples][sequences][scored tokens]`, nats. `done` is told how many examples are finished.
+    /// `[examples][sequences][scored tokens]`, nats, all finite. `done` is told how many examples are finished.
     pub fn score(
         &mut self,
         examples: &[Example],
@@ -47,7 +49,14 @@ impl<'a, B: Backend> Scorer<'a, B> {
             self.model.forward(self.device, &self.batch, &mut self.acts)?;
             let mut logps = vec![0.0; host.targets.len()];
             self.device.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
-            all.extend(by_example(&host, &logps));
+            for (example, logps) in examples[range.clone()].iter().zip(by_example(&host, &logps)) {
+                if logps.iter().flatten().any(|x| !x.is_finite()) {
+                    let row = example.row;
+                    let detail = format!("row {row} gets a log-probability that is not finite; are the weights sound?");
+                    return Err(Error::file(&self.checkpoint.dir, detail));
+                }
+                all.push(logps);
+            }
             done(range.end);
         }
         Ok(all)

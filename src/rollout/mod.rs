@@ -84,6 +84,13 @@ pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> 
         let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
         return Err(Error::option("--prompt", detail));
     }
+    let vocab = model.spec.vocab;
+    if let Some(id) = request.prompt.iter().find(|id| **id as usize >= vocab) {
+        let detail = format!(
+            "token {id} lies past the model's vocabulary of {vocab}; do tokenizer.json and config.json belong together?"
+        );
+        return Err(Error::option("--prompt", detail));
+    }
     let mut arena = Arena::new(device, &plan(&model.spec, request))?;
     let mut buffers = Buffers::new(&mut arena, &model.spec, request);
     let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];

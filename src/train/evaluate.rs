@@ -3,9 +3,9 @@
 use serde_json::{Map, Value};
 
 use super::policy::Policy;
-use super::step::{append, stats};
+use super::step::{append, finite_logps, stats};
 use crate::data::{Example, Packing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::objectives::{Objective, Stats, Totals};
 use crate::ops::Backend;
 use crate::progress::Progress;
@@ -66,10 +66,11 @@ pub struct Measured {
     pub metrics: Vec<(&'static str, f64)>,
 }
 
-/// Runs the policy over `examples` in order.
+/// Runs the policy, as it is after `step`, over `examples` in order.
 pub fn evaluate<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
+    step: u64,
     objective: &dyn Objective,
     packing: Packing,
     examples: &[Example],
@@ -80,7 +81,13 @@ pub fn evaluate<B: Backend>(
     let mut progress = Progress::new("evaluating", examples.len() as u64, "rows");
     let mut all = Stats::default();
     for (range, host) in packing.batches(&refs) {
-        let logps = policy.forward(device, &host)?;
+        let logps = finite_logps(device, policy, &host, &refs[range.clone()])?.map_err(|found| {
+            let advice = match step {
+                0 => "are the weights sound?",
+                _ => "this step's update broke the model; a lower --learning-rate or --max-grad-norm may help",
+            };
+            Error::NotFinite { step, what: "a held-out log-probability".into(), detail: format!("{found}; {advice}") }
+        })?;
         let slice = |r: &'_ RefLogps| r.sums[range.clone()].to_vec();
         let sliced: Vec<Vec<Vec<f64>>> = ref_logps.iter().map(slice).collect();
         let by_example: Vec<Vec<&[f64]>> = sliced.iter().map(|r| r.iter().map(Vec::as_slice).collect()).collect();

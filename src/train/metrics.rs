@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::json::write_json;
-use crate::error::{At, Result};
+use crate::checkpoint::json::{read_json, write_json};
+use crate::error::{At, Error, Result};
 
 pub const METRICS: &str = "metrics.jsonl";
 pub const EVALUATIONS: &str = "evaluations.jsonl";
@@ -45,13 +45,26 @@ impl Line<'_> {
     }
 }
 
+/// The lines of a log.
+pub type Lines = Vec<Map<String, Value>>;
+
 /// The lines of a log of this run.
-pub fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
+pub fn read_lines(path: &Path) -> Result<Lines> {
     if !path.exists() {
         return Ok(Vec::new());
     }
     let text = std::fs::read_to_string(path).at(path)?;
     text.lines().map(|line| serde_json::from_str(line).at(path)).collect()
+}
+
+/// The lines that metrics.jsonl and evaluations.jsonl held when a checkpoint was written. The run may have gone on
+/// since, or back, or elsewhere.
+pub fn read_history(checkpoint: &Path) -> Result<(Lines, Lines)> {
+    let path = checkpoint.join(TRAINER_STATE);
+    let history = read_json(&path)?.get_mut("log_history").map(Value::take).unwrap_or_default();
+    let lines: Lines = serde_json::from_value(history)
+        .map_err(|e| Error::file(&path, format!("has no usable \"log_history\": {e}; use another checkpoint")))?;
+    Ok(lines.into_iter().partition(|line| !line.contains_key("eval_loss")))
 }
 
 /// What trainer_state.json says beside the history.

@@ -6,13 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::metrics::{EVALUATIONS, METRICS, read_lines};
+use super::metrics::{EVALUATIONS, Lines, METRICS, read_lines};
 use super::plot::{Panel, Series, curves_svg, sparkline};
 use super::run::SAMPLES;
 use crate::checkpoint::write_file;
 use crate::error::Result;
-
-type Lines = Vec<Map<String, Value>>;
 
 pub struct Report {
     output: PathBuf,

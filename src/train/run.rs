@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::evaluate::{Evaluation, evaluate};
-use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState};
+use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::plan::{flops_per_step, sample_request};
 use super::policy::Policy;
 use super::report::Report;
@@ -22,7 +22,7 @@ use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::optim::Schedule;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::references::RefLogps;
 use crate::rollout::{self, Request};
 
@@ -41,7 +41,7 @@ pub enum Outcome {
 /// Trains. `stop` is asked between steps; true writes a checkpoint and returns [`Error::Interrupted`].
 pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
     let task = Task::prepare(settings)?;
-    task.datasets().iter().flat_map(|d| d.report()).for_each(|line| eprintln!("{line}"));
+    task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
     let ref_logps = score_references(device, settings, &task, stop)?;
@@ -51,14 +51,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
         None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
     }
-    let log = |name: &str, step: u64| match (&start.from, settings.output_dir.join(name)) {
-        (Some(_), path) => LineLog::resume(&path, step),
-        (None, path) => LineLog::create(&path),
-    };
-    // What comes after the last step is done again by a run that was killed during it.
-    let before_end = start.state.step.min(task.max_steps - 1);
-    let metrics = log(METRICS, start.state.step)?;
-    let (evaluations, samples) = (log(EVALUATIONS, before_end)?, log(SAMPLES, before_end)?);
+    let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
     let mut session = Session {
         device,
         settings,
@@ -102,17 +95,51 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
         None => RunState { step: 0, num_tokens: 0, course: course.clone() },
     };
     if !continues {
+        check_inputs(settings)?;
         if let Claim::Moved(old) = claim(output)? {
-            eprintln!("{}: the finished run there is now {}", output.display(), old.display());
+            say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
         }
     } else if from.is_none() {
-        eprintln!("{}: no checkpoint yet, starting at the beginning", output.display());
+        say(format_args!("{}: no checkpoint yet, starting at the beginning", output.display()));
     }
     if let Some(dir) = &from {
-        eprintln!("continuing after step {} from {}", state.step, dir.display());
+        say(format_args!("continuing after step {} from {}", state.step, dir.display()));
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
     Ok(Some(Start { state, from }))
+}
+
+/// A finished run is moved away to make room; it must not hold what this run is about to read.
+fn check_inputs(settings: &Settings) -> Result<()> {
+    let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
+    let models =
+        std::iter::once(("--model", &settings.model)).chain(settings.ref_models.iter().map(|m| ("--ref-model", m)));
+    let data = std::iter::once(("--dataset", &settings.dataset))
+        .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
+    let inside = |path: &Path| path.canonicalize().is_ok_and(|path| path.starts_with(&output));
+    match models.chain(data).find(|(_, path)| inside(path)) {
+        Some((flag, path)) if is_finished(&settings.output_dir) => {
+            let detail = format!(
+                "{} is to be moved away, but it holds {flag} {}; choose another folder",
+                settings.output_dir.display(),
+                path.display()
+            );
+            Err(Error::option("--output-dir", detail))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// metrics.jsonl, evaluations.jsonl and samples.jsonl as they were at the checkpoint to continue from.
+fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
+    let [metrics, evaluations, samples] = [METRICS, EVALUATIONS, SAMPLES].map(|name| output.join(name));
+    let Some(checkpoint) = from else {
+        return Ok([LineLog::create(&metrics)?, LineLog::create(&evaluations)?, LineLog::create(&samples)?]);
+    };
+    let (steps, evaluated) = read_history(checkpoint)?;
+    let (metrics, evaluations) = (LineLog::with(&metrics, &steps)?, LineLog::with(&evaluations, &evaluated)?);
+    // Samples are taken before the first step and after the last; the latter are still to come.
+    Ok([metrics, evaluations, LineLog::resume(&samples, 0)?])
 }
 
 /// `[references][data sets]`
@@ -239,7 +266,8 @@ impl<B: Backend> Session<'_, B> {
         let ref_logps: Vec<RefLogps> = self.ref_logps.iter().map(|by_dataset| by_dataset[1].clone()).collect();
         let objective = self.task.objective.as_ref();
         let (packing, examples) = (self.settings.packing, &eval.examples);
-        let measured = evaluate(self.device, &mut self.policy, objective, packing, examples, &ref_logps)?;
+        let measured =
+            evaluate(self.device, &mut self.policy, self.state.step, objective, packing, examples, &ref_logps)?;
         let evaluation = Evaluation {
             step: self.state.step,
             epoch: self.task.epoch(self.state.step),

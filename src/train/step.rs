@@ -121,6 +121,32 @@ fn advice() -> &'static str {
     "nothing was updated; a lower --learning-rate or --max-grad-norm may help"
 }
 
+/// Log-probabilities of a batch, or, where one is not finite, the rows it comes from and the tensor.
+pub fn finite_logps<B: Backend>(
+    device: &B,
+    policy: &mut Policy<B>,
+    host: &data::Batch,
+    examples: &[&Example],
+) -> Result<Result<Vec<f32>, String>> {
+    let logps = policy.forward(device, host)?;
+    let bad = |range: &Range<usize>| {
+        let sequences = host.sequences[range.clone()].iter();
+        sequences.flat_map(|tokens| &logps[tokens.clone()]).any(|x| !x.is_finite())
+    };
+    let rows: Vec<String> = host
+        .examples
+        .iter()
+        .zip(examples)
+        .filter(|(sequences, _)| bad(sequences))
+        .map(|(_, example)| example.row.to_string())
+        .collect();
+    if rows.is_empty() {
+        return Ok(Ok(logps));
+    }
+    let tensor = policy.first_bad_tensor(device)?;
+    Ok(Err(format!("rows {} of the data set; first bad tensor: {tensor}", rows.join(", "))))
+}
+
 struct Pass<'a> {
     objective: &'a dyn Objective,
     batch: &'a StepBatch<'a>,
@@ -187,26 +213,12 @@ impl Pass<'_> {
     }
 
     fn forward<B: Backend>(&self, device: &B, policy: &mut Policy<B>, micro: &Micro) -> Result<Vec<f32>> {
-        let logps = policy.forward(device, &micro.host)?;
-        let bad = |range: &Range<usize>| {
-            let sequences = micro.host.sequences[range.clone()].iter();
-            sequences.flat_map(|tokens| &logps[tokens.clone()]).any(|x| !x.is_finite())
-        };
         let examples = &self.batch.examples[micro.examples.clone()];
-        let rows: Vec<String> = micro
-            .host
-            .examples
-            .iter()
-            .zip(examples)
-            .filter(|(sequences, _)| bad(sequences))
-            .map(|(_, example)| example.row.to_string())
-            .collect();
-        if rows.is_empty() {
-            return Ok(logps);
-        }
-        let tensor = policy.first_bad_tensor(device)?;
-        let detail = format!("rows {} of the data set; first bad tensor: {tensor}; {}", rows.join(", "), advice());
-        Err(Error::NotFinite { step: self.step, what: "a log-probability".into(), detail })
+        finite_logps(device, policy, &micro.host, examples)?.map_err(|found| Error::NotFinite {
+            step: self.step,
+            what: "a log-probability".into(),
+            detail: format!("{found}; {}", advice()),
+        })
     }
 
     fn check_loss(&self, loss: f64) -> Result<()> {

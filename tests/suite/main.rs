@@ -1,6 +1,10 @@
+mod anomalies;
+mod cli;
 mod common;
+mod exactness;
 mod model;
 mod objectives;
 mod ops;
+mod program;
 mod step;
 mod tiny;

@@ -1,0 +1,421 @@
+//! The contract of every command: what it writes, under which names, on which stream.
+
+use std::io::pipe;
+
+use cuvee::data::{Example, Packing, Sequence, Sharing, Tokenizer};
+use cuvee::device::Cpu;
+use cuvee::model::{Checkpoint, Init};
+use cuvee::objectives;
+use cuvee::references::Scorer;
+use serde_json::{Value, json};
+
+use crate::program::{Line, Running, Workspace, reviews, root};
+
+const TRAIN: &str = "train --objective sigmoid --beta 0.1 --learning-rate 5e-4 --dataset train.jsonl --max-length 40 \
+    --batch-size 4 --max-steps 4";
+
+fn keys(line: &Line) -> Vec<&str> {
+    line.keys().map(String::as_str).collect()
+}
+
+fn parse(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+// ---- logps, eval -----------------------------------------------------------------------------------------------
+
+#[test]
+fn logps_writes_a_line_for_every_row() {
+    let w = Workspace::new();
+    let mut rows = reviews("train")[..6].to_vec();
+    rows[1]["rejected"] = json!("");
+    rows[3]["prompt"] = json!("");
+    rows[4]["chosen"] = json!(" good".repeat(300));
+    w.write_lines("pairs.jsonl", &rows);
+    let done = w.ok("logps --model model --dataset pairs.jsonl --out pairs.out.jsonl --max-length 200");
+    assert_eq!(done.stdout, "");
+    assert!(done.stderr.contains("3 of 6 rows dropped"), "{}", done.stderr);
+    let lines = w.lines("pairs.out.jsonl");
+    for (row, line) in lines.iter().enumerate() {
+        assert_eq!(line["row"], json!(row));
+        let skipped = match row {
+            1 => "empty completion",
+            3 => "empty prompt",
+            4 => "too long",
+            _ => {
+                assert_eq!(keys(line), ["row", "logps_chosen", "logps_rejected", "tokens_chosen", "tokens_rejected"]);
+                assert!(line["logps_chosen"].as_f64() < Some(0.0) && line["tokens_rejected"].as_u64() > Some(0));
+                continue;
+            }
+        };
+        assert_eq!((keys(line), &line["skipped"]), (vec!["row", "skipped"], &json!(skipped)));
+    }
+    assert_eq!(lines.len(), 6);
+
+    // The same completions one by one, in another order, from a compressed file of blank and unknown things.
+    let completions: Vec<Value> = [5, 0, 2]
+        .iter()
+        .flat_map(|i| {
+            ["chosen", "rejected"].map(|key| json!({"prompt": rows[*i]["prompt"], "completion": rows[*i][key], "x": 1}))
+        })
+        .collect();
+    let text: String = completions.iter().map(|row| format!("{row}\r\n\n")).collect();
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut gz, text.as_bytes()).unwrap();
+    w.write("completions.jsonl.gz", gz.finish().unwrap());
+    w.ok("logps --model model --dataset completions.jsonl.gz --out completions.out.jsonl --threads 1");
+    let alone = w.lines("completions.out.jsonl");
+    for (i, row) in [5, 0, 2].into_iter().enumerate() {
+        for (s, suffix) in ["_chosen", "_rejected"].into_iter().enumerate() {
+            let line = &alone[2 * i + s];
+            assert_eq!(keys(line), ["row", "logps", "tokens"]);
+            assert_eq!(line["row"], json!(2 * i + s));
+            assert_eq!(line["logps"], lines[row][&format!("logps{suffix}")], "row {row}");
+            assert_eq!(line["tokens"], lines[row][&format!("tokens{suffix}")], "row {row}");
+        }
+    }
+}
+
+#[test]
+fn eval_says_how_often_the_model_prefers_chosen() {
+    let w = Workspace::with_reviews(30);
+    let mut rows = reviews("train")[..30].to_vec();
+    rows[7]["chosen"] = json!("");
+    w.write_lines("train.jsonl", &rows);
+    let eval = |flags: &str| {
+        let done = w.ok(&format!("eval --model model --dataset train.jsonl {flags} --json"));
+        let Value::Object(line) = parse(&done.stdout) else { panic!("{}", done.stdout) };
+        assert_eq!(keys(&line), ["rows", "skipped", "accuracy", "margin", "perplexity"]);
+        assert_eq!((&line["rows"], &line["skipped"]), (&json!(29), &json!(1)));
+        line
+    };
+    let own = eval("--ref-model model");
+    assert_eq!((&own["accuracy"], &own["margin"]), (&json!(0.5), &json!(0.0)));
+
+    let plain = eval("");
+    w.ok("logps --model model --dataset train.jsonl --out logps.jsonl");
+    let scored: Vec<Line> = w.lines("logps.jsonl").into_iter().filter(|line| line.len() == 5).collect();
+    let number = |line: &Line, key: &str| line[key].as_f64().unwrap();
+    let margins: Vec<f64> = scored.iter().map(|l| number(l, "logps_chosen") - number(l, "logps_rejected")).collect();
+    let accuracy = margins.iter().filter(|margin| **margin > 0.0).count() as f64 / 29.0;
+    let sum = |key: &str| scored.iter().map(|line| number(line, key)).sum::<f64>();
+    let perplexity = (-sum("logps_chosen") / sum("tokens_chosen")).exp();
+    for (key, expected) in
+        [("accuracy", accuracy), ("margin", margins.iter().sum::<f64>() / 29.0), ("perplexity", perplexity)]
+    {
+        assert!((number(&plain, key) - expected).abs() < 1e-12 * expected.abs().max(1.0), "{key}: {plain:?}");
+    }
+    assert_eq!(own["perplexity"], plain["perplexity"]);
+
+    // For people, the same numbers; rows without pairs have a likelihood only.
+    let text = w.ok("eval --model model --dataset train.jsonl").stdout;
+    assert!(text.contains("29 (1 skipped)") && text.contains("perplexity"), "{text}");
+    w.write("text.jsonl", "{\"text\": \"Review: a fine film.\"}\n");
+    let text = w.ok("eval --model model --dataset text.jsonl --json").stdout;
+    assert_eq!((&parse(&text)["accuracy"], &parse(&text)["margin"]), (&Value::Null, &Value::Null));
+}
+
+// ---- generate --------------------------------------------------------------------------------------------------
+
+#[test]
+fn samples_depend_on_their_seed_and_number_alone() {
+    let w = Workspace::new();
+    let generate = |flags: &str| {
+        let prompt =
+            ["generate", "--model", "model", "--prompt", "Review: The film", "--max-new-tokens", "12", "--json"];
+        let args: Vec<&str> = prompt.into_iter().chain(flags.split_whitespace()).collect();
+        let done = Running::new(&mut w.command_of(&args)).wait();
+        assert_eq!(done.code, Some(0), "{}", done.stderr);
+        let lines: Vec<Value> = done.stdout.lines().map(parse).collect();
+        for line in &lines {
+            assert_eq!(keys(line.as_object().unwrap()), ["prompt", "completion", "ids", "finished"]);
+            assert_eq!(line["prompt"], json!("Review: The film"));
+            let ids = line["ids"].as_array().unwrap();
+            assert!(ids.len() == 12 || line["finished"] == json!(true), "{line}");
+        }
+        lines
+    };
+    let three = generate("--seed 7 --samples 3");
+    assert_eq!(three.len(), 3);
+    assert!(three[0] != three[1] && three[1] != three[2]);
+    assert_eq!(generate("--seed 7 --samples 3 --threads 1"), three);
+    assert_eq!(generate("--seed 7"), three[..1]);
+    assert_ne!(generate("--seed 8"), three[..1]);
+    let greedy = generate("--temperature 0 --seed 1");
+    assert_eq!(generate("--temperature 0 --seed 2"), greedy);
+    assert_eq!(generate("--top-p 0.0001 --seed 3"), greedy);
+
+    let text = w.ok("generate --model model --prompt Review: --max-new-tokens 4").stdout;
+    assert!(text.starts_with("Review:") && text.ends_with('\n'), "{text}");
+    w.fails(2, "generate --model model --prompt a --temperature 0 --samples 2", &["--samples", "--temperature 0"]);
+    w.fails(2, "generate --model model --prompt a --top-p 0", &["--top-p"]);
+    let mut empty = w.command_of(&["generate", "--model", "model", "--prompt", ""]);
+    let empty = Running::new(&mut empty).wait();
+    assert_eq!(empty.code, Some(1), "{}", empty.stderr);
+    assert!(empty.error().contains("--prompt"), "{}", empty.stderr);
+}
+
+/// The cached decoder and the scorer are one model: at temperature 0 no other token has a larger log-probability.
+#[test]
+fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
+    let w = Workspace::new();
+    let done = w.ok("generate --model model --prompt Review: --max-new-tokens 5 --temperature 0 --json");
+    let ids: Vec<u32> = serde_json::from_value(parse(&done.stdout)["ids"].clone()).unwrap();
+    let checkpoint = Checkpoint::open(&w.path("model")).unwrap();
+    let prompt = Tokenizer::load(&w.path("model")).unwrap().encode("Review:").unwrap();
+    let device = Cpu::new(2).unwrap();
+    let packing = Packing { budget: 2048, sharing: Sharing::On };
+    for done in 0..ids.len() {
+        let context = [&prompt[..], &ids[..done]].concat();
+        let with = |token: u32| Sequence { ids: [&context[..], &[token]].concat(), first: context.len() };
+        let candidates =
+            (0..checkpoint.spec.vocab as u32).map(|token| Example { row: 0, sequences: vec![with(token)] });
+        let candidates: Vec<Example> = candidates.collect();
+        let largest = packing.largest(&candidates, candidates.len());
+        let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest).unwrap();
+        let logps = scorer.score(&candidates, packing, &mut |_| {}).unwrap();
+        let logp = |token: usize| logps[token][0][0];
+        let total: f64 = (0..logps.len()).map(|token| f64::from(logp(token)).exp()).sum();
+        assert!((total - 1.0).abs() < 1e-4, "the probabilities of all tokens sum to {total}");
+        let best = (0..logps.len()).max_by(|a, b| logp(*a).total_cmp(&logp(*b))).unwrap();
+        assert_eq!(best as u32, ids[done], "token {done}: {} and {}", logp(best), logp(ids[done] as usize));
+    }
+}
+
+// ---- plan, list, help ------------------------------------------------------------------------------------------
+
+#[test]
+fn plan_prices_a_run_without_running_it() {
+    let w = Workspace::with_reviews(20);
+    let plan = |flags: &str| {
+        let done =
+            w.ok(&format!("{} {flags} --json", TRAIN.replace("train ", "plan ").replace(" --dataset train.jsonl", "")));
+        assert!(!w.exists("run") && !w.exists("cache"), "a plan writes nothing");
+        parse(&done.stdout)
+    };
+    let phases = |plan: &Value| -> Vec<Line> {
+        plan["phases"].as_array().unwrap().iter().map(|phase| phase.as_object().unwrap().clone()).collect()
+    };
+    let data = "--model model --dataset train.jsonl --eval-dataset heldout.jsonl --output-dir run --samples 2";
+    let with_data = plan(data);
+    for plan in [&with_data, &plan("--model model"), &plan("--model model --recompute --ref-model model")] {
+        assert!(plan["flops_per_step"].as_f64() > Some(1e6), "{plan}");
+        assert_eq!((&plan["parameters"], &plan["max_steps"]), (&json!(656_000), &json!(4)), "{plan}");
+        let mut peak = 0;
+        for phase in phases(plan) {
+            let parts = ["weights", "grads", "states", "activations", "workspace", "host"];
+            assert_eq!(keys(&phase), [&["name"], &parts[..]].concat());
+            let bytes = |key: &str| phase[key].as_u64().unwrap();
+            peak = peak.max(parts.iter().map(|key| bytes(key)).sum::<u64>());
+            assert!(bytes("weights") >= 656_000 * 4, "{phase:?}");
+            let trains = phase["name"] != json!("score");
+            assert_eq!((bytes("grads") >= 656_000 * 4, bytes("states") >= 656_000 * 8), (trains, trains), "{phase:?}");
+            assert!(bytes("activations") > 0, "{phase:?}");
+        }
+        assert_eq!(plan["peak_bytes"].as_u64(), Some(peak));
+    }
+    let names = |plan: &Value| phases(plan).iter().map(|p| p["name"].as_str().unwrap().to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&with_data), ["score", "train", "sample"]);
+    assert_eq!(names(&plan("--model model")), ["score", "train"]);
+    assert!(phases(&with_data)[0]["host"].as_u64() > Some(0));
+
+    let activations = |flags: &str| phases(&plan(flags))[1]["activations"].as_u64().unwrap();
+    assert!(activations("--model model --recompute") < activations("--model model"));
+    let table = w.ok(&format!("{} --model model --output-dir run", TRAIN.replace("train ", "plan "))).stdout;
+    assert!(table.contains("peak ") && table.contains("GFLOP a step, 656000 parameters"), "{table}");
+}
+
+#[test]
+fn list_names_what_there_is() {
+    let w = Workspace::new();
+    let objectives = w.ok("list objectives").stdout;
+    for entry in objectives::all() {
+        let line = objectives.lines().find(|line| line.split(' ').next() == Some(entry.name));
+        let line = line.unwrap_or_else(|| panic!("{} is not in {objectives}", entry.name));
+        entry.aliases.iter().for_each(|alias| assert!(line.contains(alias), "{line}"));
+        entry.params.iter().for_each(|param| assert!(line.contains(&param.flag()), "{line}"));
+    }
+    assert!(w.ok("list optimizers").stdout.starts_with("adamw "));
+    let architectures = w.ok("list architectures").stdout;
+    for name in ["llama", "mistral", "qwen2", "qwen3"] {
+        assert!(architectures.lines().any(|line| line.starts_with(&format!("{name} "))), "{architectures}");
+    }
+}
+
+#[test]
+fn help_is_a_result() {
+    let w = Workspace::new();
+    let all = w.ok("--help");
+    assert!(all.stdout.contains("cuvee train recipes/quickstart.toml") && all.stderr.is_empty(), "{}", all.stdout);
+    for command in ["train", "plan", "logps", "eval", "generate", "list"] {
+        assert!(all.stdout.contains(command), "{command}");
+        let help = w.ok(&format!("{command} --help"));
+        assert!(help.stdout.contains("Usage: cuvee") && help.stderr.is_empty(), "{}", help.stdout);
+    }
+    assert_eq!(w.ok("--version").stdout, format!("cuvee {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(w.run("").code, Some(2));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let w = Workspace::with_reviews(12);
+    for line in [
+        "--help",
+        "list objectives",
+        "eval --model model --dataset train.jsonl --json",
+        "generate --model model --prompt Review: --max-new-tokens 3 --samples 2",
+        &format!("{TRAIN} --model model --eval-dataset heldout.jsonl --output-dir run"),
+    ] {
+        let (reader, writer) = pipe().unwrap();
+        drop(reader);
+        let done = Running::new(w.command(line).stdout(writer)).wait();
+        assert_eq!(done.code, Some(0), "{line}: {}", done.stderr);
+    }
+    // Nor is it one that training should die of: `cuvee train .. 2>&1 | head -1`.
+    let (reader, writer) = pipe().unwrap();
+    drop(reader);
+    let line = format!("{TRAIN} --model model --eval-dataset heldout.jsonl --eval-steps 1 --output-dir run");
+    let mut command = w.command(&line);
+    let done = Running::new(command.stdout(writer.try_clone().unwrap()).stderr(writer)).wait();
+    assert_eq!((done.code, done.signal), (Some(0), None));
+    assert!(w.exists("run.1/model.safetensors") && w.exists("run/model.safetensors"));
+}
+
+// ---- train -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_run_writes_what_scripts_expect() {
+    let w = Workspace::with_reviews(30);
+    let line = format!(
+        "{TRAIN} --model model --eval-dataset heldout.jsonl --eval-steps 2 --samples 1 --max-new-tokens 4 --output-dir run"
+    );
+    let done = w.ok(&line);
+    for part in ["before", "after", "pair accuracy", "4 steps in", "model   run\n", "curves  run/curves.svg"] {
+        assert!(done.stdout.contains(part), "{part}: {}", done.stdout);
+    }
+    for talk in ["dropped", "/4 steps", "evaluating", "scoring"] {
+        assert!(!done.stdout.contains(talk), "{talk}: {}", done.stdout);
+    }
+    let metrics = w.lines("run/metrics.jsonl");
+    for (i, line) in metrics.iter().enumerate() {
+        let expected = "step epoch loss grad_norm learning_rate rewards/chosen rewards/rejected rewards/margins \
+            rewards/accuracies logps/chosen logps/rejected step_time tokens num_tokens";
+        assert_eq!(keys(line).join(" "), expected);
+        assert_eq!(line["step"], json!(i + 1));
+        assert!(line.values().all(Value::is_number));
+    }
+    assert_eq!(w.column("run/metrics.jsonl", "learning_rate"), [5e-4, 3.75e-4, 2.5e-4, 1.25e-4]);
+
+    // Prompts are counted once for each completion in num_tokens, once for a pair in tokens.
+    let tokenizer = Tokenizer::load(&w.path("model")).unwrap();
+    w.ok("logps --model model --dataset train.jsonl --out logps.jsonl --max-length 40");
+    let scored = w.lines("logps.jsonl").into_iter().filter(|line| line.len() == 5);
+    let prompt = tokenizer.encode("Review:").unwrap().len() as u64;
+    let lens: Vec<u64> =
+        scored.map(|l| l["tokens_chosen"].as_u64().unwrap() + l["tokens_rejected"].as_u64().unwrap()).collect();
+    let no_shuffle = line.replace("--output-dir run", "--no-shuffle --output-dir straight");
+    w.ok(&no_shuffle);
+    let (mut counted, tokens) = (0, w.column("straight/metrics.jsonl", "tokens"));
+    for (step, batch) in lens.chunks(4).take(4).enumerate() {
+        let pairs = batch.len() as u64;
+        counted += batch.iter().sum::<u64>() + 2 * pairs * prompt;
+        assert_eq!(w.column("straight/metrics.jsonl", "num_tokens")[step] as u64, counted);
+        // A completion's last token predicts nothing, so it need not be run.
+        let rows = batch.iter().sum::<u64>() + pairs * prompt;
+        assert!((rows - 2 * pairs..=rows).contains(&(tokens[step] as u64)), "{} of {rows}", tokens[step]);
+    }
+
+    let state = w.json("run/trainer_state.json");
+    assert_eq!(
+        (&state["global_step"], &state["max_steps"], &state["logging_steps"]),
+        (&json!(4), &json!(4), &json!(1))
+    );
+    assert_eq!((&state["eval_steps"], &state["train_batch_size"]), (&json!(2), &json!(4)));
+    assert_eq!(state["num_input_tokens_seen"], metrics[3]["num_tokens"]);
+    assert_eq!(state["epoch"], metrics[3]["epoch"]);
+    assert!(state["total_flos"].as_f64() > Some(0.0));
+    let history = state["log_history"].as_array().unwrap();
+    let steps: Vec<(u64, bool)> =
+        history.iter().map(|line| (line["step"].as_u64().unwrap(), line.get("eval_loss").is_some())).collect();
+    let expected = [(0, true), (1, false), (2, false), (2, true), (3, false), (4, false), (4, true)];
+    assert_eq!(steps, expected);
+    for line in metrics {
+        assert!(history.contains(&Value::Object(line)));
+    }
+    assert!(w.text("run/curves.svg").starts_with("<svg"));
+    assert_eq!(w.lines("run/samples.jsonl").len(), 2);
+    let recipe: toml::Table = w.text("run/recipe.toml").parse().unwrap();
+    assert_eq!(recipe["beta"].as_float(), Some(0.1));
+}
+
+#[test]
+fn sft_logs_no_rewards() {
+    let w = Workspace::with_reviews(12);
+    w.ok(&format!("{TRAIN} --model model --output-dir run").replace("sigmoid --beta 0.1", "sft"));
+    let expected = "step epoch loss grad_norm learning_rate step_time tokens num_tokens";
+    w.lines("run/metrics.jsonl").iter().for_each(|line| assert_eq!(keys(line).join(" "), expected));
+}
+
+/// What training writes is a model like any other, with the same tokens.
+#[test]
+fn outputs_and_checkpoints_are_models() {
+    let w = Workspace::with_reviews(12);
+    w.ok(&format!("{TRAIN} --model model --output-dir first --save-steps 2 --eval-dataset heldout.jsonl"));
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        assert!(w.read(&format!("first/{name}")) == w.read(&format!("model/{name}")), "{name}");
+    }
+    assert_eq!(w.json("first/config.json")["dtype"], json!("float32"));
+    assert!(w.read("first/model.safetensors") == w.read("first/checkpoint-4/model.safetensors"));
+
+    let eval = |model: &str| {
+        parse(&w.ok(&format!("eval --model {model} --ref-model model --dataset heldout.jsonl --json")).stdout)
+    };
+    let limited = eval("first --max-length 40");
+    let last = w.lines("first/evaluations.jsonl").pop().unwrap();
+    for key in ["accuracy", "margin", "perplexity"] {
+        assert_eq!(limited[key], last[&format!("eval_{key}")], "{key}");
+    }
+    assert_eq!(eval("first"), eval("first/checkpoint-4"));
+    assert_ne!(eval("first"), eval("first/checkpoint-2"));
+
+    w.ok(&format!("{TRAIN} --model first --output-dir second"));
+    w.ok(&format!("{TRAIN} --model first/checkpoint-2 --ref-model model --output-dir third"));
+    assert_eq!(w.column("second/metrics.jsonl", "rewards/margins")[0], 0.0);
+    assert_ne!(w.column("third/metrics.jsonl", "rewards/margins")[0], 0.0);
+    w.ok(&format!("{TRAIN} --model first --init random --seed 3 --output-dir random"));
+    let uniform = (2048_f64).ln();
+    let tokens = w.column("random/metrics.jsonl", "logps/chosen")[0];
+    assert!(tokens < 0.0 && w.column("random/metrics.jsonl", "loss")[0] == std::f64::consts::LN_2, "{uniform}");
+    w.ok("generate --model third --prompt Review: --max-new-tokens 2");
+}
+
+#[test]
+fn recipes_and_flags_are_spelled_as_people_spell_them() {
+    let w = Workspace::with_reviews(12);
+    w.ok(&format!("{TRAIN} --model model --output-dir flags"));
+    let trl = "train --loss_type sigmoid --beta=0.1 --learning_rate 5e-4 --model_name_or_path model --dataset \
+        train.jsonl --max_length=40 --per_device_train_batch_size 4 --max_steps 4 --output_dir trl";
+    w.ok(trl);
+
+    // Relative paths in a recipe start at its folder, wherever the command is typed.
+    std::fs::create_dir_all(w.path("project/recipes")).unwrap();
+    std::fs::create_dir_all(w.path("elsewhere")).unwrap();
+    let recipe = "objective = 'sigmoid'\nbeta = 0.1\nlearning_rate = 5e-4\nmodel = '../../model'\n\
+        dataset = '../../train.jsonl'\nmax_length = 40\nbatch_size = 4\nmax_steps = 9\noutput_dir = '../runs/recipe'\n\
+        cache_dir = '../cache'\n";
+    w.write("project/recipes/dpo.toml", recipe);
+    let elsewhere = w.path("elsewhere");
+    let mut command = w.command("train ../project/recipes/dpo.toml --max-steps 4");
+    let done = Running::new(command.current_dir(&elsewhere)).wait();
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert!(w.exists("project/cache/refs") && w.names("elsewhere").is_empty());
+    // The recipe that a run leaves is the run, from anywhere.
+    let mut command = w.command("train ../project/runs/recipe/recipe.toml --output-dir ../again");
+    let done = Running::new(command.current_dir(&elsewhere)).wait();
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    for run in ["trl", "project/runs/recipe", "again"] {
+        assert!(w.read(&format!("{run}/model.safetensors")) == w.read("flags/model.safetensors"), "{run}");
+    }
+    let shipped = root().join("recipes/quickstart.toml");
+    assert!(w.ok(&format!("plan {} --json", shipped.display())).stdout.contains("peak_bytes"));
+}
