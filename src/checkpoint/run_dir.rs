@@ -1,6 +1,6 @@
 //! The life of an output folder: claimed, filled with checkpoints and logs, finished, or resumed.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
@@ -106,6 +106,32 @@ pub fn finish(output: &Path) -> Result<()> {
 /// Whether `output` is the folder of a run, finished or not.
 pub fn is_run(output: &Path) -> bool {
     Marker::read(output).is_some()
+}
+
+/// Gives the checkpoints after `step` names under which nothing looks for them: a run that goes back leaves them
+/// behind. Returns the new names.
+pub fn set_aside_after(output: &Path, step: u64) -> Result<Vec<PathBuf>> {
+    let mut moved = Vec::new();
+    for (_, path) in checkpoints(output)?.into_iter().filter(|(s, _)| *s > step) {
+        let free = |n: &u32| sibling(&path, &format!(".left.{n}")).is_ok_and(|p| fs::symlink_metadata(p).is_err());
+        let n = (1..).find(free).expect("some number is free");
+        let to = sibling(&path, &format!(".left.{n}"))?;
+        fs::rename(&path, &to).map_err(|e| write_error(&path, e))?;
+        moved.push(to);
+    }
+    Ok(moved)
+}
+
+/// Keeps other runs out of `output` for as long as the returned file lives, even if the process is killed.
+pub fn lock(output: &Path) -> Result<File> {
+    let folder = File::open(output).at(output)?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::file(output, "another cuvee run is working in this folder; wait for it, or stop it first"))
+        }
+        Err(TryLockError::Error(e)) => Err(Error::file(output, format!("cannot be locked: {e}"))),
+    }
 }
 
 /// Whether `output` holds a run that came to its end.

@@ -96,6 +96,7 @@ pub fn from_run(run: &RunArgs) -> Result<Settings> {
             args::Resume::Dir(dir) => Resume::At(dir),
         }),
         batch_size: run.data.per_device_train_batch_size * run.data.gradient_accumulation_steps,
+        per_device_batch_size: run.data.per_device_train_batch_size,
         shuffle: !run.data.no_shuffle,
         seed: run.schedule.seed,
         encode: super::encode(Some(run.data.max_length), run.data.on_overflow),

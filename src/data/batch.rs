@@ -36,7 +36,7 @@ pub struct Batch {
 }
 
 /// Whether the sequences of an example share the rows of their prompt. It changes the work, never a token.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Sharing {
     #[default]
     On,

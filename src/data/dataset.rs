@@ -8,8 +8,8 @@
 //!   scored. A pair's sequences start at the same token, the smaller of the two.
 //! * `Overflow::Truncate` is TRL's `keep_start`, which also drops the rows whose prompt alone fills the length.
 //!
-//! Where TRL differs: it trains an empty completion or text on EOS alone, and a completion that no token precedes
-//! without its first token; both are skipped here. It fails without an EOS token. It always cuts what is too long;
+//! Where TRL differs: it trains an empty completion or text on EOS alone, and an empty prompt's completion without
+//! its first token; both are skipped here. It fails without an EOS token. It always cuts what is too long;
 //! here that is [`Overflow`], and the default is to drop.
 
 use std::fmt;
@@ -30,7 +30,8 @@ pub struct Sequence {
     pub first: usize,
 }
 
-/// One row ready to train on: 2 sequences (chosen, rejected) for pairs, with equal `first` and prompt; else 1.
+/// One row ready to train on: 2 sequences (chosen, rejected) for pairs, with equal `first`; else 1. Their prompts
+/// are equal too, unless the whole prompt merged into the first token of each.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Example {
     /// Index among the rows of the file, from 0; blank lines do not count.
@@ -39,7 +40,7 @@ pub struct Example {
 }
 
 /// What happens to a row with a sequence longer than `max_length`.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Overflow {
     /// The row is not trained on.
     #[default]
@@ -290,13 +291,18 @@ fn encode(row: &Row, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<R
         .collect::<Result<_>>()?;
 
     let (first, prompt_rest) = if let Row::Text { .. } = row {
-        // Nothing comes before the first token of a text, so it alone is not scored.
-        (1, Vec::new())
+        (0, Vec::new())
     } else {
-        let mut prompt = tokenizer.encode(prompt)?;
-        let first = sequences.iter().map(|ids| common_prefix(&prompt, ids)).min().unwrap_or(0);
-        (first, prompt.split_off(first))
+        let mut ids = tokenizer.encode(prompt)?;
+        let first = sequences.iter().map(|sequence| common_prefix(&ids, sequence)).min().unwrap_or(0);
+        if first == 0 && prompt.is_empty() {
+            return Ok(Err(Skip::EmptyPrompt));
+        }
+        (first, ids.split_off(first))
     };
+    // Nothing comes before the first token of a text, nor before a completion into which its whole prompt merges:
+    // that one token is not scored.
+    let first = first.max(1);
     Ok(fit(sequences, first, empty, options).map(|(sequences, cut)| Encoded { sequences, prompt_rest, cut }))
 }
 
@@ -308,9 +314,6 @@ fn fit(
     empty: Skip,
     options: &EncodeOptions,
 ) -> Result<(Vec<Sequence>, bool), Skip> {
-    if first == 0 {
-        return Err(Skip::EmptyPrompt);
-    }
     if sequences.iter().any(|ids| ids.len() <= first) {
         return Err(empty);
     }

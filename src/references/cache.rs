@@ -18,18 +18,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::checkpoint::atomic::{sync_parent, write_error};
 use crate::error::{At, Error, Result};
+use crate::progress::say;
 
 const MAGIC: [u8; 16] = *b"cuvee logps v1\r\n";
 const FILE_HEADER: usize = 16 + 32;
 const SHARD_HEADER: usize = 4 + 8 + 16;
 const RECORD_HEADER: usize = 32 + 4;
-
-/// A run that ends normally releases its lock at once; one that is still training does not.
-const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// Names a scored sequence: its token ids and the index of the first scored one.
 pub fn sequence_key(ids: &[u32], first: usize) -> [u8; 32] {
@@ -64,18 +62,14 @@ impl RefCache {
     /// Opens or creates the cache of the reference called `key`, which must cover everything that its log-probs
     /// depend on: weights, config, dtype, device kind, version of the scorer.
     ///
-    /// A torn or damaged tail is cut off, see [`RefCache::recovered`]. Fails if another run uses the file for longer
-    /// than a few seconds, and if the file is not a cache of this version and key.
-    pub fn open(cache_dir: &Path, key: [u8; 32]) -> Result<Self> {
-        Self::open_within(cache_dir, key, LOCK_WAIT)
-    }
-
-    fn open_within(cache_dir: &Path, key: [u8; 32], wait: Duration) -> Result<Self> {
+    /// A torn or damaged tail is cut off, see [`RefCache::recovered`]. Waits while another run scores the same reference,
+    /// until `stop` says true. Fails if the file is not a cache of this version and key.
+    pub fn open(cache_dir: &Path, key: [u8; 32], stop: &dyn Fn() -> bool) -> Result<Self> {
         let folder = cache_dir.join("refs");
         fs::create_dir_all(&folder).at(&folder)?;
         let path = folder.join(format!("{}.logps", blake3::Hash::from_bytes(key).to_hex()));
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).at(&path)?;
-        lock(&file, &path, wait)?;
+        lock(&file, &path, stop)?;
         let mut cache = Self { path, file, index: HashMap::new(), end: 0, recovered: None };
         cache.read_file_header(&key)?;
         cache.read_shards()?;
@@ -248,15 +242,21 @@ fn parse_records(mut payload: &[u8], start: u64) -> Option<Vec<([u8; 32], Span)>
 }
 
 /// Takes the exclusive lock, which ends with `file`, even when the process is killed.
-fn lock(file: &File, path: &Path, wait: Duration) -> Result<()> {
-    let deadline = Instant::now() + wait;
+fn lock(file: &File, path: &Path, stop: &dyn Fn() -> bool) -> Result<()> {
+    let mut told = false;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => sleep(Duration::from_millis(20)),
+            Err(TryLockError::WouldBlock) if stop() => {
+                let detail = format!("another cuvee run was still using {}", path.display());
+                return Err(Error::Interrupted { detail });
+            }
             Err(TryLockError::WouldBlock) => {
-                let detail = "another cuvee run is using it; wait for that run, or choose another cache folder";
-                return Err(Error::file(path, detail));
+                if !told {
+                    say("another cuvee run is scoring the same reference; waiting for it");
+                    told = true;
+                }
+                sleep(Duration::from_millis(20));
             }
             Err(TryLockError::Error(e)) => {
                 let detail = format!("cannot be locked: {e}; choose a cache folder on a local disk");
@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn values_outlive_the_run() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(&dir.path().join("deep/er"), KEY).unwrap();
+        let mut cache = RefCache::open(&dir.path().join("deep/er"), KEY, &|| true).unwrap();
         assert!(cache.is_empty() && cache.recovered().is_none());
         append(&mut cache, &[3, 0]);
         append(&mut cache, &[1]);
@@ -319,33 +319,33 @@ mod tests {
         drop(cache);
         assert!(path.ends_with(format!("refs/{}.logps", "07".repeat(32))));
 
-        let cache = RefCache::open(&dir.path().join("deep/er"), KEY).unwrap();
+        let cache = RefCache::open(&dir.path().join("deep/er"), KEY, &|| true).unwrap();
         assert_eq!((cache.len(), cache.recovered()), (3, None));
         for n in [0, 1, 3] {
             assert_eq!(values(&cache, n), Some(given(n)));
         }
         assert_eq!(values(&cache, 2), None);
-        assert!(RefCache::open(&dir.path().join("deep/er"), [8; 32]).unwrap().is_empty());
+        assert!(RefCache::open(&dir.path().join("deep/er"), [8; 32], &|| true).unwrap().is_empty());
     }
 
     #[test]
     fn sequences_are_stored_once() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+        let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         cache.append_shard(&[(key(1), &[-1.0]), (key(1), &[-2.0]), (key(2), &[-3.0])]).unwrap();
         let len = cache.file_len().unwrap();
         cache.append_shard(&[(key(2), &[-4.0])]).unwrap();
         cache.append_shard(&[]).unwrap();
         assert_eq!(cache.file_len().unwrap(), len);
         drop(cache);
-        let cache = RefCache::open(dir.path(), KEY).unwrap();
+        let cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         assert_eq!((values(&cache, 1), values(&cache, 2)), (Some(vec![-1.0]), Some(vec![-3.0])));
     }
 
     #[test]
     fn values_that_are_not_finite_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+        let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         for bad in [f32::NAN, f32::NEG_INFINITY] {
             let error = cache.append_shard(&[(key(1), &[-1.0]), (key(2), &[-1.0, bad])]).unwrap_err().to_string();
             assert!(error.contains(&format!("refused log-prob {bad} of token 1")), "{error}");
@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn a_file_cut_at_any_byte_keeps_its_complete_shards() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+        let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         // (length of the file, the sequences that are complete in it)
         let mut states = vec![(FILE_HEADER as u64, vec![])];
         for shard in [&[1, 2][..], &[0], &[3]] {
@@ -370,7 +370,7 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for cut in 0..=whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+            let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
             let (end, complete) = states.iter().rfind(|s| s.0 <= cut as u64).unwrap_or(&states[0]);
             assert_eq!(cache.len(), complete.len(), "cut at {cut}");
             assert!(complete.iter().all(|&n| values(&cache, n) == Some(given(n))), "cut at {cut}");
@@ -378,7 +378,7 @@ mod tests {
 
             append(&mut cache, &[4]);
             drop(cache);
-            let cache = RefCache::open(dir.path(), KEY).unwrap();
+            let cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
             assert_eq!((cache.len(), cache.recovered()), (complete.len() + 1, None), "cut at {cut}");
             assert_eq!(values(&cache, 4), Some(given(4)));
         }
@@ -387,7 +387,7 @@ mod tests {
     #[test]
     fn any_flipped_bit_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+        let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         append(&mut cache, &[2]);
         let second_shard = cache.file_len().unwrap() as usize;
         append(&mut cache, &[1, 3]);
@@ -399,7 +399,7 @@ mod tests {
             let mut flipped = whole.clone();
             flipped[byte] ^= mask;
             fs::write(&path, &flipped).unwrap();
-            match RefCache::open(dir.path(), KEY) {
+            match RefCache::open(dir.path(), KEY, &|| true) {
                 Err(e) => {
                     assert!(byte < FILE_HEADER, "byte {byte}: {e}");
                     assert!(e.to_string().contains("delete it"), "{e}");
@@ -415,16 +415,16 @@ mod tests {
     }
 
     #[test]
-    fn the_second_opener_waits_and_then_gives_up() {
+    fn the_second_opener_waits_until_it_is_told_to_stop() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = RefCache::open(dir.path(), KEY).unwrap();
+        let mut cache = RefCache::open(dir.path(), KEY, &|| true).unwrap();
         append(&mut cache, &[1]);
-        let error = RefCache::open_within(dir.path(), KEY, Duration::from_millis(50)).err().unwrap().to_string();
-        assert!(error.contains(".logps: another cuvee run is using it"), "{error}");
-        let other_reference = RefCache::open_within(dir.path(), [8; 32], Duration::ZERO);
+        let error = RefCache::open(dir.path(), KEY, &|| true).err().unwrap().to_string();
+        assert!(error.contains("another cuvee run was still using") && error.contains(".logps"), "{error}");
+        let other_reference = RefCache::open(dir.path(), [8; 32], &|| true);
         assert!(other_reference.is_ok());
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| RefCache::open_within(dir.path(), KEY, Duration::from_secs(60)));
+            let second = scope.spawn(|| RefCache::open(dir.path(), KEY, &|| false));
             sleep(Duration::from_millis(50));
             drop(cache);
             assert_eq!(second.join().unwrap().unwrap().len(), 1);

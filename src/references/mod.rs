@@ -49,7 +49,7 @@ impl Reference {
         cache_dir: &Path,
         stop: Stop,
     ) -> Result<Vec<RefLogps>> {
-        let mut cache = RefCache::open(cache_dir, self.key::<B>()?)?;
+        let mut cache = RefCache::open(cache_dir, self.key::<B>()?, stop)?;
         if let Some(lost) = cache.recovered() {
             say(lost);
         }

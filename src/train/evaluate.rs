@@ -8,7 +8,6 @@ use crate::data::{Example, Packing};
 use crate::error::{Error, Result};
 use crate::objectives::{Objective, Stats, Totals};
 use crate::ops::Backend;
-use crate::progress::Progress;
 use crate::references::RefLogps;
 
 /// What preferences and likelihoods come to, whatever the objective.
@@ -66,19 +65,28 @@ pub struct Measured {
     pub metrics: Vec<(&'static str, f64)>,
 }
 
-/// Runs the policy, as it is after `step`, over `examples` in order.
+/// Rows that are not trained on.
+pub struct HeldOut<'a> {
+    pub examples: &'a [Example],
+    /// `[references]`
+    pub ref_logps: &'a [RefLogps],
+    pub packing: Packing,
+    /// Steps that the policy has behind it, for messages.
+    pub step: u64,
+}
+
+/// Runs the policy over the rows in order; `done` is told how many are finished. Fails, naming rows, where a
+/// log-probability is not finite.
 pub fn evaluate<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
-    step: u64,
     objective: &dyn Objective,
-    packing: Packing,
-    examples: &[Example],
-    ref_logps: &[RefLogps],
+    held_out: &HeldOut,
+    done: &mut dyn FnMut(usize),
 ) -> Result<Measured> {
+    let HeldOut { examples, ref_logps, packing, step } = *held_out;
     let needs = objective.needs();
     let refs: Vec<&Example> = examples.iter().collect();
-    let mut progress = Progress::new("evaluating", examples.len() as u64, "rows");
     let mut all = Stats::default();
     for (range, host) in packing.batches(&refs) {
         let logps = finite_logps(device, policy, &host, &refs[range.clone()])?.map_err(|found| {
@@ -92,9 +100,8 @@ pub fn evaluate<B: Backend>(
         let sliced: Vec<Vec<Vec<f64>>> = ref_logps.iter().map(slice).collect();
         let by_example: Vec<Vec<&[f64]>> = sliced.iter().map(|r| r.iter().map(Vec::as_slice).collect()).collect();
         append(&mut all, stats(&needs, &host, &logps, &by_example));
-        progress.at(range.end as u64, "");
+        done(range.end);
     }
-    progress.finish();
     let outcome = objective.evaluate(&all, &Totals::of(&all));
     Ok(Measured { loss: outcome.loss, summary: Summary::of(&all), metrics: outcome.metrics })
 }

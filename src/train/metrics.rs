@@ -72,7 +72,9 @@ pub struct TrainerState {
     pub global_step: u64,
     pub epoch: f64,
     pub max_steps: u64,
-    pub num_train_epochs: f64,
+    /// Whole passes that `max_steps` begins.
+    pub num_train_epochs: u64,
+    /// Per device, without accumulation.
     pub train_batch_size: usize,
     pub num_tokens: u64,
     pub total_flops: f64,

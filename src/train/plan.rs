@@ -72,11 +72,12 @@ const SAMPLED_STEPS: u64 = 32;
 
 /// FLOPs of an average step, from the first steps' real batches.
 pub fn flops_per_step(task: &Task, settings: &Settings, blueprint: &Blueprint) -> Result<f64> {
-    let steps = task.max_steps.clamp(1, SAMPLED_STEPS);
+    let steps = task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS);
+    let order = task.order(settings, 0);
     let mut total = 0;
     for step in 1..=steps {
-        let examples = task.examples_of_step(settings, step);
-        let examples: Vec<&Example> = examples.iter().map(|i| &task.train.examples[*i]).collect();
+        let (_, range) = task.place_of_step(settings, step);
+        let examples: Vec<&Example> = order[range].iter().map(|i| &task.train.examples[*i]).collect();
         for (_, batch) in settings.packing.batches(&examples) {
             total += flops(blueprint, batch.extent())?;
         }

@@ -1,11 +1,12 @@
 //! A training run from its settings to a Hugging Face folder.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::evaluate::{Evaluation, evaluate};
+use super::evaluate::{Evaluation, HeldOut, evaluate};
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::plan::{flops_per_step, sample_request};
 use super::policy::Policy;
@@ -15,7 +16,8 @@ use super::settings::{Resume, Settings};
 use super::step::{StepBatch, step};
 use super::task::Task;
 use crate::checkpoint::run_dir::{
-    Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, remove_stale,
+    Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, lock, remove_stale,
+    set_aside_after,
 };
 use crate::checkpoint::{write_dir, write_file};
 use crate::data::Example;
@@ -44,6 +46,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
+    let _lock = &start.lock;
     let ref_logps = score_references(device, settings, &task, stop)?;
     let blueprint = task.blueprint(settings);
     let mut policy = blueprint.build(device)?;
@@ -52,6 +55,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
     }
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
+    let newest = checkpoint_path(&settings.output_dir, start.state.step);
     let mut session = Session {
         device,
         settings,
@@ -59,7 +63,9 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         flops_per_step: flops_per_step(&task, settings, &blueprint)?,
         policy,
         ref_logps,
+        saved: start.from.as_deref().filter(|dir| **dir == newest).map(|_| start.state.step),
         state: start.state,
+        order: (u64::MAX, Vec::new()),
         metrics,
         evaluations,
         samples,
@@ -73,6 +79,8 @@ struct Start {
     state: RunState,
     /// The checkpoint to load, if any.
     from: Option<PathBuf>,
+    /// Keeps other runs out of the output folder.
+    lock: File,
 }
 
 /// Claims the output folder or finds the checkpoint to continue from; `None` when there is nothing left to do.
@@ -82,12 +90,13 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     if continues && is_finished(output) {
         return Ok(None);
     }
+    let mut locked = continues.then(|| lock(output)).transpose()?;
+    if continues {
+        remove_stale(output)?;
+    }
     let from = match &settings.resume {
         Some(Resume::At(dir)) => Some(dir.clone()),
-        Some(Resume::Newest) if continues => {
-            remove_stale(output)?;
-            latest_checkpoint(output)?.map(|(_, dir)| dir)
-        }
+        Some(Resume::Newest) if continues => latest_checkpoint(output)?.map(|(_, dir)| dir),
         _ => None,
     };
     let state = match &from {
@@ -99,14 +108,18 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
         if let Claim::Moved(old) = claim(output)? {
             say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
         }
+        locked = Some(lock(output)?);
     } else if from.is_none() {
         say(format_args!("{}: no checkpoint yet, starting at the beginning", output.display()));
     }
     if let Some(dir) = &from {
         say(format_args!("continuing after step {} from {}", state.step, dir.display()));
     }
+    for left in set_aside_after(output, state.step)? {
+        say(format_args!("a later checkpoint of the course that is left is now {}", left.display()));
+    }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
-    Ok(Some(Start { state, from }))
+    Ok(locked.map(|lock| Start { state, from, lock }))
 }
 
 /// A finished run is moved away to make room; it must not hold what this run is about to read.
@@ -165,6 +178,10 @@ struct Session<'a, B: Backend> {
     policy: Policy<B>,
     ref_logps: Vec<Vec<RefLogps>>,
     state: RunState,
+    /// The step of the checkpoint in the output folder that needs no writing again.
+    saved: Option<u64>,
+    /// An epoch and the order of its examples.
+    order: (u64, Vec<usize>),
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
@@ -173,7 +190,7 @@ struct Session<'a, B: Backend> {
 impl<B: Backend> Session<'_, B> {
     fn train(&mut self, stop: &dyn Fn() -> bool) -> Result<Outcome> {
         if self.state.step == 0 {
-            self.evaluate()?;
+            self.evaluate(None)?;
             self.sample()?;
         }
         let max_steps = self.task.max_steps;
@@ -192,7 +209,7 @@ impl<B: Backend> Session<'_, B> {
             }
             let message = self.step()?;
             progress.at(self.state.step, &message);
-            self.after_step(&progress)?;
+            self.after_step(&mut progress)?;
         }
         progress.finish();
         self.finish().map(Outcome::Finished)
@@ -201,7 +218,11 @@ impl<B: Backend> Session<'_, B> {
     /// One optimizer step and its line; returns what the progress bar says.
     fn step(&mut self) -> Result<String> {
         let number = self.state.step + 1;
-        let indices = self.task.examples_of_step(self.settings, number);
+        let (epoch, range) = self.task.place_of_step(self.settings, number);
+        if self.order.0 != epoch {
+            self.order = (epoch, self.task.order(self.settings, epoch));
+        }
+        let indices = &self.order.1[range];
         let examples: Vec<&Example> = indices.iter().map(|i| &self.task.train.examples[*i]).collect();
         let of_train = |reference: &'_ Vec<RefLogps>| -> Vec<Vec<f64>> {
             indices.iter().map(|i| reference[0].sums[*i].clone()).collect()
@@ -247,11 +268,11 @@ impl<B: Backend> Session<'_, B> {
         Error::NotFinite { step, what, detail: format!("{detail}; {kept}") }
     }
 
-    fn after_step(&mut self, progress: &Progress) -> Result<()> {
+    fn after_step(&mut self, progress: &mut Progress) -> Result<()> {
         let due = |every: Option<u64>| every.is_some_and(|every| self.state.step.is_multiple_of(every));
         let (eval, save) = (due(self.settings.eval_steps), due(self.settings.save_steps));
         if eval && self.state.step < self.task.max_steps {
-            let line = self.evaluate()?.map(|e| describe(&e));
+            let line = self.evaluate(Some(progress))?.map(|e| describe(&e));
             line.iter().for_each(|line| progress.say(line));
         }
         if save {
@@ -260,14 +281,25 @@ impl<B: Backend> Session<'_, B> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>> {
+    /// Shows itself in the bar of the training that it interrupts, or in one of its own.
+    fn evaluate(&mut self, training: Option<&mut Progress>) -> Result<Option<Evaluation>> {
         let Some(eval) = &self.task.eval else { return Ok(None) };
+        let (step, rows) = (self.state.step, eval.examples.len());
+        let mut own = None;
+        let done: &mut dyn FnMut(usize) = match training {
+            Some(bar) => &mut |done| bar.at(step, &format!("evaluating {done}/{rows}")),
+            None => {
+                let bar = own.insert(Progress::new("evaluating", rows as u64, "rows"));
+                &mut |done| bar.at(done as u64, "")
+            }
+        };
         let started = Instant::now();
         let ref_logps: Vec<RefLogps> = self.ref_logps.iter().map(|by_dataset| by_dataset[1].clone()).collect();
         let objective = self.task.objective.as_ref();
-        let (packing, examples) = (self.settings.packing, &eval.examples);
-        let measured =
-            evaluate(self.device, &mut self.policy, self.state.step, objective, packing, examples, &ref_logps)?;
+        let (packing, examples, ref_logps) = (self.settings.packing, &eval.examples[..], &ref_logps[..]);
+        let held_out = HeldOut { examples, ref_logps, packing, step };
+        let measured = evaluate(self.device, &mut self.policy, objective, &held_out, done)?;
+        own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
             epoch: self.task.epoch(self.state.step),
@@ -299,6 +331,9 @@ impl<B: Backend> Session<'_, B> {
 
     fn save_checkpoint(&mut self) -> Result<PathBuf> {
         let path = checkpoint_path(&self.settings.output_dir, self.state.step);
+        if self.saved == Some(self.state.step) {
+            return Ok(path);
+        }
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
         let trainer_state = self.trainer_state();
@@ -309,6 +344,7 @@ impl<B: Backend> Session<'_, B> {
             save_state(device, policy, state, dir, settings.dtype)?;
             trainer_state.write(&settings.output_dir, dir)
         })?;
+        self.saved = Some(self.state.step);
         Ok(path)
     }
 
@@ -317,8 +353,8 @@ impl<B: Backend> Session<'_, B> {
             global_step: self.state.step,
             epoch: self.task.epoch(self.state.step),
             max_steps: self.task.max_steps,
-            num_train_epochs: self.settings.num_train_epochs,
-            train_batch_size: self.settings.batch_size,
+            num_train_epochs: self.task.max_steps.div_ceil(self.task.steps_per_epoch),
+            train_batch_size: self.settings.per_device_batch_size,
             num_tokens: self.state.num_tokens,
             total_flops: self.flops_per_step * self.state.step as f64,
             eval_steps: self.settings.eval_steps,
@@ -327,7 +363,7 @@ impl<B: Backend> Session<'_, B> {
     }
 
     fn finish(&mut self) -> Result<Report> {
-        self.evaluate()?;
+        self.evaluate(None)?;
         self.sample()?;
         let output: &Path = &self.settings.output_dir;
         save_model(self.device, &mut self.policy, &self.settings.model, output, self.settings.dtype)?;

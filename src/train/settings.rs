@@ -31,6 +31,8 @@ pub struct Settings {
     pub resume: Option<Resume>,
     /// Examples of one optimizer step.
     pub batch_size: usize,
+    /// The same before accumulation.
+    pub per_device_batch_size: usize,
     pub shuffle: bool,
     pub seed: u64,
     pub encode: EncodeOptions,

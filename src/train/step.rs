@@ -33,12 +33,12 @@ struct Micro {
     examples: Range<usize>,
 }
 
-/// What is known of a batch before it is run.
-fn shape(needs: &Needs, host: &data::Batch) -> Stats {
-    let pair = |sequences: &Range<usize>| (sequences.start, sequences.start + 1);
+/// What is known of a batch before it is run. An example of two sequences is a pair, whoever needs to know.
+fn shape(host: &data::Batch) -> Stats {
+    let pairs = host.examples.iter().filter(|sequences| sequences.len() == 2);
     Stats {
         lens: host.sequences.iter().map(|range| range.len() as f64).collect(),
-        pairs: if needs.pairs { host.examples.iter().map(pair).collect() } else { Vec::new() },
+        pairs: pairs.map(|sequences| (sequences.start, sequences.start + 1)).collect(),
         ..Stats::default()
     }
 }
@@ -46,7 +46,7 @@ fn shape(needs: &Needs, host: &data::Batch) -> Stats {
 /// Everything of a batch that an objective reads. `ref_logps` is `[references][examples][sequences]`.
 pub fn stats(needs: &Needs, host: &data::Batch, logps: &[f32], ref_logps: &[Vec<&[f64]>]) -> Stats {
     let sum = |range: &Range<usize>| logps[range.clone()].iter().map(|x| f64::from(*x)).sum();
-    let mut stats = shape(needs, host);
+    let mut stats = shape(host);
     stats.logps = host.sequences.iter().map(sum).collect();
     stats.ref_logps = ref_logps.iter().map(|by_example| by_example.concat()).collect();
     if needs.per_token() {
@@ -161,7 +161,7 @@ impl Pass<'_> {
     fn totals(&self, micros: &[Micro]) -> Totals {
         let mut totals = Totals::default();
         for micro in micros {
-            totals += Totals::of(&shape(&self.needs, &micro.host));
+            totals += Totals::of(&shape(&micro.host));
         }
         totals
     }

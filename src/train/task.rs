@@ -1,5 +1,7 @@
 //! What a run needs before it touches a device: files read, names looked up, sizes known.
 
+use std::ops::Range;
+
 use serde_json::{Map, Value, json};
 
 use super::settings::Settings;
@@ -66,7 +68,11 @@ impl Task {
         let references = references(settings, objective.as_ref())?;
         let tokenizer = Tokenizer::load(&settings.model)?;
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
-        let train = load(&settings.dataset)?;
+        let mut train = load(&settings.dataset)?;
+        if !objective.needs().pairs {
+            // What an objective never reads is not trained on. Held-out pairs stay: accuracy needs both sides.
+            train.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
+        }
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
         for reference in &references {
             check_vocabulary(&reference.checkpoint, [Some(&train), eval.as_ref()].into_iter().flatten())?;
@@ -81,13 +87,17 @@ impl Task {
         std::iter::once(&self.train).chain(&self.eval).collect()
     }
 
-    /// Indices of the training examples of step `step`, counted from 1.
-    pub fn examples_of_step(&self, settings: &Settings, step: u64) -> Vec<usize> {
-        let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch);
+    /// The order of the training examples in an epoch, counted from 0.
+    pub fn order(&self, settings: &Settings, epoch: u64) -> Vec<usize> {
         let random = Philox::named(settings.seed, &format!("{SHUFFLE} {epoch}"));
-        let order = epoch_order(self.train.examples.len(), settings.shuffle, &mut |i| random.u64(i));
+        epoch_order(self.train.examples.len(), settings.shuffle, &mut |i| random.u64(i))
+    }
+
+    /// The epoch of step `step`, counted from 1, and which part of the epoch's order it takes.
+    pub fn place_of_step(&self, settings: &Settings, step: u64) -> (u64, Range<usize>) {
+        let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch);
         let first = index as usize * settings.batch_size;
-        order[first..(first + settings.batch_size).min(order.len())].to_vec()
+        (epoch, first..(first + settings.batch_size).min(self.train.examples.len()))
     }
 
     pub fn epoch(&self, step: u64) -> f64 {
@@ -160,16 +170,11 @@ fn load_dataset(
     objective: &dyn Objective,
     checkpoint: &Checkpoint,
 ) -> Result<Dataset> {
-    let mut dataset = Dataset::load(path, tokenizer, &settings.encode)?.not_empty()?;
-    let pairs = objective.needs().pairs;
-    if pairs && dataset.form != Form::Pairs {
+    let dataset = Dataset::load(path, tokenizer, &settings.encode)?.not_empty()?;
+    if objective.needs().pairs && dataset.form != Form::Pairs {
         let name = objective.name();
         let detail = format!("{name} trains on pairs (prompt, chosen, rejected), these rows are {}", dataset.form);
         return Err(Error::file(path, detail));
-    }
-    if !pairs {
-        // What an objective never reads is not run.
-        dataset.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
     }
     check_vocabulary(checkpoint, [&dataset])?;
     Ok(dataset)
