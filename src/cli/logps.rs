@@ -5,16 +5,25 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::args::LogpsArgs;
-use crate::checkpoint::write_file;
+use crate::checkpoint::atomic::write_file_with;
 use crate::data::{Dataset, Form, Packing, Tokenizer};
 use crate::device::Cpu;
-use crate::error::Result;
+use crate::error::{At, Result};
 use crate::model::{Checkpoint, Init};
 use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::check_vocabulary;
 
 pub fn run(args: &LogpsArgs) -> Result<()> {
+    // Opened before the work: a path that cannot be written should not cost an hour.
+    write_file_with(&args.out, |out| {
+        let lines = lines(args)?;
+        lines.iter().try_for_each(|line| writeln!(out, "{line}")).at(&args.out)
+    })
+}
+
+/// One line for each row, in order.
+fn lines(args: &LogpsArgs) -> Result<Vec<Value>> {
     let device = super::device(&args.engine)?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = Tokenizer::load(&args.model)?;
@@ -43,7 +52,7 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
         };
         lines.insert(example.row, line);
     }
-    write_file(&args.out, |out| lines.values().try_for_each(|line| writeln!(out, "{line}")))
+    Ok(lines.into_values().collect())
 }
 
 /// `[examples][sequences][scored tokens]`, with a bar.

@@ -138,7 +138,7 @@ impl Dataset {
     ///
     /// # Errors
     /// Those of [`read_rows`](super::read_rows); a row that cannot be encoded, or that is too long with
-    /// `Overflow::Error` (the first such line); `max_length` below 2; no example left.
+    /// `Overflow::Error` (the first such line); `max_length` below 2. See also [`Dataset::not_empty`].
     pub fn load(path: &Path, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
         if let Some(max_length @ ..2) = options.max_length {
             return Err(Error::option("--max-length", format!("{max_length} leaves no token to score; use 2 or more")));
@@ -437,7 +437,12 @@ mod tests {
         let rows = completion("", "cd") + &completion("a", "b") + &completion("c", "d");
         assert_eq!(dataset(&rows).examples[0].sequences, [sequence(&[0, 5, 6, 1], 1)]);
         let data = dataset_of(&load(false, true), &rows, EncodeOptions::default()).unwrap();
-        assert_eq!(data.skipped, [(0, Skip::EmptyPrompt), (1, Skip::EmptyPrompt)]);
+        assert_eq!(data.skipped, [(0, Skip::EmptyPrompt)]);
+        // The whole prompt merges into the first token of the completion, which nothing then predicts.
+        assert_eq!(data.examples[0].sequences, [sequence(&[8, 1], 1)]);
+        assert_eq!(data.merged_boundaries, 1);
+        let apart = dataset_of(&load(false, true), &pair("a", "b", "c"), EncodeOptions::default()).unwrap();
+        assert_eq!(apart.examples[0].sequences, [sequence(&[8, 1], 1), sequence(&[3, 5, 1], 1)]);
     }
 
     #[test]

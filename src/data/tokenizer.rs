@@ -15,8 +15,6 @@ use crate::error::{At, Error, Result};
 pub struct Tokenizer {
     encoder: Encoder,
     path: PathBuf,
-    vocab_size: usize,
-    bos: Option<u32>,
     eos: Option<(u32, String)>,
     stops: Vec<u32>,
 }
@@ -26,8 +24,8 @@ impl Tokenizer {
     /// `tokenizer_config.json`, `special_tokens_map.json`, then (ids) `config.json`, `generation_config.json`.
     ///
     /// # Errors
-    /// A file that is there but cannot be read or parsed, no `tokenizer.json`, a BPE model with dropout, an EOS or
-    /// BOS token that is not in the vocabulary.
+    /// A file that is there but cannot be read or parsed, no `tokenizer.json`, a BPE model with dropout, an EOS token
+    /// that is not in the vocabulary.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path)
@@ -44,11 +42,9 @@ impl Tokenizer {
 
         let configs = Configs::read(dir)?;
         add_special_tokens(&mut encoder, &configs).at(&path)?;
-        let vocab_size = encoder.get_vocab(true).values().max().map_or(0, |&largest| largest as usize + 1);
-        let bos = configs.special(&encoder, "bos")?;
         let eos = configs.special(&encoder, "eos")?;
         let stops = configs.stops(eos.as_ref().map(|(id, _)| *id));
-        Ok(Self { encoder, path, vocab_size, bos: bos.map(|(id, _)| id), eos, stops })
+        Ok(Self { encoder, path, eos, stops })
     }
 
     /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
@@ -79,16 +75,6 @@ impl Tokenizer {
     /// Tokens that end a generated text: the end-of-text token and those that `generation_config.json` names.
     pub fn stops(&self) -> &[u32] {
         &self.stops
-    }
-
-    /// The beginning-of-text token; whether a text gets one is the post-processor's matter.
-    pub fn bos_id(&self) -> Option<u32> {
-        self.bos
-    }
-
-    /// One more than the largest id: the rows that an embedding needs.
-    pub fn vocab_size(&self) -> usize {
-        self.vocab_size
     }
 
     /// The vocabulary entry of `id` as it is stored, for messages.
@@ -252,7 +238,6 @@ pub(super) mod tests {
         assert_eq!(load(false, true).encode("cab").unwrap(), [5, 8]);
         assert_eq!(tokenizer.decode(&[0, 8, 5, 1]).unwrap(), "abc");
         assert_eq!(tokenizer.token(8).as_deref(), Some("ab"));
-        assert_eq!(tokenizer.vocab_size(), 12);
     }
 
     #[test]
@@ -272,14 +257,6 @@ pub(super) mod tests {
     fn a_class_default_id_does_not_make_a_plain_token_eos() {
         assert_eq!(eos_of(&[("config.json", json!({"eos_token_id": 3}))]), None);
         assert_eq!(eos_of(&[]), None);
-    }
-
-    #[test]
-    fn bos_is_known_to_the_caller() {
-        let config = json!({"bos_token": "<s>"});
-        let dir = folder(&[("tokenizer.json", toy(false)), ("tokenizer_config.json", config)]);
-        assert_eq!(Tokenizer::load(dir.path()).unwrap().bos_id(), Some(0));
-        assert_eq!(load(false, true).bos_id(), None);
     }
 
     #[test]

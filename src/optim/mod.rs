@@ -28,6 +28,8 @@ pub struct Entry {
     pub name: &'static str,
     pub paper: &'static str,
     pub summary: &'static str,
+    /// Tensors that it keeps of each trained weight, in the weight's shape, as checkpoints name them.
+    pub states: &'static [&'static str],
     pub rule: fn(&Hyper) -> Rule,
 }
 
@@ -44,22 +46,8 @@ pub fn find(name: &str) -> Result<&'static Entry> {
     })
 }
 
-/// The state of one trained weight, in its shape.
-pub struct State<D: Device> {
-    pub first_moment: Tensor<D>,
-    pub second_moment: Tensor<D>,
-}
-
-impl<D: Device> State<D> {
-    /// As checkpoints name them.
-    pub fn named(&self) -> [(&'static str, &Tensor<D>); 2] {
-        [("first_moment", &self.first_moment), ("second_moment", &self.second_moment)]
-    }
-
-    pub fn named_mut(&mut self) -> [(&'static str, &mut Tensor<D>); 2] {
-        [("first_moment", &mut self.first_moment), ("second_moment", &mut self.second_moment)]
-    }
-}
+/// What is kept of one trained weight, by name.
+pub type State<D> = Vec<(&'static str, Tensor<D>)>;
 
 /// The states of all trained weights, in the model's order.
 pub struct Optimizer<D: Device> {
@@ -81,8 +69,11 @@ pub struct GradNorm {
 impl<D: Device> Optimizer<D> {
     pub fn new(arena: &mut Arena<D>, entry: &Entry, hyper: Hyper, params: &[&mut Param<D>]) -> Self {
         let trained: Vec<_> = params.iter().filter(|p| p.grad.is_some()).collect();
-        let mut take = |p: &&&mut Param<D>| arena.floats(Kind::States, p.value.rows(), p.value.cols());
-        let states: Vec<_> = trained.iter().map(|p| State { first_moment: take(p), second_moment: take(p) }).collect();
+        let mut state = |value: &Tensor<D>| -> State<D> {
+            let take = |name: &&'static str| (*name, arena.floats(Kind::States, value.rows(), value.cols()));
+            entry.states.iter().map(take).collect()
+        };
+        let states: Vec<_> = trained.iter().map(|p| state(&p.value)).collect();
         let squares = arena.floats(Kind::States, states.len(), 1);
         Self { rule: (entry.rule)(&hyper), hyper, states, squares }
     }
@@ -127,12 +118,15 @@ impl<B: Backend> Optimizer<B> {
         for (param, state) in trained.zip(&mut self.states) {
             let weight_decay = if param.role == Role::Matrix { self.hyper.weight_decay } else { 0.0 };
             let grad = param.grad.as_ref().expect("filtered above").view();
+            let [(_, first_moment), (_, second_moment)] = &mut state[..] else {
+                unreachable!("{:?} keeps two moments", self.rule)
+            };
             device.merged_update(merged_update::Args {
                 step: merged_update::Step { rule: self.rule, step, learning_rate, weight_decay, clip },
                 grad,
                 weight: param.value.view_mut(),
-                first_moment: state.first_moment.view_mut(),
-                second_moment: state.second_moment.view_mut(),
+                first_moment: first_moment.view_mut(),
+                second_moment: second_moment.view_mut(),
             })?;
         }
         Ok(())

@@ -4,10 +4,10 @@ use serde::Serialize;
 
 use super::settings::Settings;
 use super::task::Task;
-use crate::data::{Batch as HostBatch, Example, Extent};
+use crate::data::{Batch as HostBatch, Example, Extent, Sequence, rows_of};
 use crate::device::{Arena, Dry, Kind, Ledger};
 use crate::error::Result;
-use crate::model::{Acts, Batch, Model, Options};
+use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
 use crate::rollout::{self, Request, Sampling};
 use crate::train::Blueprint;
 
@@ -50,7 +50,8 @@ pub struct Plan {
     /// Of an average optimizer step; a multiply-add is two.
     pub flops_per_step: f64,
     pub parameters: usize,
-    pub max_steps: u64,
+    /// `None` where only the data could tell.
+    pub max_steps: Option<u64>,
 }
 
 /// FLOPs of forward and backward over one micro-batch.
@@ -101,40 +102,38 @@ pub fn plan(settings: &Settings) -> Result<Plan> {
     if let Some(request) = task.prompts(settings).iter().max_by_key(|p| p.len()).map(|p| sample_request(settings, p)) {
         phases.push(Phase::new("sample", host, &[run, step, rollout::plan(&task.checkpoint.spec, &request)]));
     }
-    finish(phases, &blueprint, flops_per_step(&task, settings, &blueprint)?, task.max_steps)
+    finish(phases, &blueprint, flops_per_step(&task, settings, &blueprint)?, Some(task.max_steps))
 }
 
 /// The plan of a run whose data is not: every sequence as long as `--max-length` allows, a quarter of it prompt.
 pub fn plan_without_data(settings: &Settings, max_length: usize) -> Result<Plan> {
     let objective = super::task::objective(settings)?;
     let references = super::task::references(settings, objective.as_ref())?;
-    let checkpoint = crate::model::Checkpoint::open(&settings.model)?;
+    let checkpoint = Checkpoint::open(&settings.model)?;
     let sequences = if objective.needs().pairs { 2 } else { 1 };
-    let first = (max_length / 4).max(1);
-    let sequence = crate::data::Sequence { ids: vec![0; max_length], first };
+    let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
     let example = Example { row: 0, sequences: vec![sequence; sequences] };
-    let examples = vec![example; settings.batch_size];
-    let largest = settings.packing.largest(&examples, settings.batch_size);
+    // All examples are equal, so one full micro-batch stands for all of them.
+    let packing = settings.packing;
+    let full = (packing.budget / rows_of(&example, packing.sharing)).clamp(1, settings.batch_size);
+    let batch = HostBatch::new(std::iter::repeat_n(&example, full), packing.sharing);
+    let largest = batch.extent();
     let blueprint = Blueprint {
         checkpoint: &checkpoint,
         optimizer: crate::optim::find(&settings.optimizer)?,
         hyper: settings.hyper,
         largest,
         positions: max_length,
-        keep: if settings.recompute { crate::model::Keep::Inputs } else { crate::model::Keep::Everything },
+        keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
     };
     let mut phases: Vec<Phase> = references.iter().map(|r| Phase::new("score", 0, &[r.plan(&largest)])).collect();
     let (run, step) = blueprint.plan();
     phases.push(Phase::new("train", 0, &[run, step]));
-    let refs: Vec<&Example> = examples.iter().collect();
-    let mut total = 0;
-    for (_, batch) in settings.packing.batches(&refs) {
-        total += flops(&blueprint, HostBatch::extent(&batch))?;
-    }
-    finish(phases, &blueprint, total as f64, settings.max_steps.unwrap_or(0))
+    let flops = flops(&blueprint, largest)? as f64 * settings.batch_size as f64 / full as f64;
+    finish(phases, &blueprint, flops, settings.max_steps)
 }
 
-fn finish(phases: Vec<Phase>, blueprint: &Blueprint, flops_per_step: f64, max_steps: u64) -> Result<Plan> {
+fn finish(phases: Vec<Phase>, blueprint: &Blueprint, flops_per_step: f64, max_steps: Option<u64>) -> Result<Plan> {
     let mut model = Model::new(
         &mut Arena::<Dry>::with_bytes(&Dry::default(), usize::MAX)?,
         &blueprint.checkpoint.spec,

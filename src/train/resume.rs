@@ -54,7 +54,7 @@ pub fn save_state<B: Backend>(
     let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
     let trained = params.iter().filter(|param| param.grad.is_some());
     for (param, state) in trained.zip(optimizer.states()) {
-        for (what, tensor) in state.named() {
+        for (what, tensor) in state {
             tensors.push(TensorSource {
                 name: format!("{}.{what}", param.name),
                 shape: param.shape(),
@@ -107,7 +107,7 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
             continue;
         }
         let state = states.next().expect("one state for each trained weight");
-        for (what, tensor) in state.named_mut() {
+        for (what, tensor) in state {
             tensors.read(&format!("{}.{what}", param.name), &param.shape(), &mut values)?;
             device.write_f32(&values, tensor.view_mut())?;
         }

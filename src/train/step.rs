@@ -109,12 +109,18 @@ pub fn step<B: Backend>(
     };
     let norm = policy.grad_norm(device)?;
     if let Some(bad) = norm.bad {
-        let detail = format!("first bad tensor: the gradient of {bad}; {}", advice());
+        let detail = format!("{}; first bad tensor: the gradient of {bad}; {}", rows_of(batch.examples), advice());
         return Err(Error::NotFinite { step, what: "the gradient".into(), detail });
     }
     policy.update(device, step, learning_rate, norm.norm)?;
     let rows = micros.iter().map(|m| m.host.rows()).sum();
     Ok(StepResult { loss, metrics, grad_norm: norm.norm, rows })
+}
+
+/// The rows of some examples, for messages.
+fn rows_of(examples: &[&Example]) -> String {
+    let rows: Vec<String> = examples.iter().map(|example| example.row.to_string()).collect();
+    format!("rows {} of the data set", rows.join(", "))
 }
 
 fn advice() -> &'static str {
@@ -225,8 +231,8 @@ impl Pass<'_> {
         if loss.is_finite() {
             return Ok(());
         }
-        let rows: Vec<String> = self.batch.examples.iter().map(|e| e.row.to_string()).collect();
-        let detail = format!("log-probabilities are finite, the loss of rows {} is not; {}", rows.join(", "), advice());
+        let rows = rows_of(self.batch.examples);
+        let detail = format!("log-probabilities are finite, the loss of {rows} is not; {}", advice());
         Err(Error::NotFinite { step: self.step, what: "the loss".into(), detail })
     }
 }

@@ -118,7 +118,7 @@ fn configs_that_are_not_supported() {
         ("model_type", json!("mamba"), &["\"model_type\": \"mamba\" is not supported; llama, mistral, qwen2, qwen3"]),
         ("model_type", json!(null), &["\"model_type\": the key is missing"]),
         ("attn_logit_softcapping", json!(50.0), &["\"attn_logit_softcapping\""]),
-        ("hidden_act", json!("gelu"), &["\"hidden_act\": \"gelu\" is not supported, only silu"]),
+        ("hidden_act", json!("gelu"), &["\"hidden_act\": \"gelu\" is not supported, only \"silu\""]),
         ("rope_parameters", json!({"rope_type": "yarn", "factor": 4.0}), &["rope_type \"yarn\" is not supported"]),
         ("hidden_size", json!("wide"), &["\"hidden_size\": expected a positive whole number, found \"wide\""]),
         ("num_hidden_layers", json!(0), &["\"num_hidden_layers\": expected a positive whole number, found 0"]),

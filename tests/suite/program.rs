@@ -261,8 +261,8 @@ fn collect_results(dir: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8
         }
         let content = fs::read(&path).unwrap();
         let content = match path.extension().and_then(|e| e.to_str()) {
-            Some("jsonl") => String::from_utf8(content).unwrap().lines().flat_map(without_times).collect(),
-            Some("json") => without_times(std::str::from_utf8(&content).unwrap()),
+            Some("jsonl") => String::from_utf8(content).unwrap().lines().flat_map(without_incidentals).collect(),
+            Some("json") => without_incidentals(std::str::from_utf8(&content).unwrap()),
             _ => content,
         };
         if name != "recipe.toml" {
@@ -271,11 +271,14 @@ fn collect_results(dir: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8
     }
 }
 
-fn without_times(json: &str) -> Vec<u8> {
+/// What may differ between runs that are the same: times, and how a batch was called.
+const INCIDENTAL: [&str; 3] = ["step_time", "eval_runtime", "train_batch_size"];
+
+fn without_incidentals(json: &str) -> Vec<u8> {
     fn strip(value: &mut Value) {
         match value {
             Value::Object(map) => {
-                map.retain(|key, _| key != "step_time" && key != "eval_runtime");
+                map.retain(|key, _| !INCIDENTAL.contains(&key.as_str()));
                 map.values_mut().for_each(strip);
             }
             Value::Array(items) => items.iter_mut().for_each(strip),

@@ -89,6 +89,14 @@ impl Config {
         self.typed(key, "a positive number", |v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()))
     }
 
+    /// Refuses a file without `key`, where transformers would fill in a number that belongs to one size of model.
+    pub fn must_state(&self, key: &str) -> Result<()> {
+        match self.keys.contains_key(key) {
+            true => Ok(()),
+            false => Err(self.error(key, "the key is missing")),
+        }
+    }
+
     /// What the llama family has in common. No biases, no windows: the architecture's file adds them.
     pub fn decoder(&self) -> Result<Spec> {
         let (layers, hidden) = (self.count("num_hidden_layers")?, self.count("hidden_size")?);
@@ -105,9 +113,11 @@ impl Config {
         if !head_dim.is_multiple_of(2) {
             return Err(self.error("head_dim", format!("{head_dim} is odd; rotary positions need pairs")));
         }
-        match self.get("hidden_act").and_then(Value::as_str) {
-            None | Some("silu" | "swish") => {}
-            Some(other) => return Err(self.error("hidden_act", format!("\"{other}\" is not supported, only silu"))),
+        match self.get("hidden_act").map(|act| (act, act.as_str())) {
+            None | Some((_, Some("silu" | "swish"))) => {}
+            Some((other, _)) => {
+                return Err(self.error("hidden_act", format!("{other} is not supported, only \"silu\"")));
+            }
         }
         Ok(Spec {
             layers,
@@ -272,6 +282,7 @@ mod tests {
             json!({"head_dim": 7}),
             json!({"num_key_value_heads": 4}),
             json!({"vocab_size": "many"}),
+            json!({"hidden_act": 3}),
             json!({"sliding_window": 4096}),
         ];
         for case in cases {
@@ -288,6 +299,26 @@ mod tests {
         let spec = read("llama", extra).unwrap();
         assert_eq!((spec.head_dim, spec.tied_head, spec.qkv_bias), (8, false, false));
         assert_eq!((llama::ARCHITECTURE.naming)(super::super::Slot::Key, 2), "model.layers.2.self_attn.k_proj.weight");
+    }
+
+    /// transformers' own defaults are those of one model: 8 key heads for Mistral, 32 and heads of 128 for Qwen 3.
+    #[test]
+    fn sizes_are_not_guessed() {
+        let without = |architecture: &str, key: &str| {
+            let mut keys = config(json!({"head_dim": 8})).keys;
+            keys.shift_remove(key);
+            let config = Config::new(Path::new("config.json"), Value::Object(keys)).unwrap();
+            (ALL.iter().find(|a| a.model_type == architecture).unwrap().spec)(&config).map(|_| ())
+        };
+        for (architecture, key) in [
+            ("mistral", "num_key_value_heads"),
+            ("qwen2", "num_key_value_heads"),
+            ("qwen3", "num_key_value_heads"),
+            ("qwen3", "head_dim"),
+        ] {
+            assert!(without(architecture, key).unwrap_err().to_string().contains(key));
+        }
+        assert!(without("llama", "num_key_value_heads").is_ok());
     }
 
     #[test]

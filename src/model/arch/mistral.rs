@@ -13,6 +13,7 @@ pub const ARCHITECTURE: Architecture = Architecture {
 };
 
 fn spec(config: &Config) -> Result<Spec> {
+    config.must_state("num_key_value_heads")?;
     let spec = config.decoder()?;
     let window = config.optional_count("sliding_window")?;
     Ok(Spec { windows: vec![window; spec.layers], ..spec })

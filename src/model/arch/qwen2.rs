@@ -9,6 +9,7 @@ pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "qwen2", summary: "Qwen 2 and 2.5: Llama with q/k/v biases", spec, naming: llama_names };
 
 fn spec(config: &Config) -> Result<Spec> {
+    config.must_state("num_key_value_heads")?;
     let spec = config.decoder()?;
     Ok(Spec { qkv_bias: true, windows: config.qwen_windows(spec.layers)?, ..spec })
 }

@@ -13,6 +13,8 @@ pub const ARCHITECTURE: Architecture = Architecture {
 };
 
 fn spec(config: &Config) -> Result<Spec> {
+    config.must_state("num_key_value_heads")?;
+    config.must_state("head_dim")?;
     let spec = config.decoder()?;
     let bias = config.flag("attention_bias")?;
     let windows = config.qwen_windows(spec.layers)?;
