@@ -607,3 +607,51 @@ fn a_disk_that_is_full() {
     w.ok(&format!("{line} whole"));
     crate::program::assert_same("after a full disk", &results(&w.path("whole")), &results(&w.path("run")));
 }
+
+#[test]
+fn a_resume_with_other_settings_is_refused() {
+    let w = workspace();
+    let run = format!("{SHORT} --model model --output-dir run --label-smoothing 0.2");
+    w.ok(&format!("{run} --stop-at-step 2"));
+    let auto = "--resume-from-checkpoint auto";
+    let dropped = run.replace(" --label-smoothing 0.2", "");
+    w.fails(1, &format!("{dropped} {auto}"), &["--label-smoothing: ", "made with 0.2, this run has 0.0"]);
+    w.fails(1, &format!("{run} {auto} --micro-batch-tokens 64"), &["--micro-batch-tokens: ", "made with 2048"]);
+    w.fails(1, &format!("{run} {auto} --seed 1"), &["--seed: ", "made with 42, this run has 1"]);
+    w.ok(&format!("{run} {auto} --threads 1"));
+}
+
+#[test]
+fn going_back_sets_later_checkpoints_aside() {
+    let w = workspace();
+    let run = format!("{SHORT} --model model --output-dir run --save-steps 1");
+    w.ok(&format!("{run} --stop-at-step 3"));
+    let back = w.ok(&format!("{run} --resume-from-checkpoint run/checkpoint-1 --stop-at-step 2"));
+    assert!(back.stderr.contains("a later checkpoint of the course that is left is now"), "{}", back.stderr);
+    assert!(w.exists("run/checkpoint-2") && w.exists("run/checkpoint-3.left.1") && !w.exists("run/checkpoint-3"));
+    w.ok(&format!("{run} --resume-from-checkpoint auto"));
+    assert_eq!(w.column("run/metrics.jsonl", "step"), [1.0, 2.0, 3.0, 4.0]);
+}
+
+#[test]
+fn one_run_at_a_time_works_in_a_folder() {
+    let w = workspace();
+    let run = format!("{SHORT} --model model --output-dir run");
+    w.ok(&format!("{run} --stop-at-step 2"));
+    let held = fs::File::open(w.path("run")).unwrap();
+    held.lock().unwrap();
+    w.fails(1, &format!("{run} --resume-from-checkpoint auto"), &["run: another cuvee run is working in this folder"]);
+    drop(held);
+    w.ok(&format!("{run} --resume-from-checkpoint auto"));
+}
+
+#[test]
+fn sizes_beyond_any_use_are_refused_before_they_are_tried() {
+    let w = workspace();
+    let huge = "--max-new-tokens 9223372036854775807";
+    w.fails(2, &format!("generate --model model --prompt x {huge}"), &["--max-new-tokens", "from 1 to 16777216"]);
+    let run = format!("{SHORT} --model model --output-dir run --gradient-accumulation-steps 99999999999");
+    w.fails(2, &run, &["--gradient-accumulation-steps", "from 1 to 16777216"]);
+    w.fails(2, &format!("{SHORT} --model model --output-dir run --adam-epsilon 1e-50"), &["--adam-epsilon"]);
+    w.ok("plan --objective sft --model model --max-length 100000 --batch-size 16777216");
+}

@@ -419,3 +419,19 @@ fn recipes_and_flags_are_spelled_as_people_spell_them() {
     let shipped = root().join("recipes/quickstart.toml");
     assert!(w.ok(&format!("plan {} --json", shipped.display())).stdout.contains("peak_bytes"));
 }
+
+/// An objective that reads no pairs trains on the chosen side alone, and is still measured on both.
+#[test]
+fn sft_on_pairs_is_evaluated_on_pairs() {
+    let w = Workspace::with_reviews(12);
+    let flags = "--dataset train.jsonl --eval-dataset heldout.jsonl --max-steps 4 --batch-size 4 --learning-rate 1e-3";
+    let done = w.ok(&format!("train --objective sft --model model {flags} --output-dir run"));
+    assert!(done.stdout.contains("pair accuracy"), "{}", done.stdout);
+    let loss = w.column("run/evaluations.jsonl", "eval_loss");
+    let perplexity = w.column("run/evaluations.jsonl", "eval_perplexity");
+    loss.iter().zip(&perplexity).for_each(|(loss, perplexity)| assert!((loss.exp() / perplexity - 1.0).abs() < 1e-9));
+    let ours = w.column("run/evaluations.jsonl", "eval_accuracy");
+    let eval = w.ok("eval --model run --dataset heldout.jsonl --json");
+    let eval: serde_json::Value = serde_json::from_str(&eval.stdout).unwrap();
+    assert_eq!(eval["accuracy"].as_f64(), ours.last().copied());
+}
