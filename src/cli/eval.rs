@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::model::Checkpoint;
 use crate::objectives::Stats;
 use crate::progress::say;
-use crate::train::Summary;
+use crate::train::{Summary, check_reference};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     let device = super::device(&args.engine)?;
@@ -20,6 +20,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
     dataset.report().iter().for_each(say);
+    args.ref_model.iter().try_for_each(|dir| check_reference(&tokenizer, dir))?;
     let packing = super::packing(&args.batching);
     let sums = |dir: &Path| sums(&device, dir, &dataset, packing);
     let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);

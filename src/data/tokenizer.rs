@@ -77,6 +77,12 @@ impl Tokenizer {
         &self.stops
     }
 
+    /// Whether every id means the same to the tokenizer in `dir`. A folder without one is taken to share ours.
+    pub fn shares_vocabulary(&self, dir: &Path) -> Result<bool> {
+        let absent = !dir.join("tokenizer.json").exists();
+        Ok(absent || Self::load(dir)?.encoder.get_vocab(true) == self.encoder.get_vocab(true))
+    }
+
     /// The vocabulary entry of `id` as it is stored, for messages.
     pub fn token(&self, id: u32) -> Option<String> {
         self.encoder.id_to_token(id)

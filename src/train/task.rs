@@ -1,6 +1,7 @@
 //! What a run needs before it touches a device: files read, names looked up, sizes known.
 
 use std::ops::Range;
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
@@ -75,6 +76,7 @@ impl Task {
         }
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
         for reference in &references {
+            check_reference(&tokenizer, &reference.checkpoint.dir)?;
             check_vocabulary(&reference.checkpoint, [Some(&train), eval.as_ref()].into_iter().flatten())?;
         }
         let steps_per_epoch = train.examples.len().div_ceil(settings.batch_size) as u64;
@@ -164,7 +166,7 @@ impl Task {
 }
 
 fn load_dataset(
-    path: &std::path::Path,
+    path: &Path,
     tokenizer: &Tokenizer,
     settings: &Settings,
     objective: &dyn Objective,
@@ -178,6 +180,15 @@ fn load_dataset(
     }
     check_vocabulary(checkpoint, [&dataset])?;
     Ok(dataset)
+}
+
+/// A reference scores the policy's token ids: they must mean the same to it.
+pub fn check_reference(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
+    if tokenizer.shares_vocabulary(dir)? {
+        return Ok(());
+    }
+    let detail = format!("{} has another vocabulary than --model; a reference must share it", dir.display());
+    Err(Error::option("--ref-model", detail))
 }
 
 /// Token ids must have a row in the embedding.
