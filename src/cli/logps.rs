@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::args::LogpsArgs;
 use crate::checkpoint::atomic::write_file_with;
-use crate::data::{Dataset, Form, Packing, Tokenizer};
+use crate::data::{Dataset, Example, Form, Packing, Tokenizer};
 use crate::device::Cpu;
 use crate::error::{At, Result};
 use crate::model::{Checkpoint, Init};
@@ -61,7 +61,8 @@ pub fn score(device: &Cpu, checkpoint: &Checkpoint, dataset: &Dataset, packing: 
     let largest = packing.largest(&dataset.examples, dataset.examples.len());
     let mut scorer = Scorer::new(device, checkpoint, Init::Checkpoint, &largest)?;
     let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");
-    let logps = scorer.score(&dataset.examples, packing, &mut |done| progress.at(done as u64, ""))?;
+    let examples: Vec<&Example> = dataset.examples.iter().collect();
+    let logps = scorer.score(&examples, packing, &mut |done| progress.at(done as u64, ""))?;
     progress.finish();
     Ok(logps)
 }

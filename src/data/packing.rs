@@ -24,8 +24,8 @@ impl Packing {
     }
 
     /// An upper bound on the batches that any `at_most` of these examples can give, in any order.
-    pub fn largest(&self, examples: &[Example], at_most: usize) -> Extent {
-        let extents: Vec<Extent> = examples.iter().map(|e| Batch::new([e], self.sharing).extent()).collect();
+    pub fn largest<'a>(&self, examples: impl IntoIterator<Item = &'a Example>, at_most: usize) -> Extent {
+        let extents: Vec<Extent> = examples.into_iter().map(|e| Batch::new([e], self.sharing).extent()).collect();
         let most = |f: fn(&Extent) -> usize| extents.iter().map(f).max().unwrap_or(0);
         let all = |f: fn(&Extent) -> usize| {
             let mut sizes: Vec<usize> = extents.iter().map(f).collect();

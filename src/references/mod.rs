@@ -8,7 +8,7 @@ use std::path::Path;
 
 pub use score::Scorer;
 
-use crate::data::{Dataset, Example, Extent, Packing};
+use crate::data::{Example, Extent, Packing};
 use crate::device::Ledger;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
@@ -40,11 +40,11 @@ pub struct Reference {
 pub type Stop<'a> = &'a dyn Fn() -> bool;
 
 impl Reference {
-    /// Scores what the cache lacks, then reads the log-probabilities of each data set.
+    /// Scores what the cache lacks, then reads the log-probabilities of each set of examples.
     pub fn logps<B: Backend>(
         &self,
         device: &B,
-        datasets: &[&Dataset],
+        sets: &[&[&Example]],
         packing: Packing,
         cache_dir: &Path,
         stop: Stop,
@@ -53,16 +53,12 @@ impl Reference {
         if let Some(lost) = cache.recovered() {
             say(lost);
         }
-        let missing: Vec<Example> = datasets
-            .iter()
-            .flat_map(|dataset| &dataset.examples)
-            .filter(|example| keys(example).any(|key| !cache.contains(&key)))
-            .cloned()
-            .collect();
+        let new = |example: &&Example| keys(example).any(|key| !cache.contains(&key));
+        let missing: Vec<&Example> = sets.iter().copied().flatten().copied().filter(new).collect();
         if !missing.is_empty() {
             self.score(device, &missing, packing, &mut cache, stop)?;
         }
-        datasets.iter().map(|dataset| read(&cache, dataset)).collect()
+        sets.iter().map(|examples| read(&cache, examples)).collect()
     }
 
     /// Identity of the numbers: weights, config, device, arithmetic.
@@ -74,12 +70,12 @@ impl Reference {
     fn score<B: Backend>(
         &self,
         device: &B,
-        missing: &[Example],
+        missing: &[&Example],
         packing: Packing,
         cache: &mut RefCache,
         stop: Stop,
     ) -> Result<()> {
-        let largest = packing.largest(missing, missing.len());
+        let largest = packing.largest(missing.iter().copied(), missing.len());
         let mut scorer = Scorer::new(device, &self.checkpoint, self.init, &largest)?;
         let mut progress = Progress::new("scoring the reference", missing.len() as u64, "rows");
         for (shard, examples) in missing.chunks(SHARD_EXAMPLES).enumerate() {
@@ -90,7 +86,7 @@ impl Reference {
             let logps = scorer.score(examples, packing, &mut |done| {
                 progress.at((shard * SHARD_EXAMPLES + done) as u64, "");
             })?;
-            let sequences = examples.iter().flat_map(keys).zip(logps.iter().flatten());
+            let sequences = examples.iter().copied().flat_map(keys).zip(logps.iter().flatten());
             let records: Vec<_> = sequences.map(|(key, logps)| (key, logps.as_slice())).collect();
             cache.append_shard(&records)?;
         }
@@ -108,12 +104,12 @@ fn keys(example: &Example) -> impl Iterator<Item = [u8; 32]> {
     example.sequences.iter().map(|s| sequence_key(&s.ids, s.first))
 }
 
-fn read(cache: &RefCache, dataset: &Dataset) -> Result<RefLogps> {
+fn read(cache: &RefCache, examples: &[&Example]) -> Result<RefLogps> {
     let mut tokens = Vec::new();
     let mut sum = |key: [u8; 32]| {
         assert!(cache.get(&key, &mut tokens)?, "scored above");
         Ok(tokens.iter().map(|x| f64::from(*x)).sum())
     };
-    let sums = dataset.examples.iter().map(|example| keys(example).map(&mut sum).collect());
+    let sums = examples.iter().map(|example| keys(example).map(&mut sum).collect());
     Ok(RefLogps { sums: sums.collect::<Result<_>>()? })
 }

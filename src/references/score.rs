@@ -38,13 +38,12 @@ impl<'a, B: Backend> Scorer<'a, B> {
     /// `[examples][sequences][scored tokens]`, nats, all finite. `done` is told how many examples are finished.
     pub fn score(
         &mut self,
-        examples: &[Example],
+        examples: &[&Example],
         packing: Packing,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<Vec<f32>>>> {
-        let refs: Vec<&Example> = examples.iter().collect();
         let mut all = Vec::with_capacity(examples.len());
-        for (range, host) in packing.batches(&refs) {
+        for (range, host) in packing.batches(examples) {
             self.batch.load(self.device, &host)?;
             self.model.forward(self.device, &self.batch, &mut self.acts)?;
             let mut logps = vec![0.0; host.targets.len()];

@@ -93,8 +93,8 @@ pub fn plan(settings: &Settings) -> Result<Plan> {
     let host = task.datasets().iter().flat_map(|d| &d.examples).map(host_bytes).sum();
     let mut phases = Vec::new();
     for reference in &task.references {
-        let all: Vec<Example> = task.datasets().iter().flat_map(|d| d.examples.clone()).collect();
-        let largest = settings.packing.largest(&all, all.len());
+        let all: Vec<&Example> = task.datasets().iter().flat_map(|d| &d.examples).collect();
+        let largest = settings.packing.largest(all.iter().copied(), all.len());
         phases.push(Phase::new("score", host, &[reference.plan(&largest)]));
     }
     let (run, step) = blueprint.plan();

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
-use crate::references::RefLogps;
+use crate::references::{RefLogps, Reference};
 use crate::rollout::{self, Request};
 
 /// Text generated before and after training, one JSON line each.
@@ -155,16 +155,23 @@ fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
     Ok([metrics, evaluations, LineLog::resume(&samples, 0)?])
 }
 
-/// `[references][data sets]`
+/// `[references][training, held out]`; of the training examples only those that a step will see.
 fn score_references<B: Backend>(
     device: &B,
     settings: &Settings,
     task: &Task,
     stop: &dyn Fn() -> bool,
 ) -> Result<Vec<Vec<RefLogps>>> {
-    let datasets = task.datasets();
-    let score = |reference: &crate::references::Reference| {
-        reference.logps(device, &datasets, settings.packing, &settings.cache_dir, stop)
+    let used = task.used_examples(settings);
+    let train: Vec<&Example> = used.iter().map(|i| &task.train.examples[*i]).collect();
+    let eval: Vec<&Example> = task.eval.iter().flat_map(|eval| &eval.examples).collect();
+    let score = |reference: &Reference| {
+        let sets = [&train[..], &eval[..]];
+        let mut logps = reference.logps(device, &sets, settings.packing, &settings.cache_dir, stop)?;
+        let mut sums = vec![Vec::new(); task.train.examples.len()];
+        used.iter().zip(std::mem::take(&mut logps[0].sums)).for_each(|(i, scored)| sums[*i] = scored);
+        logps[0].sums = sums;
+        Ok(logps)
     };
     task.references.iter().map(score).collect()
 }

@@ -102,6 +102,18 @@ impl Task {
         (epoch, first..(first + settings.batch_size).min(self.train.examples.len()))
     }
 
+    /// Indices of the training examples that some step of the run will see, in the order of the file.
+    pub fn used_examples(&self, settings: &Settings) -> Vec<usize> {
+        let (last_epoch, range) = self.place_of_step(settings, self.max_steps);
+        if last_epoch > 0 {
+            return (0..self.train.examples.len()).collect();
+        }
+        let mut used = self.order(settings, 0);
+        used.truncate(range.end);
+        used.sort_unstable();
+        used
+    }
+
     pub fn epoch(&self, step: u64) -> f64 {
         step as f64 / self.steps_per_epoch as f64
     }

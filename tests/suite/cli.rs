@@ -173,7 +173,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
         let candidates: Vec<Example> = candidates.collect();
         let largest = packing.largest(&candidates, candidates.len());
         let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest).unwrap();
-        let logps = scorer.score(&candidates, packing, &mut |_| {}).unwrap();
+        let logps = scorer.score(&candidates.iter().collect::<Vec<_>>(), packing, &mut |_| {}).unwrap();
         let logp = |token: usize| logps[token][0][0];
         let total: f64 = (0..logps.len()).map(|token| f64::from(logp(token)).exp()).sum();
         assert!((total - 1.0).abs() < 1e-4, "the probabilities of all tokens sum to {total}");

@@ -347,11 +347,28 @@ fn a_scored_reference_is_not_scored_again() {
     assert!(bytes.len() > before.0.len() && bytes.starts_with(&before.0));
 }
 
+/// A trial of a few steps does not wait for the whole file.
+#[test]
+fn only_what_a_run_will_see_is_scored() {
+    let w = Workspace::with_reviews(40);
+    let line = "train --objective sigmoid --beta 0.1 --model model --dataset train.jsonl --batch-size 4";
+    let size = || w.cache_file().unwrap().metadata().unwrap().len();
+    w.ok(&format!("{line} --max-steps 2 --output-dir two"));
+    let two = size();
+    w.ok(&format!("{line} --max-steps 2 --output-dir again"));
+    assert_eq!(size(), two);
+    w.ok(&format!("{line} --num-train-epochs 1 --output-dir all"));
+    assert!(size() > 3 * two, "{} and {two} bytes", size());
+    let losses = |run: &str| w.column(&format!("{run}/metrics.jsonl"), "loss");
+    assert_eq!(losses("two")[0], losses("all")[0]);
+}
+
 #[test]
 fn scoring_continues_where_it_was_killed() {
     let w = Workspace::new();
     w.write_lines("train.jsonl", &reviews("train")[..2200]);
-    let line = "train --objective sigmoid --beta 0.1 --model model --dataset train.jsonl --max-length 32 --max-steps 1";
+    let line =
+        "train --objective sigmoid --beta 0.1 --model model --dataset train.jsonl --max-length 32 --stop-at-step 1";
     let size = |w: &Workspace| w.cache_file().map_or(0, |path| path.metadata().unwrap().len());
     // A header has 48 bytes; a shard of 256 rows some 40 KB.
     let mut running = w.spawn(&format!("{line} --output-dir run"));
