@@ -90,7 +90,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     if continues && is_finished(output) {
         return Ok(None);
     }
-    let mut locked = continues.then(|| lock(output)).transpose()?;
+    let held = continues.then(|| lock(output)).transpose()?;
     if continues {
         remove_stale(output)?;
     }
@@ -103,23 +103,30 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
         Some(dir) => read_state(dir, course)?,
         None => RunState { step: 0, num_tokens: 0, course: course.clone() },
     };
-    if !continues {
-        check_inputs(settings)?;
-        if let Claim::Moved(old) = claim(output)? {
-            say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
-        }
-        locked = Some(lock(output)?);
-    } else if from.is_none() {
-        say(format_args!("{}: no checkpoint yet, starting at the beginning", output.display()));
-    }
-    if let Some(dir) = &from {
-        say(format_args!("continuing after step {} from {}", state.step, dir.display()));
+    let lock = match held {
+        Some(lock) => lock,
+        None => claim_new(settings)?,
+    };
+    match &from {
+        Some(dir) => say(format_args!("continuing after step {} from {}", state.step, dir.display())),
+        None if continues => say(format_args!("{}: no checkpoint yet, starting at the beginning", output.display())),
+        None => {}
     }
     for left in set_aside_after(output, state.step)? {
         say(format_args!("a later checkpoint of the course that is left is now {}", left.display()));
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
-    Ok(locked.map(|lock| Start { state, from, lock }))
+    Ok(Some(Start { state, from, lock }))
+}
+
+/// Makes the folder of a new run.
+fn claim_new(settings: &Settings) -> Result<File> {
+    let output = &settings.output_dir;
+    check_inputs(settings)?;
+    if let Claim::Moved(old) = claim(output)? {
+        say(format_args!("{}: the finished run there is now {}", output.display(), old.display()));
+    }
+    lock(output)
 }
 
 /// A finished run is moved away to make room; it must not hold what this run is about to read.
