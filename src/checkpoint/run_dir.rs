@@ -11,6 +11,8 @@ use super::json::write_json;
 use crate::error::{At, Error, Result};
 
 const MARKER: &str = "cuvee.json";
+/// Empty; whoever works in the folder holds its lock.
+const LOCK: &str = "cuvee.lock";
 
 /// What tells a run's folder from anyone else's.
 #[derive(Serialize, Deserialize)]
@@ -124,13 +126,16 @@ pub fn set_aside_after(output: &Path, step: u64) -> Result<Vec<PathBuf>> {
 
 /// Keeps other runs out of `output` for as long as the returned file lives, even if the process is killed.
 pub fn lock(output: &Path) -> Result<File> {
-    let folder = File::open(output).at(output)?;
-    match folder.try_lock() {
-        Ok(()) => Ok(folder),
+    let path = output.join(LOCK);
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).at(&path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
             Err(Error::file(output, "another cuvee run is working in this folder; wait for it, or stop it first"))
         }
-        Err(TryLockError::Error(e)) => Err(Error::file(output, format!("cannot be locked: {e}"))),
+        Err(TryLockError::Error(e)) => {
+            Err(Error::file(&path, format!("cannot be locked: {e}; choose an --output-dir on a local disk")))
+        }
     }
 }
 

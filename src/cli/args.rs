@@ -74,7 +74,7 @@ Takes the recipe and flags of `cuvee train`: write plan for train in the command
 
 Examples:
   cuvee plan recipes/quickstart.toml
-  cuvee plan --objective sigmoid --model DIR --max-length 4096 --recompute --json"
+  cuvee plan --objective sigmoid --beta 0.1 --model DIR --max-length 4096 --recompute --json"
 )]
 pub struct PlanArgs {
     /// Preference pairs to train on; their real lengths sharpen the plan [default: assume --max-length]
@@ -164,7 +164,7 @@ pub struct OptimArgs {
     /// Peak learning rate
     #[arg(long, value_name = "F", default_value = "1e-6", value_parser = positive)]
     pub learning_rate: f64,
-    /// Course of the learning rate after warm-up; linear and cosine end at 0
+    /// Course of the learning rate after warm-up; linear and cosine fall towards 0
     #[arg(long, value_name = "KIND", default_value = "linear")]
     pub lr_scheduler_type: LrSchedulerType,
     /// Share of all steps over which the learning rate rises from 0, 0 to 1

@@ -16,6 +16,7 @@ use crate::train::{Summary, check_reference};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     let device = super::device(&args.engine)?;
+    Checkpoint::open(&args.model)?;
     let tokenizer = Tokenizer::load(&args.model)?;
     let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;

@@ -1,6 +1,9 @@
 //! `cuvee logps`
 
 use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -8,18 +11,33 @@ use super::args::LogpsArgs;
 use crate::checkpoint::atomic::write_file_with;
 use crate::data::{Dataset, Example, Form, Packing, Tokenizer};
 use crate::device::Cpu;
-use crate::error::{At, Result};
+use crate::error::{At, Error, Result};
 use crate::model::{Checkpoint, Init};
 use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::check_vocabulary;
 
 pub fn run(args: &LogpsArgs) -> Result<()> {
+    let path = &args.out;
+    let write = |out: &mut dyn Write| lines(args)?.iter().try_for_each(|line| writeln!(out, "{line}")).at(path);
+    if path == Path::new("-") {
+        return lines(args)?.iter().try_for_each(|line| super::print(&format!("{line}\n")));
+    }
+    let place = fs::metadata(path);
+    if place.as_ref().is_ok_and(|place| place.is_dir()) {
+        return Err(Error::option("--out", format!("{} is a folder; name a file", path.display())));
+    }
     // Opened before the work: a path that cannot be written should not cost an hour.
-    write_file_with(&args.out, |out| {
-        let lines = lines(args)?;
-        lines.iter().try_for_each(|line| writeln!(out, "{line}")).at(&args.out)
-    })
+    if place.as_ref().is_ok_and(|place| !place.is_file()) {
+        // A pipe or a device is written to, not replaced.
+        return write(&mut OpenOptions::new().write(true).open(path).at(path)?);
+    }
+    // Behind a link lies the file to replace.
+    let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+    if args.dataset.canonicalize().is_ok_and(|dataset| dataset == path) {
+        return Err(Error::option("--out", format!("{} is the data set itself; name another file", path.display())));
+    }
+    write_file_with(&path, write)
 }
 
 /// One line for each row, in order.

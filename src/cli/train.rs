@@ -27,7 +27,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Outcome::AlreadyFinished => {
             let output = args.output_dir.display();
             super::print(&format!(
-                "{output}: this run is finished; without --resume-from-checkpoint a new one starts\n"
+                "{output}: this run is finished, with the settings in its recipe.toml; without --resume-from-checkpoint a new one starts\n"
             ))
         }
     }
@@ -47,7 +47,11 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
 fn settings(args: &TrainArgs) -> Result<Settings> {
     let mut settings = from_run(&args.run)?;
     settings.dataset = args.dataset.clone();
-    settings.output_dir = args.output_dir.clone();
+    settings.output_dir = match args.output_dir.file_name() {
+        Some(_) => args.output_dir.clone(),
+        // `.` has no name to put a number behind.
+        None => args.output_dir.canonicalize().at(&args.output_dir)?,
+    };
     // A run that stops early is resumed with the same recipe, to go on.
     let mut resumable = args.clone();
     resumable.run.schedule.stop_at_step = None;

@@ -83,13 +83,21 @@ impl<B: Backend> Policy<B> {
         self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)
     }
 
+    /// The first weight that holds a NaN or an infinity.
+    pub fn first_bad_weight(&mut self, device: &B) -> Result<Option<String>> {
+        for param in self.model.params_mut() {
+            if !finite(device, param.view(), &mut self.probe)? {
+                return Ok(Some(param.name.clone()));
+            }
+        }
+        Ok(None)
+    }
+
     /// The first thing on the way from weights to log-probabilities that holds a NaN or an infinity, after a
     /// forward pass whose result did.
     pub fn first_bad_tensor(&mut self, device: &B) -> Result<String> {
-        for param in self.model.params_mut() {
-            if !finite(device, param.view(), &mut self.probe)? {
-                return Ok(format!("the weight {}", param.name));
-            }
+        if let Some(name) = self.first_bad_weight(device)? {
+            return Ok(format!("the weight {name}"));
         }
         let rows = self.batch.size().rows;
         for layer in 0..=self.model.spec.layers {
@@ -106,9 +114,15 @@ impl<B: Backend> Policy<B> {
     }
 }
 
+/// Whether every element is a number. Squares may overflow where elements do not, so a bad sum is looked into.
 fn finite<B: Backend>(device: &B, x: View<B>, probe: &mut Tensor<B>) -> Result<bool> {
     device.sum_squares(sum_squares::Args { x, sum: probe.view_mut() })?;
     let mut sum = [0.0];
     device.read_f64(probe.view(), &mut sum)?;
-    Ok(sum[0].is_finite())
+    if sum[0].is_finite() {
+        return Ok(true);
+    }
+    let mut values = vec![0.0; x.len()];
+    device.read_f32(x, &mut values)?;
+    Ok(values.iter().all(|x| x.is_finite()))
 }

@@ -79,8 +79,12 @@ impl Report {
         let step = |line: &Map<String, Value>| number(line, "step").unwrap_or(0.0);
         let Some(last) = self.samples.iter().map(step).reduce(f64::max) else { return };
         for (title, wanted) in [("before", 0.0), ("after", last)] {
+            let lines: Vec<_> = self.samples.iter().filter(|line| step(line) == wanted).collect();
+            if lines.is_empty() {
+                continue;
+            }
             let _ = writeln!(out, "samples {title} training");
-            for line in self.samples.iter().filter(|line| step(line) == wanted) {
+            for line in lines {
                 let text = |key: &str| line.get(key).and_then(Value::as_str).unwrap_or("").replace('\n', " ");
                 let _ = writeln!(out, "  {}|{}", text("prompt"), text("completion"));
             }

@@ -45,6 +45,10 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let task = Task::prepare(settings)?;
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
+    if !task.references.is_empty() {
+        let cannot = |e| Error::option("--cache-dir", format!("{}: {e}", settings.cache_dir.display()));
+        std::fs::create_dir_all(&settings.cache_dir).map_err(cannot)?;
+    }
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
     let _lock = &start.lock;
     let ref_logps = score_references(device, settings, &task, stop)?;
@@ -348,6 +352,7 @@ impl<B: Backend> Session<'_, B> {
         if self.saved == Some(self.state.step) {
             return Ok(path);
         }
+        self.check_weights()?;
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
         let trainer_state = self.trainer_state();
@@ -376,7 +381,15 @@ impl<B: Backend> Session<'_, B> {
         }
     }
 
+    /// What cannot be used is not written.
+    fn check_weights(&mut self) -> Result<()> {
+        let Some(name) = self.policy.first_bad_weight(self.device)? else { return Ok(()) };
+        let detail = "this step's update broke it; a lower --learning-rate or --weight-decay may help".into();
+        Err(Error::NotFinite { step: self.state.step, what: format!("the weight {name}"), detail })
+    }
+
     fn finish(&mut self) -> Result<Report> {
+        self.check_weights()?;
         self.evaluate(None)?;
         self.sample()?;
         let output: &Path = &self.settings.output_dir;

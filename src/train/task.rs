@@ -149,6 +149,7 @@ impl Task {
             "model": hex(settings.init.identity(&self.checkpoint)?),
             "ref_model": references.collect::<Result<Vec<_>>>()?,
             "dataset": hex(self.train.fingerprint()),
+            "eval_dataset": self.eval.as_ref().map(|eval| hex(eval.fingerprint())),
             "objective": self.objective.name(),
             "optimizer": self.optimizer.name,
             "adam_beta1": settings.hyper.beta1,

@@ -120,8 +120,16 @@ fn configs_that_are_not_supported() {
         ("attn_logit_softcapping", json!(50.0), &["\"attn_logit_softcapping\""]),
         ("hidden_act", json!("gelu"), &["\"hidden_act\": \"gelu\" is not supported, only \"silu\""]),
         ("rope_parameters", json!({"rope_type": "yarn", "factor": 4.0}), &["rope_type \"yarn\" is not supported"]),
-        ("hidden_size", json!("wide"), &["\"hidden_size\": expected a positive whole number, found \"wide\""]),
-        ("num_hidden_layers", json!(0), &["\"num_hidden_layers\": expected a positive whole number, found 0"]),
+        (
+            "hidden_size",
+            json!("wide"),
+            &["\"hidden_size\": expected a positive whole number up to 16777216, found \"wide\""],
+        ),
+        (
+            "num_hidden_layers",
+            json!(0),
+            &["\"num_hidden_layers\": expected a positive whole number up to 16777216, found 0"],
+        ),
     ];
     for (key, value, parts) in cases {
         let parts: Vec<&str> = ["bad/config.json: "].iter().chain(parts).copied().collect();
@@ -638,7 +646,7 @@ fn one_run_at_a_time_works_in_a_folder() {
     let w = workspace();
     let run = format!("{SHORT} --model model --output-dir run");
     w.ok(&format!("{run} --stop-at-step 2"));
-    let held = fs::File::open(w.path("run")).unwrap();
+    let held = fs::File::open(w.path("run/cuvee.lock")).unwrap();
     held.lock().unwrap();
     w.fails(1, &format!("{run} --resume-from-checkpoint auto"), &["run: another cuvee run is working in this folder"]);
     drop(held);
@@ -669,4 +677,39 @@ fn a_reference_with_another_vocabulary() {
     w.fails(1, &format!("{SHORT} --model model --ref-model bad --output-dir run"), &parts);
     w.fails(1, "eval --model model --ref-model bad --dataset train.jsonl", &parts);
     assert!(!w.exists("run"));
+}
+
+#[test]
+fn logps_replaces_nothing_that_it_should_not() {
+    let w = workspace();
+    let before = w.read("train.jsonl");
+    let line = "logps --model model --dataset train.jsonl --out";
+    w.fails(1, &format!("{line} train.jsonl"), &["--out: ", "train.jsonl is the data set itself"]);
+    std::os::unix::fs::symlink("train.jsonl", w.path("link.jsonl")).unwrap();
+    w.fails(1, &format!("{line} link.jsonl"), &["--out: ", "is the data set itself"]);
+    assert!(w.read("train.jsonl") == before);
+    w.fails(1, &format!("{line} model"), &["--out: ", "is a folder"]);
+    w.ok(&format!("{line} out.jsonl"));
+    assert_eq!(w.ok(&format!("{line} -")).stdout, w.text("out.jsonl"));
+    let piped = w.ok(&format!("{line} /dev/stdout"));
+    assert_eq!(piped.stdout, w.text("out.jsonl"));
+}
+
+/// A last update that overflows leaves nothing behind that looks like a model.
+#[test]
+fn weights_that_are_not_finite_are_not_written() {
+    let w = workspace();
+    let run = SHORT.replace("--max-steps 4", "--max-steps 1");
+    let broken = format!("{run} --model model --output-dir run --learning-rate 1e300");
+    w.fails(1, &broken, &["step 1: the weight model.", "is not finite", "a lower --learning-rate"]);
+    assert!(!w.exists("run/model.safetensors"));
+}
+
+#[test]
+fn a_resume_with_other_held_out_rows_is_refused() {
+    let w = workspace();
+    let run = format!("{SHORT} --model model --output-dir run --eval-dataset heldout.jsonl");
+    w.ok(&format!("{run} --stop-at-step 2"));
+    w.write_lines("heldout.jsonl", &reviews("heldout")[..8]);
+    w.fails(1, &format!("{run} --resume-from-checkpoint auto"), &["--eval-dataset: ", "made with"]);
 }

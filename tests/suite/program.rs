@@ -265,7 +265,7 @@ fn collect_results(dir: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8
             Some("json") => without_incidentals(std::str::from_utf8(&content).unwrap()),
             _ => content,
         };
-        if name != "recipe.toml" {
+        if name != "recipe.toml" && name != "cuvee.lock" {
             found.insert(name, content);
         }
     }

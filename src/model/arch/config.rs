@@ -31,6 +31,12 @@ const HARMLESS: &[&str] = &[
     "use_cache",
 ];
 
+/// Above every vocabulary and window.
+const MAX_COUNT: u64 = 1 << 24;
+/// Above every width and depth; products of such numbers are still numbers of bytes.
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_LAYERS: usize = 1 << 12;
+
 pub struct Config {
     path: PathBuf,
     /// Where an inner object lies: `rope_parameters.`
@@ -76,8 +82,8 @@ impl Config {
     }
 
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
-        let positive = |v: &Value| v.as_u64().filter(|n| (1..1 << 32).contains(n)).map(|n| n as usize);
-        self.typed(key, "a positive whole number", positive)
+        let positive = |v: &Value| v.as_u64().filter(|n| (1..=MAX_COUNT).contains(n)).map(|n| n as usize);
+        self.typed(key, "a positive whole number up to 16777216", positive)
     }
 
     fn count(&self, key: &str) -> Result<usize> {
@@ -112,6 +118,12 @@ impl Config {
         };
         if !head_dim.is_multiple_of(2) {
             return Err(self.error("head_dim", format!("{head_dim} is odd; rotary positions need pairs")));
+        }
+        let widths = [("hidden_size", hidden), ("num_attention_heads", heads.saturating_mul(head_dim))];
+        let depth = [("num_hidden_layers", layers, MAX_LAYERS)];
+        let sizes = widths.map(|(key, width)| (key, width, MAX_WIDTH)).into_iter().chain(depth);
+        if let Some((key, size, most)) = sizes.into_iter().find(|(_, size, most)| size > most) {
+            return Err(self.error(key, format!("{size} in all; {most} is the most that is supported")));
         }
         match self.get("hidden_act").map(|act| (act, act.as_str())) {
             None | Some((_, Some("silu" | "swish"))) => {}
@@ -283,6 +295,9 @@ mod tests {
             json!({"num_key_value_heads": 4}),
             json!({"vocab_size": "many"}),
             json!({"hidden_act": 3}),
+            json!({"num_hidden_layers": 4_000_000_000u64}),
+            json!({"num_hidden_layers": 5000}),
+            json!({"num_attention_heads": 16_000_000, "num_key_value_heads": 16_000_000, "head_dim": 4}),
             json!({"sliding_window": 4096}),
         ];
         for case in cases {
