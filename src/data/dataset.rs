@@ -229,6 +229,15 @@ impl Dataset {
                 self.line(*row)
             ));
         }
+        let same = |example: &&Example| matches!(&example.sequences[..], [chosen, rejected] if chosen == rejected);
+        if let Some(first) = self.examples.iter().find(same) {
+            let count = self.examples.iter().filter(same).count();
+            lines.push(format!(
+                "{path}: chosen and rejected are the same tokens in {count} of {rows} rows (first at line {}); they \
+                 teach nothing about preference",
+                self.line(first.row)
+            ));
+        }
         if !self.has_eos {
             lines.push(format!("{path}: the tokenizer names no EOS token; rows do not end with one"));
         }
@@ -449,11 +458,13 @@ mod tests {
     fn identical_completions_are_kept() {
         let data = dataset(&pair("c", "d", "d"));
         assert_eq!(data.examples[0].sequences[0], data.examples[0].sequences[1]);
+        let report = dataset(&(pair("a", "b", "c") + &pair("c", "d", "d"))).report().join("\n");
+        assert!(report.contains("the same tokens in 1 of 2 rows (first at line 2)"), "{report}");
     }
 
     #[test]
     fn rows_too_long_are_dropped_by_default() {
-        let rows = pair("c", "d", "d") + "\n" + &pair("c", "d", "dd") + &pair("c", "d", "") + &pair("c", "d", "ddd");
+        let rows = pair("c", "d", "c") + "\n" + &pair("c", "d", "dd") + &pair("c", "d", "") + &pair("c", "d", "ddd");
         let data = dataset_of(&load(true, true), &rows, limit(4, Overflow::default())).unwrap();
         let too_long = |tokens| Skip::TooLong { tokens, max_length: 4 };
         assert_eq!(data.skipped, [(1, too_long(5)), (2, Skip::EmptyCompletion), (3, too_long(6))]);
