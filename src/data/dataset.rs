@@ -185,14 +185,14 @@ impl Dataset {
     }
 
     fn keep(&mut self, row: usize, encoded: Encoded, tokenizer: &Tokenizer) {
-        let Encoded { sequences, prompt_rest, cut } = encoded;
+        let Encoded { sequences, parting, prompt_rest, cut } = encoded;
         self.truncated += usize::from(cut);
         if let Some(&expected) = prompt_rest.first() {
             self.merged_boundaries += 1;
             self.first_merge.get_or_insert_with(|| {
                 // Of a pair, one completion may leave the prompt as it is.
-                let mut scored = sequences.iter().map(|sequence| sequence.ids[sequence.first]);
-                let instead = scored.find(|&id| id != expected).unwrap_or(expected);
+                let mut after = sequences.iter().map(|sequence| sequence.ids[parting]);
+                let instead = after.find(|&id| id != expected).unwrap_or(expected);
                 let text = |ids: &[u32]| ids.iter().filter_map(|&id| tokenizer.token(id)).collect();
                 Merge { row, prompt: text(&prompt_rest), instead: text(&[instead]) }
             });
@@ -278,7 +278,9 @@ impl Dataset {
 /// A row's sequences, all with the same `first`.
 struct Encoded {
     sequences: Vec<Sequence>,
-    /// Tokens of the prompt alone from `first` on.
+    /// Where prompt and sequences part: `first`, or 0 where a whole prompt merges into the first token.
+    parting: usize,
+    /// Tokens of the prompt alone from there on.
     prompt_rest: Vec<u32>,
     cut: bool,
 }
@@ -299,7 +301,7 @@ fn encode(row: &Row, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<R
         .map(|text| tokenizer.encode(&[prompt, text, if text.ends_with(eos) { "" } else { eos }].concat()))
         .collect::<Result<_>>()?;
 
-    let (first, prompt_rest) = if let Row::Text { .. } = row {
+    let (parting, prompt_rest) = if let Row::Text { .. } = row {
         (0, Vec::new())
     } else {
         let mut ids = tokenizer.encode(prompt)?;
@@ -311,8 +313,9 @@ fn encode(row: &Row, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<R
     };
     // Nothing comes before the first token of a text, nor before a completion into which its whole prompt merges:
     // that one token is not scored.
-    let first = first.max(1);
-    Ok(fit(sequences, first, empty, options).map(|(sequences, cut)| Encoded { sequences, prompt_rest, cut }))
+    let first = parting.max(1);
+    let fitted = fit(sequences, first, empty, options);
+    Ok(fitted.map(|(sequences, cut)| Encoded { sequences, parting, prompt_rest, cut }))
 }
 
 /// Checks that every sequence has a token to score and one before it, and brings them to `max_length`. Says whether
@@ -449,7 +452,8 @@ mod tests {
         assert_eq!(data.skipped, [(0, Skip::EmptyPrompt)]);
         // The whole prompt merges into the first token of the completion, which nothing then predicts.
         assert_eq!(data.examples[0].sequences, [sequence(&[8, 1], 1)]);
-        assert_eq!(data.merged_boundaries, 1);
+        let merge = data.first_merge.unwrap();
+        assert_eq!((data.merged_boundaries, merge.prompt.as_str(), merge.instead.as_str()), (1, "a", "ab"));
         let apart = dataset_of(&load(false, true), &pair("a", "b", "c"), EncodeOptions::default()).unwrap();
         assert_eq!(apart.examples[0].sequences, [sequence(&[8, 1], 1), sequence(&[3, 5, 1], 1)]);
     }

@@ -139,18 +139,13 @@ pub fn finite_logps<B: Backend>(
         let sequences = host.sequences[range.clone()].iter();
         sequences.flat_map(|tokens| &logps[tokens.clone()]).any(|x| !x.is_finite())
     };
-    let rows: Vec<String> = host
-        .examples
-        .iter()
-        .zip(examples)
-        .filter(|(sequences, _)| bad(sequences))
-        .map(|(_, example)| example.row.to_string())
-        .collect();
-    if rows.is_empty() {
+    let found = host.examples.iter().zip(examples).filter(|(sequences, _)| bad(sequences));
+    let found: Vec<&Example> = found.map(|(_, example)| *example).collect();
+    if found.is_empty() {
         return Ok(Ok(logps));
     }
     let tensor = policy.first_bad_tensor(device)?;
-    Ok(Err(format!("rows {} of the data set; first bad tensor: {tensor}", rows.join(", "))))
+    Ok(Err(format!("{}; first bad tensor: {tensor}", rows_of(&found))))
 }
 
 struct Pass<'a> {
