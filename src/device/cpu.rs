@@ -31,27 +31,71 @@ impl Isa {
     }
 }
 
+/// How matrix products are summed. Each is one fixed order; the two differ by rounding.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Products {
+    /// Chains of fused multiply-adds, with the same bits on every instruction set.
+    Chains,
+    /// Tiles of Intel's matrix unit (AMX), several times faster.
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
+}
+
+impl Products {
+    /// The fastest that this machine has.
+    pub fn detect() -> Self {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if Isa::detect() == Isa::Avx512 && std::arch::is_x86_feature_detected!("avx512bw") && has_tiles() {
+            return Self::Tiles;
+        }
+        Self::Chains
+    }
+}
+
+/// Whether the processor has tiles of bfloat16 and Linux lets this process use their registers.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn has_tiles() -> bool {
+    const AMX_BF16: u32 = 1 << 22;
+    const AMX_TILE: u32 = 1 << 24;
+    const REQUEST_STATE: libc::c_long = 0x1023; // ARCH_REQ_XCOMP_PERM
+    const TILE_DATA: libc::c_long = 18; // XFEATURE_XTILEDATA
+    let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
+    // SAFETY: the call asks for a permission and touches no memory; threads started later inherit it.
+    features & AMX_BF16 != 0
+        && features & AMX_TILE != 0
+        && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_STATE, TILE_DATA) } == 0
+}
+
 pub struct Cpu {
     pool: ThreadPool,
     isa: Isa,
+    products: Products,
 }
 
 impl Cpu {
     /// `threads` = 0 takes every core. Results never depend on the number of threads.
     pub fn new(threads: usize) -> Result<Self> {
-        Self::with_isa(threads, Isa::detect())
+        Self::with(threads, Isa::detect(), Products::detect())
     }
 
-    /// With an instruction set no wider than the machine's own.
+    /// With an instruction set no wider than the machine's own, and chains: what every machine can repeat.
     pub fn with_isa(threads: usize, isa: Isa) -> Result<Self> {
+        Self::with(threads, isa, Products::Chains)
+    }
+
+    fn with(threads: usize, isa: Isa, products: Products) -> Result<Self> {
         assert!(isa <= Isa::detect(), "this machine has no {isa:?}");
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("cuvee-{i}")).build();
         let pool = pool.map_err(|e| Error::option("--threads", format!("{threads} threads cannot be started: {e}")))?;
-        Ok(Self { pool, isa })
+        Ok(Self { pool, isa, products })
     }
 
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    pub fn products(&self) -> Products {
+        self.products
     }
 
     pub fn threads(&self) -> usize {

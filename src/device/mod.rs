@@ -16,7 +16,7 @@ mod reference;
 mod tensor;
 
 pub use arena::{Arena, Kind, Ledger};
-pub use cpu::{Cpu, Isa};
+pub use cpu::{Cpu, Isa, Products};
 pub use dry::Dry;
 pub use host::HostSpan;
 pub use philox::Philox;

@@ -1,17 +1,28 @@
 //! Blocked f32 matrix product for the CPU ops: `C = A B` or `C += A B`.
 //!
-//! Every element of C is one chain of fused multiply-adds over k = 0, 1, 2, ... Blocks of k continue the chain
-//! from C, so the bits depend neither on blocking nor on tile shape, instruction set, thread count or on which
-//! other rows and columns are computed. That is what makes log-probabilities independent of the batch.
+//! Every element of C is summed over k in one order, whatever the blocking, the tile's place, the number of threads
+//! and the other rows and columns. That is what makes log-probabilities independent of the batch. There are two such
+//! orders, one for each family of kernels ([`Products`]):
+//!
+//! * [`super::gemm_fma`]: one chain of fused multiply-adds over k = 0, 1, 2, ..., the same bits on every
+//!   instruction set;
+//! * [`super::gemm_amx`]: matrix tiles of bfloat16, six partial products for each 32 values of k.
+//!
+//! A block of columns of B is packed once and shared by all threads; each task packs the rows of A that it
+//! multiplies with it. Weights are not kept packed between calls: a training step multiplies each with hundreds of
+//! rows, which packing costs a few percent of, and a packed copy of every weight in two layouts would cost three times
+//! the weights' memory.
 
 use std::cell::RefCell;
 
+use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
+use super::gemm_fma::Fma;
 use super::simd::Shared;
-use crate::device::{Cpu, Isa};
+use crate::device::{Cpu, Products};
 
-/// A strided operand: element (i, j) at `i * row + j * col`.
+/// A strided operand: element (i, j) at `i * row + j * col`, one of which is 1.
 #[derive(Clone, Copy)]
 pub struct Operand<'a> {
     pub data: &'a [f32],
@@ -29,7 +40,7 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Where the chain of each element starts.
+/// Where the sum of each element starts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Start {
     /// At zero: `C = A B`.
@@ -38,21 +49,88 @@ pub enum Start {
     Output,
 }
 
-/// Rows of a register tile.
-const TILE_ROWS: usize = 12;
-/// Columns of a register tile: two vectors of AVX-512, four of AVX2.
-const TILE_COLS: usize = 32;
-/// Depth of a block: a `[BLOCK_K, TILE_COLS]` panel of B stays in the first-level cache.
-const BLOCK_K: usize = 256;
-/// Columns of a block of B, packed once and shared by all threads.
-const BLOCK_COLS: usize = 1024;
-/// Rows of a block of A, packed by the task that uses it.
-const BLOCK_ROWS: usize = 8 * TILE_ROWS;
+/// A part of an operand that becomes one packed panel: `width` rows of A or columns of B, `depth` values of k.
+#[derive(Clone, Copy)]
+pub struct Panel<'a> {
+    /// Starts at the panel's first element.
+    pub data: &'a [f32],
+    /// From one value of k to the next.
+    pub by_depth: usize,
+    /// From one row of A or column of B to the next.
+    pub by_width: usize,
+    pub depth: usize,
+    pub width: usize,
+}
+
+/// Where the sums of a tile live: in C, or in a buffer where C ends within the tile.
+#[derive(Clone, Copy)]
+pub struct Sums {
+    pub start: *mut f32,
+    pub stride: usize,
+    /// The sums start here, at zero.
+    pub fresh: bool,
+}
+
+impl Sums {
+    pub fn row(&self, i: usize) -> *mut f32 {
+        self.start.wrapping_add(i * self.stride)
+    }
+}
+
+/// A register tile and the layout of the panels that feed it.
+pub trait Kernel: Copy + Sync {
+    /// Rows and columns of a tile.
+    const ROWS: usize;
+    const COLS: usize;
+    /// Blocks of k end at multiples of it.
+    const DEPTH_STEP: usize;
+    /// Depth of a block: its packed panels stay in the caches next to the core.
+    const BLOCK_DEPTH: usize;
+
+    /// Floats of a packed panel.
+    fn panel_a(depth: usize) -> usize;
+    fn panel_b(depth: usize) -> usize;
+    /// Pack a panel; what lies beyond its width or depth becomes zero.
+    fn pack_a(self, panel: Panel, out: &mut [f32]);
+    fn pack_b(self, panel: Panel, out: &mut [f32]);
+    /// The smallest height that the kernel can multiply and that holds `rows`.
+    fn height(rows: usize) -> usize;
+    /// Continues the sums of the first `rows` rows of a tile by `depth` terms; `rows` is a `height`.
+    ///
+    /// # Safety
+    /// `sums` must have that many rows of `COLS` that nobody else touches.
+    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums);
+    /// What a thread does around its calls of `multiply`.
+    fn session(self, work: impl FnOnce());
+}
+
+/// Columns of a block of B.
+const BLOCK_COLS: usize = 2048;
+/// Rows of a block of A: as many as a core's second cache holds packed.
+const BLOCK_ROWS: usize = 128;
 /// Below this many multiply-adds a parallel section costs more than it saves.
 const SERIAL_WORK: usize = 1 << 16;
+/// Rows of the largest tile times its columns.
+const TILE_LEN: usize = 32 * 32;
 
 /// `c` is `[m, n]` with row stride `n`; `a` is `[m, k]`, `b` is `[k, n]`.
-pub fn gemm(cpu: &Cpu, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+    match cpu.products() {
+        Products::Chains => blocked(cpu, Fma(cpu.isa()), dims, a, b, c, start),
+        #[cfg(target_arch = "x86_64")]
+        Products::Tiles => blocked(cpu, super::gemm_amx::Amx, dims, a, b, c, start),
+    }
+}
+
+fn blocked<K: Kernel>(
+    cpu: &Cpu,
+    kernel: K,
+    [m, n, k]: [usize; 3],
+    a: Operand,
+    b: Operand,
+    c: &mut [f32],
+    start: Start,
+) {
     assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
     if k == 0 && start == Start::Zero {
         c.fill(0.0);
@@ -62,22 +140,47 @@ pub fn gemm(cpu: &Cpu, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f
     }
     let shared = Shared::new(c);
     let mut packed_b = PACKED_B.take();
-    for first_col in (0..n).step_by(BLOCK_COLS) {
-        let cols = BLOCK_COLS.min(n - first_col);
-        for first_k in (0..k).step_by(BLOCK_K) {
-            let depth = BLOCK_K.min(k - first_k);
-            let block = Block { m, n, first_col, cols, first_k, depth, start };
-            pack_b(cpu, &block, b, &mut packed_b);
-            multiply_block(cpu, &block, a, &packed_b, &shared);
+    let block_depth = even_parts(k, K::BLOCK_DEPTH, K::DEPTH_STEP);
+    let block_cols = even_parts(n, BLOCK_COLS, K::COLS);
+    for first_col in (0..n).step_by(block_cols) {
+        let cols = block_cols.min(n - first_col);
+        for first_k in (0..k).step_by(block_depth) {
+            let depth = block_depth.min(k - first_k);
+            let fresh = first_k == 0 && start == Start::Zero;
+            let block = Block { m, n, first_col, cols, first_k, depth, fresh };
+            pack_b(cpu, kernel, &block, b, &mut packed_b);
+            multiply_block(cpu, kernel, &block, a, floats(&mut packed_b), &shared);
         }
     }
     PACKED_B.set(packed_b);
 }
 
+/// The size of the fewest parts of at most `most`, a multiple of `step` and about equal.
+fn even_parts(len: usize, most: usize, step: usize) -> usize {
+    len.div_ceil(len.div_ceil(most)).next_multiple_of(step)
+}
+
+/// A cache line, so that packed panels begin at one.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Line([f32; 16]);
+
 thread_local! {
     /// Grown once to their largest size and kept: no allocation after the first step.
-    static PACKED_B: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static PACKED_A: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static PACKED_B: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    static PACKED_A: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The buffer, grown to hold `len` floats.
+fn grown(lines: &mut Vec<Line>, len: usize) -> &mut [f32] {
+    if lines.len() * 16 < len {
+        lines.resize(len.div_ceil(16), Line::zeroed());
+    }
+    floats(lines)
+}
+
+fn floats(lines: &mut [Line]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(lines)
 }
 
 /// One `[m, cols]` stripe of C and the slice of k that is being added to it.
@@ -88,7 +191,7 @@ struct Block {
     cols: usize,
     first_k: usize,
     depth: usize,
-    start: Start,
+    fresh: bool,
 }
 
 impl Block {
@@ -105,165 +208,63 @@ fn for_each(cpu: &Cpu, serial: bool, tasks: usize, task: impl Fn(usize) + Send +
     }
 }
 
-/// Panels of `TILE_COLS` columns, each `[depth, TILE_COLS]`, zero beyond the last column.
-fn pack_b(cpu: &Cpu, block: &Block, b: Operand, packed: &mut Vec<f32>) {
-    let panels = block.cols.div_ceil(TILE_COLS);
-    let panel_len = block.depth * TILE_COLS;
-    if packed.len() < panels * panel_len {
-        packed.resize(panels * panel_len, 0.0);
-    }
-    let shared = Shared::new(packed);
+fn pack_b<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, b: Operand, packed: &mut Vec<Line>) {
+    let (panels, len) = (block.cols.div_ceil(K::COLS), K::panel_b(block.depth));
+    let shared = Shared::new(grown(packed, panels * len));
     for_each(cpu, block.serial(), panels, |panel| {
         // SAFETY: each task writes its own panel.
-        let out = unsafe { shared.slice(panel * panel_len, panel_len) };
-        let first = panel * TILE_COLS;
-        let width = TILE_COLS.min(block.cols - first);
-        let origin = block.first_k * b.row + (block.first_col + first) * b.col;
-        pack_panel::<TILE_COLS>(cpu.isa(), &b.data[origin..], [b.row, b.col], width, out);
+        let out = unsafe { shared.slice(panel * len, len) };
+        let first = panel * K::COLS;
+        let data = &b.data[block.first_k * b.row + (block.first_col + first) * b.col..];
+        let width = K::COLS.min(block.cols - first);
+        kernel.pack_b(Panel { data, by_depth: b.row, by_width: b.col, depth: block.depth, width }, out);
     });
 }
 
-/// Copies a `[depth, width]` operand (`outer` apart in depth, `inner` apart in width) into rows of `WIDTH`.
-fn pack_panel<const WIDTH: usize>(isa: Isa, data: &[f32], strides: [usize; 2], width: usize, out: &mut [f32]) {
-    let [outer, inner] = strides;
-    if inner != 1 && outer == 1 {
-        return pack_transposed::<WIDTH>(isa, data, inner, width, out);
-    }
-    for (p, row) in out.chunks_exact_mut(WIDTH).enumerate() {
-        if inner == 1 && width == WIDTH {
-            row.copy_from_slice(&data[p * outer..][..WIDTH]);
-            continue;
-        }
-        for (j, slot) in row[..width].iter_mut().enumerate() {
-            *slot = data[p * outer + j * inner];
-        }
-        row[width..].fill(0.0);
+fn pack_a<K: Kernel>(kernel: K, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<Line>) {
+    let (panels, len) = (rows.div_ceil(K::ROWS), K::panel_a(block.depth));
+    for (panel, out) in grown(packed, panels * len).chunks_exact_mut(len).take(panels).enumerate() {
+        let first = panel * K::ROWS;
+        let data = &a.data[(first_row + first) * a.row + block.first_k * a.col..];
+        let width = K::ROWS.min(rows - first);
+        kernel.pack_a(Panel { data, by_depth: a.col, by_width: a.row, depth: block.depth, width }, out);
     }
 }
 
-/// As `pack_panel` for an operand whose depth is contiguous and whose columns are `stride` apart.
-fn pack_transposed<const WIDTH: usize>(isa: Isa, data: &[f32], stride: usize, width: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    let packed = match isa {
-        Isa::Portable => 0,
-        // SAFETY: `Isa::detect` found AVX2 on this machine.
-        Isa::Avx2 | Isa::Avx512 => unsafe { transpose_avx2::<WIDTH>(data, stride, width, out) },
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let (packed, _) = (0, isa);
-    for (p, row) in out.chunks_exact_mut(WIDTH).enumerate().skip(packed) {
-        for (j, slot) in row[..width].iter_mut().enumerate() {
-            *slot = data[p + j * stride];
-        }
-        row[width..].fill(0.0);
-    }
-}
-
-/// Packs as many depths as fill squares of 8 x 8, and returns their number.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn transpose_avx2<const WIDTH: usize>(data: &[f32], stride: usize, width: usize, out: &mut [f32]) -> usize {
-    use std::arch::x86_64::*;
-    const SQUARE: usize = 8;
-    const AHEAD: usize = 64;
-    assert!(WIDTH.is_multiple_of(4) && width <= WIDTH);
-    let depth = out.len() / WIDTH / SQUARE * SQUARE;
-    for p in (0..depth).step_by(SQUARE) {
-        for j in (0..WIDTH).step_by(SQUARE) {
-            let mut rows = [_mm256_setzero_ps(); SQUARE];
-            for (i, row) in rows.iter_mut().enumerate().take(width.saturating_sub(j)) {
-                let from = &data[(j + i) * stride + p..][..SQUARE];
-                // Too many rows at once for the hardware to see that each is read in order.
-                _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast());
-                // SAFETY: `from` holds eight elements.
-                *row = unsafe { _mm256_loadu_ps(from.as_ptr()) };
-            }
-            for (i, column) in transpose_square(rows).into_iter().enumerate() {
-                let to = &mut out[(p + i) * WIDTH + j..(p + i) * WIDTH + WIDTH.min(j + SQUARE)];
-                // SAFETY: `to` holds eight elements, or four where WIDTH ends within the square.
-                unsafe {
-                    match to.len() {
-                        SQUARE => _mm256_storeu_ps(to.as_mut_ptr(), column),
-                        _ => _mm_storeu_ps(to.as_mut_ptr(), _mm256_castps256_ps128(column)),
-                    }
-                }
-            }
-        }
-    }
-    depth
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn transpose_square(r: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
-    use std::arch::x86_64::*;
-    // Pairs of rows, then pairs of pairs, then the 128-bit halves.
-    let mut pairs = r;
-    for i in 0..4 {
-        pairs[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-        pairs[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
-    let mut fours = pairs;
-    for i in [0, 4] {
-        for h in 0..2 {
-            fours[i + 2 * h] = _mm256_shuffle_ps::<0b01_00_01_00>(pairs[i + h], pairs[i + 2 + h]);
-            fours[i + 2 * h + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(pairs[i + h], pairs[i + 2 + h]);
-        }
-    }
-    let mut columns = fours;
-    for i in 0..4 {
-        columns[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
-        columns[i + 4] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
-    }
-    columns
-}
-
-fn multiply_block(cpu: &Cpu, block: &Block, a: Operand, packed_b: &[f32], c: &Shared<f32>) {
+fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: Operand, packed_b: &[f32], c: &Shared<f32>) {
     // Enough tasks for every thread: first by rows, then, for a few rows (decoding), by groups of columns.
     let wanted = 4 * cpu.threads();
-    let rows = block.m.div_ceil(wanted).next_multiple_of(TILE_ROWS).min(BLOCK_ROWS);
+    let rows = block.m.div_ceil(wanted).min(BLOCK_ROWS).next_multiple_of(K::ROWS);
     let row_blocks = block.m.div_ceil(rows);
-    let panels = block.cols.div_ceil(TILE_COLS);
+    let panels = block.cols.div_ceil(K::COLS);
     let groups = wanted.div_ceil(row_blocks).min(panels);
     let group = panels.div_ceil(groups);
     let groups = panels.div_ceil(group);
+    let (panel_a, panel_b) = (K::panel_a(block.depth), K::panel_b(block.depth));
     for_each(cpu, block.serial(), row_blocks * groups, |task| {
         let (row_block, group_index) = (task / groups, task % groups);
         let first_row = row_block * rows;
         let panels = group_index * group..((group_index + 1) * group).min(panels);
         let height = rows.min(block.m - first_row);
         PACKED_A.with_borrow_mut(|packed_a| {
-            pack_a(cpu.isa(), block, a, first_row, height, packed_a);
-            for panel in panels {
-                for first in (0..height).step_by(TILE_ROWS) {
-                    let tile = Tile {
-                        row: first_row + first,
-                        rows: TILE_ROWS.min(height - first),
-                        col: block.first_col + panel * TILE_COLS,
-                        cols: TILE_COLS.min(block.cols - panel * TILE_COLS),
-                    };
-                    let a = &packed_a[first * block.depth..][..TILE_ROWS * block.depth];
-                    let b = &packed_b[panel * TILE_COLS * block.depth..][..TILE_COLS * block.depth];
-                    multiply_tile(cpu.isa(), block, &tile, a, b, c);
+            pack_a(kernel, block, a, first_row, height, packed_a);
+            let packed_a = floats(packed_a);
+            kernel.session(|| {
+                for panel in panels {
+                    for first in (0..height).step_by(K::ROWS) {
+                        let tile = Tile {
+                            row: first_row + first,
+                            rows: K::ROWS.min(height - first),
+                            col: block.first_col + panel * K::COLS,
+                            cols: K::COLS.min(block.cols - panel * K::COLS),
+                        };
+                        let a = &packed_a[first / K::ROWS * panel_a..][..panel_a];
+                        multiply_tile(kernel, block, &tile, a, &packed_b[panel * panel_b..][..panel_b], c);
+                    }
                 }
-            }
+            });
         });
     });
-}
-
-/// Panels of `TILE_ROWS` rows, each `[depth, TILE_ROWS]`, zero beyond the last row.
-fn pack_a(isa: Isa, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<f32>) {
-    let panel_len = TILE_ROWS * block.depth;
-    let needed = rows.div_ceil(TILE_ROWS) * panel_len;
-    if packed.len() < needed {
-        packed.resize(needed, 0.0);
-    }
-    for (panel, out) in packed[..needed].chunks_exact_mut(panel_len).enumerate() {
-        let first = panel * TILE_ROWS;
-        let width = TILE_ROWS.min(rows - first);
-        let origin = (first_row + first) * a.row + block.first_k * a.col;
-        pack_panel::<TILE_ROWS>(isa, &a.data[origin..], [a.col, a.row], width, out);
-    }
 }
 
 struct Tile {
@@ -273,207 +274,69 @@ struct Tile {
     cols: usize,
 }
 
-/// Where the sums of a tile live: in C, or in a buffer when C ends within the tile.
-#[derive(Clone, Copy)]
-struct Sums {
-    start: *mut f32,
-    stride: usize,
-    /// The chains start here, at zero.
-    fresh: bool,
-}
-
-impl Sums {
-    fn row(&self, i: usize) -> *mut f32 {
-        self.start.wrapping_add(i * self.stride)
-    }
-}
-
-/// Continues the chains of one tile by `block.depth` terms.
-fn multiply_tile(isa: Isa, block: &Block, tile: &Tile, a: &[f32], b: &[f32], c: &Shared<f32>) {
-    let fresh = block.first_k == 0 && block.start == Start::Zero;
+/// Continues the sums of one tile by `block.depth` terms.
+fn multiply_tile<K: Kernel>(kernel: K, block: &Block, tile: &Tile, a: &[f32], b: &[f32], c: &Shared<f32>) {
+    let (fresh, depth) = (block.fresh, block.depth);
     let at = tile.row * block.n + tile.col;
-    let rows = match tile.rows {
-        rows @ (1 | 2) => rows,
-        3..=4 => 4,
-        5..=8 => 8,
-        _ => TILE_ROWS,
-    };
-    if tile.rows == rows && tile.cols == TILE_COLS {
-        let sums = Sums { start: c.block(at, block.n, rows, TILE_COLS), stride: block.n, fresh };
+    let rows = K::height(tile.rows);
+    if tile.rows == rows && tile.cols == K::COLS {
+        let sums = Sums { start: c.block(at, block.n, rows, K::COLS), stride: block.n, fresh };
         // SAFETY: the block of C is this task's own: tiles are disjoint.
-        return unsafe { multiply_rows(isa, rows, a, b, sums) };
+        return unsafe { kernel.multiply(rows, depth, a, b, sums) };
     }
-    let mut buffer = [0.0f32; TILE_ROWS * TILE_COLS];
+    const { assert!(K::ROWS * K::COLS <= TILE_LEN) };
+    let mut buffer = [0.0f32; TILE_LEN];
     // SAFETY: as above.
     let row_of = |i: usize| unsafe { c.slice(at + i * block.n, tile.cols) };
     if !fresh {
-        (0..tile.rows).for_each(|i| buffer[i * TILE_COLS..][..tile.cols].copy_from_slice(row_of(i)));
+        (0..tile.rows).for_each(|i| buffer[i * K::COLS..][..tile.cols].copy_from_slice(row_of(i)));
     }
-    let sums = Sums { start: buffer.as_mut_ptr(), stride: TILE_COLS, fresh };
-    // SAFETY: the buffer has TILE_ROWS rows of TILE_COLS.
-    unsafe { multiply_rows(isa, rows, a, b, sums) };
-    (0..tile.rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * TILE_COLS..][..tile.cols]));
-}
-
-/// # Safety
-/// `sums` must have `rows` rows of TILE_COLS that nobody else touches.
-unsafe fn multiply_rows(isa: Isa, rows: usize, a: &[f32], b: &[f32], sums: Sums) {
-    // SAFETY: as promised by the caller.
-    unsafe {
-        match rows {
-            1 => kernel::<1>(isa, a, b, sums),
-            2 => kernel::<2>(isa, a, b, sums),
-            4 => kernel::<4>(isa, a, b, sums),
-            8 => kernel::<8>(isa, a, b, sums),
-            _ => kernel::<TILE_ROWS>(isa, a, b, sums),
-        }
-    }
-}
-
-/// `sums[i][j] = fma(a[p][i], b[p][j], sums[i][j])` for p in order, the first `ROWS` rows.
-///
-/// # Safety
-/// `sums` must have `ROWS` rows of TILE_COLS that nobody else touches.
-unsafe fn kernel<const ROWS: usize>(isa: Isa, a: &[f32], b: &[f32], sums: Sums) {
-    assert!(a.len() / TILE_ROWS >= b.len() / TILE_COLS);
-    // SAFETY: as promised by the caller; `Isa::detect` found the features on this machine.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => kernel_avx512::<ROWS>(a, b, sums),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => kernel_avx2::<ROWS>(a, b, sums),
-            Isa::Portable => kernel_portable::<ROWS>(a, b, sums),
-        }
-    }
-}
-
-/// # Safety
-/// As `kernel`.
-unsafe fn kernel_portable<const ROWS: usize>(a: &[f32], b: &[f32], at: Sums) {
-    let mut sums = [[0.0f32; TILE_COLS]; ROWS];
-    // SAFETY: as promised by the caller; the slices do not outlive the call.
-    let row_of = |i: usize| unsafe { std::slice::from_raw_parts_mut(at.row(i), TILE_COLS) };
-    if !at.fresh {
-        (0..ROWS).for_each(|i| sums[i].copy_from_slice(row_of(i)));
-    }
-    for (a, b) in a.chunks_exact(TILE_ROWS).zip(b.chunks_exact(TILE_COLS)) {
-        for (sums, a) in sums.iter_mut().zip(a) {
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = a.mul_add(*b, *sum);
-            }
-        }
-    }
-    (0..ROWS).for_each(|i| row_of(i).copy_from_slice(&sums[i]));
-}
-
-/// # Safety
-/// As `kernel`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn kernel_avx512<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums) {
-    use std::arch::x86_64::*;
-    const VECTOR: usize = 16;
-    let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
-    if !sums.fresh {
-        for i in 0..ROWS {
-            for v in 0..2 {
-                // SAFETY: a row of `sums` holds two vectors.
-                acc[i][v] = unsafe { _mm512_loadu_ps(sums.row(i).add(v * VECTOR)) };
-            }
-        }
-    }
-    let depth = b.len() / TILE_COLS;
-    let (mut a, mut b) = (a.as_ptr(), b.as_ptr());
-    for _ in 0..depth {
-        // SAFETY: `depth` rows of TILE_ROWS and TILE_COLS elements lie behind the pointers (asserted in `kernel`).
-        unsafe {
-            let b0 = _mm512_loadu_ps(b);
-            let b1 = _mm512_loadu_ps(b.add(VECTOR));
-            for i in 0..ROWS {
-                let scalar = _mm512_set1_ps(*a.add(i));
-                acc[i][0] = _mm512_fmadd_ps(scalar, b0, acc[i][0]);
-                acc[i][1] = _mm512_fmadd_ps(scalar, b1, acc[i][1]);
-            }
-            a = a.add(TILE_ROWS);
-            b = b.add(TILE_COLS);
-        }
-    }
-    for i in 0..ROWS {
-        for v in 0..2 {
-            // SAFETY: as for the loads.
-            unsafe { _mm512_storeu_ps(sums.row(i).add(v * VECTOR), acc[i][v]) };
-        }
-    }
-}
-
-/// 16 registers hold a 6 x 16 tile: the tile is walked in such pieces.
-///
-/// # Safety
-/// As `kernel`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn kernel_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums) {
-    for half in 0..2 {
-        // SAFETY: the pieces of one half are ROWS rows together.
-        unsafe {
-            match ROWS {
-                1 => piece_avx2::<1>(a, b, sums, 0, half),
-                2 => piece_avx2::<2>(a, b, sums, 0, half),
-                4 => piece_avx2::<4>(a, b, sums, 0, half),
-                8 => (0..2).for_each(|piece| piece_avx2::<4>(a, b, sums, 4 * piece, half)),
-                _ => (0..2).for_each(|piece| piece_avx2::<6>(a, b, sums, 6 * piece, half)),
-            }
-        }
-    }
-}
-
-/// # Safety
-/// `sums` must have `first_row + ROWS` rows of TILE_COLS that nobody else touches.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn piece_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums, first_row: usize, half: usize) {
-    use std::arch::x86_64::*;
-    const VECTOR: usize = 8;
-    let first_col = half * 2 * VECTOR;
-    let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
-    if !sums.fresh {
-        for i in 0..ROWS {
-            for v in 0..2 {
-                // SAFETY: columns first_col..first_col + 16 lie inside a row of `sums`.
-                acc[i][v] = unsafe { _mm256_loadu_ps(sums.row(first_row + i).add(first_col + v * VECTOR)) };
-            }
-        }
-    }
-    for p in 0..b.len() / TILE_COLS {
-        // SAFETY: as many rows of TILE_ROWS and TILE_COLS lie behind the pointers (asserted in `kernel`).
-        unsafe {
-            let b = b.as_ptr().add(p * TILE_COLS + first_col);
-            let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(VECTOR)));
-            let a = a.as_ptr().add(p * TILE_ROWS + first_row);
-            for i in 0..ROWS {
-                let scalar = _mm256_broadcast_ss(&*a.add(i));
-                acc[i][0] = _mm256_fmadd_ps(scalar, b0, acc[i][0]);
-                acc[i][1] = _mm256_fmadd_ps(scalar, b1, acc[i][1]);
-            }
-        }
-    }
-    for i in 0..ROWS {
-        for v in 0..2 {
-            // SAFETY: as for the loads.
-            unsafe { _mm256_storeu_ps(sums.row(first_row + i).add(first_col + v * VECTOR), acc[i][v]) };
-        }
-    }
+    let sums = Sums { start: buffer.as_mut_ptr(), stride: K::COLS, fresh };
+    // SAFETY: the buffer has ROWS rows of COLS.
+    unsafe { kernel.multiply(rows, depth, a, b, sums) };
+    (0..tile.rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * K::COLS..][..tile.cols]));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Philox;
+    use crate::device::{Isa, Philox};
+
+    const SIZES: [[usize; 3]; 9] = [
+        [1, 1, 1],
+        [1, 40, 300],
+        [3, 31, 123],
+        [13, 33, 257],
+        [17, 16, 32],
+        [47, 65, 31],
+        [252, 123, 64],
+        [5, 2100, 520],
+        [130, 70, 769],
+    ];
 
     fn random(len: usize, stream: u64) -> Vec<f32> {
         let random = Philox::new(1, stream);
         (0..len).map(|i| random.normal(i as u64) as f32).collect()
+    }
+
+    fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
+    }
+
+    /// Every layout of the operands and both starts on some device: the results are `expected` for `Start::Zero` and
+    /// `Start::Output`.
+    fn check_layouts(cpu: &Cpu, [m, n, k]: [usize; 3], expected: [&[f32]; 2], what: &str) {
+        let (a, b, c0) = (random(m * k, 1), random(k * n, 2), random(m * n, 3));
+        let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
+        for (start, expected) in [Start::Zero, Start::Output].into_iter().zip(expected) {
+            for a in [Operand::new(&a, k), Operand::transposed(&at, m)] {
+                for b in [Operand::new(&b, n), Operand::transposed(&bt, k)] {
+                    let mut c = c0.clone();
+                    gemm(cpu, [m, n, k], a, b, &mut c, start);
+                    assert!(c == expected, "{m}x{n}x{k}, {what}");
+                }
+            }
+        }
     }
 
     /// The definition: one chain of fused multiply-adds per element.
@@ -485,35 +348,108 @@ mod tests {
         }
     }
 
-    fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-        (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
-    }
-
     #[test]
-    fn equals_the_chain_bit_for_bit_for_every_shape_layout_and_instruction_set() {
-        let sizes =
-            [[1, 1, 1], [1, 40, 300], [3, 31, 123], [13, 33, 257], [47, 65, 31], [252, 123, 64], [5, 1100, 520]];
+    fn chains_are_equal_bit_for_bit_for_every_shape_layout_and_instruction_set() {
         let best = Isa::detect();
         let sets: Vec<Isa> = [Isa::Portable, best].into_iter().collect();
         #[cfg(target_arch = "x86_64")]
         let sets: Vec<Isa> = sets.into_iter().chain([Isa::Avx2].into_iter().filter(|isa| *isa <= best)).collect();
-        for [m, n, k] in sizes {
-            let (a, b, c0) = (random(m * k, 1), random(k * n, 2), random(m * n, 3));
-            let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
-            for start in [Start::Zero, Start::Output] {
-                let mut expected = if start == Start::Zero { vec![0.0; m * n] } else { c0.clone() };
-                chain([m, n, k], &a, &b, &mut expected);
-                for isa in &sets {
-                    let cpu = Cpu::with_isa(2, *isa).unwrap();
-                    for a in [Operand::new(&a, k), Operand::transposed(&at, m)] {
-                        for b in [Operand::new(&b, n), Operand::transposed(&bt, k)] {
-                            let mut c = c0.clone();
-                            gemm(&cpu, [m, n, k], a, b, &mut c, start);
-                            assert!(c == expected, "{m}x{n}x{k} on {isa:?}");
-                        }
-                    }
-                }
+        for [m, n, k] in SIZES {
+            let (a, b) = (random(m * k, 1), random(k * n, 2));
+            let expected = [vec![0.0; m * n], random(m * n, 3)].map(|mut c| {
+                chain([m, n, k], &a, &b, &mut c);
+                c
+            });
+            for isa in &sets {
+                let cpu = Cpu::with_isa(2, *isa).unwrap();
+                check_layouts(&cpu, [m, n, k], expected.each_ref().map(Vec::as_slice), &format!("{isa:?}"));
             }
+        }
+    }
+
+    /// What the matrix unit does with one element, in the words of Intel's manual: six partial products for each 32
+    /// values of k; in each, even and odd values are chains of their own. Numbers below 2^-126 do not occur here.
+    #[cfg(target_arch = "x86_64")]
+    fn tile_sum(a: &[f32], b: &[f32], mut sum: f32) -> f32 {
+        let piece = |x: f32, piece: usize| {
+            let high = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+            let mut rest = x;
+            (0..piece).for_each(|_| rest -= high(rest));
+            high(rest)
+        };
+        for (a, b) in a.chunks(32).zip(b.chunks(32)) {
+            for (p, q) in [(0, 2), (0, 1), (0, 0), (2, 0), (1, 0), (1, 1)] {
+                let mut halves = [0.0f32; 2];
+                for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                    halves[i % 2] = piece(*a, p).mul_add(piece(*b, q), halves[i % 2]);
+                }
+                sum += halves[0] + halves[1];
+            }
+        }
+        sum
+    }
+
+    /// The bits are those of the definition, so they depend on nothing but the element's own row and column.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn tiles_are_equal_bit_for_bit_for_every_shape_layout_and_number_of_threads() {
+        if Products::detect() != Products::Tiles {
+            return eprintln!("this machine has no AMX: nothing was tested");
+        }
+        for [m, n, k] in SIZES {
+            let (a, bt) = (random(m * k, 1), transpose(&random(k * n, 2), k, n));
+            let expected = [vec![0.0; m * n], random(m * n, 3)].map(|mut c| {
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    c[i * n + j] = tile_sum(&a[i * k..][..k], &bt[j * k..][..k], c[i * n + j]);
+                }
+                c
+            });
+            for threads in [1, 3] {
+                let cpu = Cpu::new(threads).unwrap();
+                let what = format!("{threads} threads");
+                check_layouts(&cpu, [m, n, k], expected.each_ref().map(Vec::as_slice), &what);
+            }
+        }
+    }
+
+    /// Against f64, over sums of mixed sign and size: no family's error is above twice that of the plain chain.
+    #[test]
+    fn every_family_is_as_accurate_as_the_chain() {
+        let [m, n, k] = [48, 48, 1536];
+        let wild = |stream| random(2 * m * k, stream).chunks(2).map(|x| x[0] * (2.0 * x[1]).exp()).collect::<Vec<f32>>();
+        let (a, bt) = (wild(1), wild(2));
+        let worst = |c: &[f32]| {
+            let error = |(at, c): (usize, &f32)| {
+                let terms = a[at / n * k..][..k].iter().zip(&bt[at % n * k..][..k]);
+                let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), (a, b)| {
+                    let product = f64::from(*a) * f64::from(*b);
+                    (sum + product, size + product.abs())
+                });
+                (f64::from(*c) - sum).abs() / size
+            };
+            c.iter().enumerate().map(error).fold(0.0, f64::max)
+        };
+        let run = |cpu: &Cpu| {
+            let mut c = vec![0.0; m * n];
+            gemm(cpu, [m, n, k], Operand::new(&a, k), Operand::transposed(&bt, k), &mut c, Start::Zero);
+            worst(&c)
+        };
+        let chain = run(&Cpu::with_isa(1, Isa::Portable).unwrap());
+        let fastest = run(&Cpu::new(1).unwrap());
+        println!("largest error / sum of sizes: chain {chain:.2e}, {:?} {fastest:.2e}", Products::detect());
+        assert!(chain < 1e-5 && fastest <= 2.0 * chain, "chain {chain:e}, fastest {fastest:e}");
+    }
+
+    #[test]
+    fn what_is_no_number_stays_visible_in_its_row_alone() {
+        let cpu = Cpu::new(1).unwrap();
+        let [m, n, k] = [40, 40, 70];
+        for bad in [f32::NAN, f32::INFINITY] {
+            let (mut a, b) = (random(m * k, 1), random(k * n, 2));
+            a[7 * k + 65] = bad;
+            let mut c = vec![0.0; m * n];
+            gemm(&cpu, [m, n, k], Operand::new(&a, k), Operand::new(&b, n), &mut c, Start::Zero);
+            assert!(c.chunks(n).enumerate().all(|(i, row)| row.iter().all(|x| x.is_finite() != (i == 7))));
         }
     }
 }

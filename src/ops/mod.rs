@@ -7,6 +7,9 @@
 //! batch, sharing on = off and equality over thread counts all rest on that.
 
 mod gemm;
+#[cfg(target_arch = "x86_64")]
+mod gemm_amx;
+mod gemm_fma;
 mod simd;
 
 pub mod attention;
