@@ -112,6 +112,14 @@ impl Device for Cpu {
     const NAME: &'static str = "cpu";
     type Span = HostSpan;
 
+    fn arithmetic(&self) -> &'static str {
+        match self.products {
+            Products::Chains => Self::NAME,
+            #[cfg(target_arch = "x86_64")]
+            Products::Tiles => "cpu, tiles",
+        }
+    }
+
     fn width(_: DType) -> usize {
         4
     }

@@ -8,6 +8,39 @@ use memmap2::MmapMut;
 use super::{ALIGN_BYTES, DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
 
+/// `bytes` of zeroed memory, in large pages where the system has them: products walk through many megabytes, and
+/// translating an address in a small page costs a virtual machine more than the product itself (three times the time of a
+/// tile, measured). Starts at a page.
+fn map(bytes: usize) -> Result<MmapMut> {
+    let mapping = MmapMut::map_anon(bytes.max(1)).map_err(|_| {
+        let size = format!("{:.1} GiB cannot be had", bytes as f64 / (1u64 << 30) as f64);
+        let advice = "`cuvee plan` shows what takes them, and --micro-batch-tokens, --max-length and --recompute what to change";
+        Error::op("memory", format!("{size}; {advice}"))
+    })?;
+    // A system without large pages says so, and nothing is lost.
+    #[cfg(target_os = "linux")]
+    let _ = mapping.advise(memmap2::Advice::HugePage);
+    Ok(mapping)
+}
+
+/// Memory of one thread that grows to the largest size it was asked for and stays.
+#[derive(Default)]
+pub struct Scratch(Option<MmapMut>);
+
+impl Scratch {
+    /// At least `len` floats with contents of no meaning; they begin at a cache line.
+    ///
+    /// # Panics
+    /// Where the system has no such memory left: scratch is a few megabytes.
+    pub fn grown(&mut self, len: usize) -> &mut [f32] {
+        const LARGE_PAGE: usize = 2 << 20;
+        let bytes = len * size_of::<f32>();
+        let old = self.0.take().filter(|mapping| mapping.len() >= bytes);
+        let mapping = old.unwrap_or_else(|| map(bytes.next_multiple_of(LARGE_PAGE)).unwrap_or_else(|e| panic!("{e}")));
+        bytemuck::cast_slice_mut(self.0.insert(mapping))
+    }
+}
+
 /// One zeroed mapping, given back when its last span goes.
 struct Block {
     start: *mut u8,
@@ -26,19 +59,7 @@ const PAGE_BYTES: usize = 4096;
 impl Block {
     fn new(bytes: usize) -> Result<Self> {
         const { assert!(PAGE_BYTES.is_multiple_of(ALIGN_BYTES)) }; // mappings start at a page
-        let mut mapping = MmapMut::map_anon(bytes.max(1)).map_err(|_| {
-            let size = format!("{:.1} GiB cannot be had", bytes as f64 / (1u64 << 30) as f64);
-            Error::op(
-                "memory",
-                format!(
-                    "{size}; `cuvee plan` shows what takes them, and --micro-batch-tokens, --max-length and --recompute what to change"
-                ),
-            )
-        })?;
-        // Products walk through matrices of many megabytes: large pages spare the address translation, and an arena of
-        // gigabytes is there in a fraction of the time. A system without them says so, and nothing is lost.
-        #[cfg(target_os = "linux")]
-        let _ = mapping.advise(memmap2::Advice::HugePage);
+        let mut mapping = map(bytes)?;
         // Touch every page now: planned and resident bytes then compare, and an out-of-memory comes before step 1.
         mapping.iter_mut().step_by(PAGE_BYTES).for_each(|byte| {
             // SAFETY: a live exclusive reference; volatile, so that writing a zero over a zero is not left out.

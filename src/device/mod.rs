@@ -18,7 +18,7 @@ mod tensor;
 pub use arena::{Arena, Kind, Ledger};
 pub use cpu::{Cpu, Isa, Products};
 pub use dry::Dry;
-pub use host::HostSpan;
+pub use host::{HostSpan, Scratch};
 pub use philox::Philox;
 pub use reference::Reference;
 pub use tensor::{DType, Tensor, View, ViewMut};
@@ -36,6 +36,11 @@ pub trait Device: Sized {
 
     /// A run of device memory. Deliberately not `Clone`: two live spans never overlap.
     type Span;
+
+    /// Names the order of its sums: where it is the same, the same operations give the same bits.
+    fn arithmetic(&self) -> &'static str {
+        Self::NAME
+    }
 
     /// Bytes of one element of `dtype` on this device.
     fn width(dtype: DType) -> usize;

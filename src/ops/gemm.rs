@@ -15,12 +15,11 @@
 
 use std::cell::RefCell;
 
-use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use super::gemm_fma::Fma;
 use super::simd::Shared;
-use crate::device::{Cpu, Products};
+use crate::device::{Cpu, Products, Scratch};
 
 /// A strided operand: element (i, j) at `i * row + j * col`, one of which is 1.
 #[derive(Clone, Copy)]
@@ -107,7 +106,7 @@ pub trait Kernel: Copy + Sync {
 /// Columns of a block of B.
 const BLOCK_COLS: usize = 2048;
 /// Rows of a block of A: as many as a core's second cache holds packed.
-const BLOCK_ROWS: usize = 128;
+const BLOCK_ROWS: usize = 320;
 /// Below this many multiply-adds a parallel section costs more than it saves.
 const SERIAL_WORK: usize = 1 << 16;
 /// Rows of the largest tile times its columns.
@@ -139,7 +138,7 @@ fn blocked<K: Kernel>(
         return;
     }
     let shared = Shared::new(c);
-    let mut packed_b = PACKED_B.take();
+    let mut scratch = PACKED_B.take();
     let block_depth = even_parts(k, K::BLOCK_DEPTH, K::DEPTH_STEP);
     let block_cols = even_parts(n, BLOCK_COLS, K::COLS);
     for first_col in (0..n).step_by(block_cols) {
@@ -148,11 +147,12 @@ fn blocked<K: Kernel>(
             let depth = block_depth.min(k - first_k);
             let fresh = first_k == 0 && start == Start::Zero;
             let block = Block { m, n, first_col, cols, first_k, depth, fresh };
-            pack_b(cpu, kernel, &block, b, &mut packed_b);
-            multiply_block(cpu, kernel, &block, a, floats(&mut packed_b), &shared);
+            let packed_b = scratch.grown(cols.div_ceil(K::COLS) * K::panel_b(depth));
+            pack_b(cpu, kernel, &block, b, packed_b);
+            multiply_block(cpu, kernel, &block, a, packed_b, &shared);
         }
     }
-    PACKED_B.set(packed_b);
+    PACKED_B.set(scratch);
 }
 
 /// The size of the fewest parts of at most `most`, a multiple of `step` and about equal.
@@ -160,27 +160,9 @@ fn even_parts(len: usize, most: usize, step: usize) -> usize {
     len.div_ceil(len.div_ceil(most)).next_multiple_of(step)
 }
 
-/// A cache line, so that packed panels begin at one.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Line([f32; 16]);
-
 thread_local! {
-    /// Grown once to their largest size and kept: no allocation after the first step.
-    static PACKED_B: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-    static PACKED_A: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-}
-
-/// The buffer, grown to hold `len` floats.
-fn grown(lines: &mut Vec<Line>, len: usize) -> &mut [f32] {
-    if lines.len() * 16 < len {
-        lines.resize(len.div_ceil(16), Line::zeroed());
-    }
-    floats(lines)
-}
-
-fn floats(lines: &mut [Line]) -> &mut [f32] {
-    bytemuck::cast_slice_mut(lines)
+    static PACKED_B: RefCell<Scratch> = RefCell::default();
+    static PACKED_A: RefCell<Scratch> = RefCell::default();
 }
 
 /// One `[m, cols]` stripe of C and the slice of k that is being added to it.
@@ -208,9 +190,9 @@ fn for_each(cpu: &Cpu, serial: bool, tasks: usize, task: impl Fn(usize) + Send +
     }
 }
 
-fn pack_b<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, b: Operand, packed: &mut Vec<Line>) {
+fn pack_b<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, b: Operand, packed: &mut [f32]) {
     let (panels, len) = (block.cols.div_ceil(K::COLS), K::panel_b(block.depth));
-    let shared = Shared::new(grown(packed, panels * len));
+    let shared = Shared::new(packed);
     for_each(cpu, block.serial(), panels, |panel| {
         // SAFETY: each task writes its own panel.
         let out = unsafe { shared.slice(panel * len, len) };
@@ -221,9 +203,9 @@ fn pack_b<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, b: Operand, packed: &m
     });
 }
 
-fn pack_a<K: Kernel>(kernel: K, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut Vec<Line>) {
+fn pack_a<K: Kernel>(kernel: K, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut [f32]) {
     let (panels, len) = (rows.div_ceil(K::ROWS), K::panel_a(block.depth));
-    for (panel, out) in grown(packed, panels * len).chunks_exact_mut(len).take(panels).enumerate() {
+    for (panel, out) in packed.chunks_exact_mut(len).take(panels).enumerate() {
         let first = panel * K::ROWS;
         let data = &a.data[(first_row + first) * a.row + block.first_k * a.col..];
         let width = K::ROWS.min(rows - first);
@@ -247,8 +229,8 @@ fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: Operand, pa
         let panels = group_index * group..((group_index + 1) * group).min(panels);
         let height = rows.min(block.m - first_row);
         PACKED_A.with_borrow_mut(|packed_a| {
+            let packed_a = packed_a.grown(height.div_ceil(K::ROWS) * panel_a);
             pack_a(kernel, block, a, first_row, height, packed_a);
-            let packed_a = floats(packed_a);
             kernel.session(|| {
                 for panel in panels {
                     for first in (0..height).step_by(K::ROWS) {

@@ -36,7 +36,7 @@ impl Kernel for Amx {
     const ROWS: usize = TILE;
     const COLS: usize = TILE;
     const DEPTH_STEP: usize = STEP;
-    const BLOCK_DEPTH: usize = 256;
+    const BLOCK_DEPTH: usize = 384;
 
     fn panel_a(depth: usize) -> usize {
         depth.div_ceil(STEP) * STEP_LEN
@@ -63,6 +63,12 @@ impl Kernel for Amx {
     unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
         let steps = depth.div_ceil(STEP);
         assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
+        // The tile below comes next. C is far from the core, and a tile's loads would all wait for it.
+        for i in TILE..2 * TILE {
+            let line = sums.row(i).cast::<i8>();
+            _mm_prefetch::<_MM_HINT_T0>(line);
+            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(64));
+        }
         // SAFETY: panels of `steps` steps (just asserted); the sums as promised by the caller.
         unsafe {
             match rows {
@@ -253,28 +259,30 @@ enum Operand {
     B,
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw")]
 fn pack(panel: Panel, operand: Operand, out: &mut [f32]) {
+    let mut turned = [0.0f32; TILE * STEP];
     for (step, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
-        for tile in 0..2 {
-            let part = Part::of(&panel, step * STEP, tile * HALF);
-            // What the layout wants contiguous: k of A, columns of B.
-            let contiguous = match operand {
-                Operand::A => part.by_depth == 1,
-                Operand::B => part.by_width == 1,
-            };
-            let mut turned = [0.0f32; HALF * STEP];
-            let part = if contiguous { part } else { part.turn(operand, &mut turned) };
-            let out = &mut out[tile * REGISTER_LEN..];
-            match operand {
-                Operand::A => pack_rows(&part, out),
-                Operand::B => pack_pairs(&part, out),
+        let mut part = Part::of(&panel, step * STEP);
+        // A layout wants one dimension contiguous: k for A, columns for B.
+        match operand {
+            Operand::A => {
+                if part.by_depth != 1 {
+                    part = part.turned(&mut turned);
+                }
+                pack_rows(&part, out);
+            }
+            Operand::B => {
+                if part.by_width != 1 {
+                    part = part.turned(&mut turned);
+                }
+                pack_pairs(&part, out);
             }
         }
     }
 }
 
-/// 16 rows or columns and 32 values of k of a panel, as far as the panel reaches.
+/// 32 rows or columns and 32 values of k of a panel, as far as the panel reaches.
 struct Part<'a> {
     data: &'a [f32],
     by_depth: usize,
@@ -284,47 +292,40 @@ struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    fn of(panel: &Panel<'a>, first_k: usize, first: usize) -> Self {
-        let depth = panel.depth.saturating_sub(first_k).min(STEP);
-        let width = panel.width.saturating_sub(first).min(HALF);
-        let start = first_k * panel.by_depth + first * panel.by_width;
-        let data = if depth * width == 0 { &[] } else { &panel.data[start..] };
-        Self { data, by_depth: panel.by_depth, by_width: panel.by_width, depth, width }
+    fn of(panel: &Panel<'a>, first_k: usize) -> Self {
+        let Panel { data, by_depth, by_width, depth, width } = *panel;
+        Self { data: &data[first_k * by_depth..], by_depth, by_width, depth: (depth - first_k).min(STEP), width }
     }
 
-    /// The same with the other dimension contiguous, in `out`.
+    /// The same part with the other dimension contiguous: a copy in `out`, in squares of 16 by 16.
     #[target_feature(enable = "avx512f")]
-    fn turn(self, operand: Operand, out: &mut [f32; HALF * STEP]) -> Part<'_> {
-        match operand {
-            Operand::A => {
-                // [k][row] becomes [row][k].
-                for half in 0..2 {
-                    let first = (half * HALF).min(self.depth);
-                    let rows = lines(&self.data[(first * self.by_depth).min(self.data.len())..], self.by_depth, self.depth - first, self.width);
-                    for (i, line) in transpose(rows).into_iter().enumerate() {
-                        store(&mut out[i * STEP + half * HALF..], line);
-                    }
+    fn turned(self, out: &mut [f32; TILE * STEP]) -> Part<'_> {
+        let by_row = self.by_depth.max(self.by_width);
+        let by_depth = self.by_depth == by_row;
+        let (rows, cols) = if by_depth { (self.depth, self.width) } else { (self.width, self.depth) };
+        // The same rows and columns one step further down k.
+        let ahead = if by_depth { STEP * by_row } else { 2 * STEP };
+        for (row, col) in [(0, 0), (0, HALF), (HALF, 0), (HALF, HALF)] {
+            let mut square = [_mm512_setzero_ps(); HALF];
+            if col < cols {
+                for (i, line) in square.iter_mut().enumerate().take(rows.saturating_sub(row)) {
+                    *line = load(&self.data[(row + i) * by_row + col..], cols - col, ahead);
                 }
-                Part { data: out, by_depth: 1, by_width: STEP, depth: STEP, width: HALF }
             }
-            Operand::B => {
-                // [column][k] becomes [k][column].
-                for half in 0..2 {
-                    let first = (half * HALF).min(self.depth);
-                    let rows = lines(&self.data[first.min(self.data.len())..], self.by_width, self.width, self.depth - first);
-                    for (i, line) in transpose(rows).into_iter().enumerate() {
-                        store(&mut out[(half * HALF + i) * HALF..], line);
-                    }
-                }
-                Part { data: out, by_depth: HALF, by_width: 1, depth: STEP, width: HALF }
+            for (i, line) in transpose(square).into_iter().enumerate() {
+                store(&mut out[(col + i) * TILE + row..], line);
             }
         }
+        let [by_depth, by_width] = if by_depth { [1, TILE] } else { [TILE, 1] };
+        Part { data: out, by_depth, by_width, depth: self.depth, width: self.width }
     }
 }
 
-/// Up to 16 floats, zero beyond `len`.
+/// Up to 16 floats, zero beyond `len`. What lies `ahead` will be wanted soon: there are too many rows at once for the
+/// hardware to see that each is read in order.
 #[target_feature(enable = "avx512f")]
-fn load(from: &[f32], len: usize) -> __m512 {
+fn load(from: &[f32], len: usize, ahead: usize) -> __m512 {
+    _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast());
     let mask = if len >= HALF { u16::MAX } else { (1 << len) - 1 };
     assert!(from.len() >= len.min(HALF));
     // SAFETY: reads only what the mask names, which is there (just asserted).
@@ -336,16 +337,6 @@ fn store(to: &mut [f32], line: __m512) {
     assert!(to.len() >= HALF);
     // SAFETY: 16 floats are there (just asserted).
     unsafe { _mm512_storeu_ps(to.as_mut_ptr(), line) }
-}
-
-/// The first 16 lines of up to 16 floats, `stride` apart; zero beyond `count` lines of `len`.
-#[target_feature(enable = "avx512f")]
-fn lines(data: &[f32], stride: usize, count: usize, len: usize) -> [__m512; HALF] {
-    let mut lines = [_mm512_setzero_ps(); HALF];
-    for (i, line) in lines.iter_mut().enumerate().take(if len == 0 { 0 } else { count }) {
-        *line = load(&data[i * stride..], len);
-    }
-    lines
 }
 
 /// Columns become rows.
@@ -388,20 +379,20 @@ fn rest(x: __m512) -> __m512 {
     _mm512_sub_ps(x, _mm512_castsi512_ps(high))
 }
 
-/// Rows of 32 values of k: tiles of A.
+/// Tiles of A: a row is a row and its 32 values of k.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn pack_rows(part: &Part, out: &mut [f32]) {
     // The upper 16-bit halves of two vectors, one after the other.
     let odd: [u16; 32] = std::array::from_fn(|i| 2 * i as u16 + 1);
     // SAFETY: 64 bytes are read from an array of 64.
     let odd = unsafe { _mm512_loadu_si512(odd.as_ptr().cast()) };
-    for i in 0..HALF {
+    for i in 0..TILE {
         let [mut low, mut high] = [_mm512_setzero_ps(); 2];
         if i < part.width {
             let row = &part.data[i * part.by_width..];
-            low = load(row, part.depth);
+            low = load(row, part.depth, 2 * STEP);
             if part.depth > HALF {
-                high = load(&row[HALF..], part.depth - HALF);
+                high = load(&row[HALF..], part.depth - HALF, 2 * STEP);
             }
         }
         for piece in 0..3 {
@@ -412,19 +403,21 @@ fn pack_rows(part: &Part, out: &mut [f32]) {
     }
 }
 
-/// Rows of 16 columns, each with a pair of values of k: tiles of B.
+/// Tiles of B: a row is a pair of values of k, each with 16 columns.
 #[target_feature(enable = "avx512f")]
 fn pack_pairs(part: &Part, out: &mut [f32]) {
-    let line = |k: usize| match k < part.depth && part.width > 0 {
-        true => load(&part.data[k * part.by_depth..], part.width),
-        false => _mm512_setzero_ps(),
-    };
-    for pair in 0..HALF {
+    let ahead = STEP * part.by_depth;
+    for (pair, first) in (0..HALF).flat_map(|pair| [(pair, 0), (pair, HALF)]) {
+        let line = |k: usize| match k < part.depth && first < part.width {
+            true => load(&part.data[k * part.by_depth + first..], part.width - first, ahead),
+            false => _mm512_setzero_ps(),
+        };
         let (mut even, mut odd) = (line(2 * pair), line(2 * pair + 1));
         for piece in 0..3 {
             let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
             let high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(HIGH));
-            store(&mut out[piece * PIECE_LEN + pair * HALF..], _mm512_castsi512_ps(_mm512_or_si512(low, high)));
+            let at = piece * PIECE_LEN + first / HALF * REGISTER_LEN + pair * HALF;
+            store(&mut out[at..], _mm512_castsi512_ps(_mm512_or_si512(low, high)));
             (even, odd) = (rest(even), rest(odd));
         }
     }

@@ -49,7 +49,7 @@ impl Reference {
         cache_dir: &Path,
         stop: Stop,
     ) -> Result<Vec<RefLogps>> {
-        let mut cache = RefCache::open(cache_dir, self.key::<B>()?, stop)?;
+        let mut cache = RefCache::open(cache_dir, self.key(device)?, stop)?;
         if let Some(lost) = cache.recovered() {
             say(lost);
         }
@@ -61,10 +61,10 @@ impl Reference {
         sets.iter().map(|examples| read(&cache, examples)).collect()
     }
 
-    /// Identity of the numbers: weights, config, device, arithmetic.
-    fn key<B: Backend>(&self) -> Result<[u8; 32]> {
+    /// Identity of the numbers: weights, config, arithmetic.
+    fn key<B: Backend>(&self, device: &B) -> Result<[u8; 32]> {
         let identity = blake3::Hash::from_bytes(self.init.identity(&self.checkpoint)?).to_hex();
-        Ok(*blake3::hash(format!("{identity} {} f32 {SCORER_VERSION}", B::NAME).as_bytes()).as_bytes())
+        Ok(*blake3::hash(format!("{identity} {} f32 {SCORER_VERSION}", device.arithmetic()).as_bytes()).as_bytes())
     }
 
     fn score<B: Backend>(

@@ -291,17 +291,32 @@ fn assert_same_bits(what: &str, specs: &[Spec], found: &[Vec<f64>], expected: &[
     }
 }
 
+/// Devices whose results must be equal, bit for bit: chains on any instruction set, whatever the machine multiplies
+/// with otherwise; each on some numbers of threads.
+pub fn families() -> [Vec<(String, Cpu)>; 2] {
+    let best = Isa::detect();
+    let mut chains = vec![(1, best), (2, best), (5, best), (2, Isa::Portable)];
+    #[cfg(target_arch = "x86_64")]
+    chains.extend([(2, Isa::Avx2)].into_iter().filter(|(_, isa)| *isa <= best));
+    let chains = chains.into_iter().map(|(threads, isa)| {
+        let what = format!("{threads} threads, {isa:?}, chains");
+        (what, Cpu::with_isa(threads, isa).unwrap())
+    });
+    let fastest = [1, 2, 5].into_iter().map(|threads| {
+        let cpu = Cpu::new(threads).unwrap();
+        (format!("{threads} threads, {best:?}, {:?}", cpu.products()), cpu)
+    });
+    [chains.collect(), fastest.collect()]
+}
+
 /// Threads and instruction sets must not change a bit.
 pub fn same_on_every_machine<C: Case>(case: &C) {
     let specs = case.specs();
-    let expected = run(&Cpu::new(1).unwrap(), case, &specs);
-    let best = Isa::detect();
-    let mut others = vec![(2, best), (5, best), (2, Isa::Portable)];
-    #[cfg(target_arch = "x86_64")]
-    others.extend([(2, Isa::Avx2)].into_iter().filter(|(_, isa)| *isa <= best));
-    for (threads, isa) in others {
-        let found = run(&Cpu::with_isa(threads, isa).unwrap(), case, &specs);
-        assert_same_bits(&format!("{}, {threads} threads, {isa:?}", case.op()), &specs, &found, &expected);
+    for family in families() {
+        let expected = run(&family[0].1, case, &specs);
+        for (what, cpu) in &family[1..] {
+            assert_same_bits(&format!("{}, {what}", case.op()), &specs, &run(cpu, case, &specs), &expected);
+        }
     }
 }
 
