@@ -10,6 +10,8 @@ mod gemm;
 mod simd;
 
 pub mod attention;
+pub mod gelu;
+pub mod layer_norm;
 pub mod linear;
 pub mod logprob_head;
 pub mod merged_update;
@@ -25,6 +27,8 @@ use crate::device::{Cpu, Device, Dry, Reference};
 pub trait Backend:
     Device
     + attention::Attention
+    + gelu::Gelu
+    + layer_norm::LayerNorm
     + linear::Linear
     + logprob_head::LogprobHead
     + merged_update::MergedUpdate
