@@ -2,6 +2,7 @@
 //! `config.v4.json` (4.x), and in `expected.safetensors` what transformers makes of it. From `tests/data/fixtures`
 //! and, when CUVEE_FIXTURES_DIR is set, from there too: same layout, other numbers.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 
 const LOGPS_TOLERANCE: f64 = 1e-4;
-const GRADIENT_TOLERANCE: f64 = 1e-3;
+const GRADIENT_TOLERANCE: f64 = 1e-4;
 
 pub fn trials(root: &Path) -> Vec<Trial> {
     let mut trials = trials_of("repo", &root.join("tests/data/fixtures"));
@@ -140,9 +141,16 @@ impl Bench {
         Ok(self.model.backward(&self.cpu, &self.batch, dlogp, &mut self.acts)?)
     }
 
+    /// As a checkpoint would keep them: the way that weights take into a file.
     fn gradients(&mut self) -> impl Iterator<Item = (String, Vec<f32>)> {
-        let params = self.model.params_mut().into_iter();
-        params.map(|p| (p.name.clone(), p.grad.as_ref().expect("trained").view().f32s().to_vec()))
+        let mut tensors: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+        for param in self.model.params_mut() {
+            let len = param.stored.shape(&param.shape()).iter().product();
+            let tensor = tensors.entry(param.stored.tensor.clone()).or_insert_with(|| vec![f32::NAN; len]);
+            let gradient = param.grad.as_ref().expect("trained").view().f32s();
+            param.stored.insert(gradient, param.matrix_shape(), tensor);
+        }
+        tensors.into_iter()
     }
 }
 
@@ -177,7 +185,8 @@ fn check_folder(checkpoint: &Checkpoint, expected: &Expected) -> Result<(), Fail
     bench.backward(&vec![-1.0 / logps.len() as f64; logps.len()])?;
     let mut checked = 0;
     for (name, ours) in bench.gradients() {
-        compare_gradient(expected, &name, &ours)?;
+        // transformers 5 calls GPT-NeoX's head lm_head in memory and embed_out in files.
+        compare_gradient(expected, if name == "embed_out.weight" { "lm_head.weight" } else { &name }, &ours)?;
         checked += 1;
     }
     let named = expected.file.names().filter(|name| name.starts_with("grad.")).count();
