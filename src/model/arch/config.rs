@@ -467,4 +467,70 @@ mod tests {
         let named = json!({"sliding_window": 8, "use_sliding_window": true, "layer_types": types});
         assert_eq!(windows(qwen, named), [Some(8), None, None]);
     }
+
+    fn neox(extra: Value) -> Result<Spec> {
+        let mut all = json!({"num_key_value_heads": null, "hidden_act": "gelu"});
+        let (Value::Object(map), Value::Object(extra)) = (&mut all, extra) else { unreachable!() };
+        map.extend(extra);
+        read("gpt_neox", all)
+    }
+
+    fn gpt2(extra: Value) -> Result<Spec> {
+        let mut all = json!({"vocab_size": 100, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64});
+        let (Value::Object(map), Value::Object(extra)) = (&mut all, extra) else { unreachable!() };
+        map.extend(extra);
+        let config = Config::new(Path::new("config.json"), all)?;
+        let spec = (ALL.iter().find(|a| a.model_type == "gpt2").unwrap().spec)(&config)?;
+        config.refuse_unread().map(|()| spec)
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let spec = neox(json!({"rotary_pct": null})).unwrap();
+        assert!(matches!(spec.positions, Positions::Rope(Rope { theta: 10_000.0, rotary_dim: 2, .. })));
+        assert!(spec.parallel_residual && spec.qkv_bias && spec.out_bias && spec.mlp_bias && !spec.tied_head);
+        assert_eq!((spec.norm, spec.mlp), (Norm::Layer { eps: 1e-5 }, Mlp::Gelu(Curve::Exact)));
+        let spec = gpt2(json!({"n_ctx": 64, "summary_type": "cls_index", "task_specific_params": {"a": 1}})).unwrap();
+        assert_eq!((spec.mlp_dim, spec.mlp, spec.tied_head), (192, Mlp::Gelu(Curve::Tanh), true));
+        assert_eq!((spec.norm, spec.most_positions()), (Norm::Layer { eps: 1e-5 }, Some(64)));
+    }
+
+    #[test]
+    fn partial_rotations_are_read_in_both_spellings() {
+        let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5}});
+        let old = json!({"rotary_pct": 0.5, "rotary_emb_base": 5000, "partial_rotary_factor": 0.5});
+        let spec = neox(new).unwrap();
+        assert_eq!(spec, neox(old).unwrap());
+        assert!(matches!(spec.positions, Positions::Rope(Rope { theta: 5e3, rotary_dim: 4, .. })));
+        // 5.6 of 8 elements are 5: no pairs.
+        for (key, value) in [("rotary_pct", 0.7), ("rotary_pct", 0.1), ("rotary_pct", 1.5)] {
+            let message = neox(json!({key: value})).unwrap_err().to_string();
+            assert!(message.starts_with("config.json: \"rotary_pct\": "), "{message}");
+        }
+        let message = neox(json!({"rotary_pct": 0.5, "partial_rotary_factor": 0.25})).unwrap_err().to_string();
+        assert!(message.contains("\"partial_rotary_factor\": 0.25, but \"rotary_pct\" says 0.5"), "{message}");
+    }
+
+    #[test]
+    fn what_gpt_does_otherwise_is_refused_by_name() {
+        for case in [
+            json!({"scale_attn_weights": false}),
+            json!({"scale_attn_by_inverse_layer_idx": true}),
+            json!({"add_cross_attention": true}),
+            json!({"activation_function": "relu"}),
+            json!({"n_positions": null}),
+            json!({"n_head": 5}),
+            json!({"rotary_pct": 0.25}),
+        ] {
+            let key = case.as_object().unwrap().keys().next().unwrap().clone();
+            let message = gpt2(case).expect_err(&key).to_string();
+            assert!(message.starts_with("config.json: ") && message.contains(&key), "{message}");
+        }
+        for case in [json!({"hidden_act": "silu"}), json!({"head_dim": 16}), json!({"num_key_value_heads": 2})] {
+            let key = case.as_object().unwrap().keys().next().unwrap().clone();
+            let message = neox(case).expect_err(&key).to_string();
+            assert!(message.starts_with("config.json: ") && message.contains(&key), "{message}");
+        }
+        gpt2(json!({"reorder_and_upcast_attn": true, "attn_pdrop": 0.1, "scale_attn_weights": true})).unwrap();
+    }
 }
