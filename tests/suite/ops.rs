@@ -760,7 +760,7 @@ fn gelu_has_the_values_of_others_and_saturates_without_nan() {
             assert!((y - expected).abs() < 5e-7, "{curve:?}: gelu({x}) = {y}, expected {expected}");
         }
         for (y, x) in y.iter().zip(at).filter(|(_, x)| x.abs() > 10.0) {
-            assert!((y - x.max(0.0)).abs() <= 1e-6 * x.abs().min(100.0), "{curve:?}: gelu({x}) = {y}");
+            assert!((y - x.max(0.0)).abs() <= 1e-6 * x.max(1.0), "{curve:?}: gelu({x}) = {y}");
         }
         let case = GeluBackward(curve, [1, at.len()]);
         let mut specs = case.specs();
