@@ -15,7 +15,7 @@ use crate::error::{At, Error, Result};
 use crate::model::{Checkpoint, Init};
 use crate::progress::{Progress, say};
 use crate::references::Scorer;
-use crate::train::check_vocabulary;
+use crate::train::{check_positions, check_vocabulary};
 
 pub fn run(args: &LogpsArgs) -> Result<()> {
     let path = &args.out;
@@ -76,6 +76,7 @@ fn lines(args: &LogpsArgs) -> Result<Vec<Value>> {
 /// `[examples][sequences][scored tokens]`, with a bar.
 pub fn score(device: &Cpu, checkpoint: &Checkpoint, dataset: &Dataset, packing: Packing) -> Result<Vec<Vec<Vec<f32>>>> {
     check_vocabulary(checkpoint, [dataset])?;
+    check_positions(checkpoint, [dataset])?;
     let largest = packing.largest(&dataset.examples, dataset.examples.len());
     let mut scorer = Scorer::new(device, checkpoint, Init::Checkpoint, &largest)?;
     let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");

@@ -21,7 +21,8 @@ pub enum Keep {
 /// One block's activations, all `[rows, ...]`.
 pub struct BlockActs<D: Device> {
     pub normed: Tensor<D>,
-    pub rstd: Tensor<D>,
+    /// What the norm's backward needs of each row.
+    pub stats: Tensor<D>,
     pub q: Tensor<D>,
     pub k: Tensor<D>,
     pub v: Tensor<D>,
@@ -29,35 +30,41 @@ pub struct BlockActs<D: Device> {
     pub raw: Option<RawHeads<D>>,
     pub o: Tensor<D>,
     pub lse: Tensor<D>,
-    /// The residual stream between attention and MLP.
+    /// The residual stream with attention's part.
     pub mid: Tensor<D>,
+    /// What the MLP reads.
     pub mid_normed: Tensor<D>,
-    pub mid_rstd: Tensor<D>,
-    pub gate: Tensor<D>,
+    pub mid_stats: Tensor<D>,
+    /// Where the MLP has a gate.
+    pub gate: Option<Tensor<D>>,
     pub up: Tensor<D>,
-    pub gated: Tensor<D>,
+    pub activated: Tensor<D>,
 }
 
 pub struct RawHeads<D: Device> {
     pub q: Tensor<D>,
     pub k: Tensor<D>,
-    /// `[rows, heads]`
-    pub q_rstd: Tensor<D>,
-    /// `[rows, kv_heads]`
-    pub k_rstd: Tensor<D>,
+    /// `[rows, heads * stats]`
+    pub q_stats: Tensor<D>,
+    /// `[rows, kv_heads * stats]`
+    pub k_stats: Tensor<D>,
 }
 
 impl<D: Device> BlockActs<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
         let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
         let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut raw =
-            |_| RawHeads { q: take(wide), k: take(narrow), q_rstd: take(spec.heads), k_rstd: take(spec.kv_heads) };
-        let raw = spec.qk_norm.then_some(()).map(&mut raw);
+        let stats = spec.norm.stats();
+        let raw = spec.qk_norm.then(|| RawHeads {
+            q: take(wide),
+            k: take(narrow),
+            q_stats: take(spec.heads * stats),
+            k_stats: take(spec.kv_heads * stats),
+        });
         Self {
             raw,
             normed: take(spec.hidden),
-            rstd: take(1),
+            stats: take(stats),
             q: take(wide),
             k: take(narrow),
             v: take(narrow),
@@ -65,10 +72,10 @@ impl<D: Device> BlockActs<D> {
             lse: take(spec.heads),
             mid: take(spec.hidden),
             mid_normed: take(spec.hidden),
-            mid_rstd: take(1),
-            gate: take(spec.mlp_dim),
+            mid_stats: take(stats),
+            gate: spec.mlp.gated().then(|| take(spec.mlp_dim)),
             up: take(spec.mlp_dim),
-            gated: take(spec.mlp_dim),
+            activated: take(spec.mlp_dim),
         }
     }
 }
@@ -83,8 +90,8 @@ pub struct Scratch<D: Device> {
     pub d_v: Tensor<D>,
     /// Gradients before the norms of queries and keys.
     pub d_raw: Option<(Tensor<D>, Tensor<D>)>,
-    pub d_gated: Tensor<D>,
-    pub d_gate: Tensor<D>,
+    pub d_activated: Tensor<D>,
+    pub d_gate: Option<Tensor<D>>,
     pub d_up: Tensor<D>,
     /// `[targets, hidden]`
     pub d_top: Tensor<D>,
@@ -106,8 +113,8 @@ impl<D: Device> Scratch<D> {
             d_k: take(rows, narrow),
             d_v: take(rows, narrow),
             d_raw: spec.qk_norm.then(|| (take(rows, wide), take(rows, narrow))),
-            d_gated: take(rows, spec.mlp_dim),
-            d_gate: take(rows, spec.mlp_dim),
+            d_activated: take(rows, spec.mlp_dim),
+            d_gate: spec.mlp.gated().then(|| take(rows, spec.mlp_dim)),
             d_up: take(rows, spec.mlp_dim),
             d_top: take(largest.targets, spec.hidden),
             d_top_normed: take(largest.targets, spec.hidden),
@@ -121,8 +128,9 @@ pub struct Top<D: Device> {
     /// `[targets, hidden]`
     pub rows: Tensor<D>,
     pub normed: Tensor<D>,
+    /// `[targets, stats]`
+    pub stats: Tensor<D>,
     /// `[targets, 1]`
-    pub rstd: Tensor<D>,
     pub logp: Tensor<D>,
     pub lse: Tensor<D>,
     /// Logits of one tile.
@@ -134,7 +142,8 @@ impl<D: Device> Top<D> {
         let [tile_rows, tile_cols] = logprob_head::scratch_shape(targets);
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
         let mut take = |cols| arena.floats(Kind::Activations, targets, cols);
-        Self { rows: take(spec.hidden), normed: take(spec.hidden), rstd: take(1), logp: take(1), lse: take(1), tile }
+        let (rows, normed, stats) = (take(spec.hidden), take(spec.hidden), take(spec.norm.stats()));
+        Self { rows, normed, stats, logp: take(1), lse: take(1), tile }
     }
 }
 

@@ -34,14 +34,13 @@ impl Init {
     }
 }
 
-/// Weights as transformers initializes them: matrices normal with the config's `initializer_range`, biases 0,
-/// norms 1. Each tensor draws from a stream named after it, so a value depends on the seed and its place alone.
+/// Weights as transformers initializes them: matrices normal with the config's `initializer_range` (GPT-2's into
+/// the residual stream with less), biases 0, norms 1. Each tensor draws from a stream named after it, so a value depends on the seed and its place alone.
 pub fn init_random<D: Device>(device: &D, model: &mut Model<D>, seed: u64) -> Result<()> {
-    let range = model.spec.initializer_range;
     for param in model.params_mut() {
         let random = Philox::named(seed, &param.name);
         let value = |i: usize| match param.role {
-            Role::Matrix => (range * random.normal(i as u64)) as f32,
+            Role::Matrix => (param.initializer_range * random.normal(i as u64)) as f32,
             Role::Bias => 0.0,
             Role::Norm => 1.0,
         };

@@ -2,23 +2,23 @@
 
 use super::arch::{Naming, Slot};
 use super::param::Param;
-use super::spec::{Norm, Rope};
+use super::spec::{Norm, Rope, Spec};
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
 use crate::error::Result;
-use crate::ops::{Backend, linear, rms_norm, rope};
+use crate::ops::{Backend, layer_norm, linear, rms_norm, rope};
 
 /// Where a constructor takes memory from, and which weights it trains.
 pub struct Build<'a, D: Device> {
     pub arena: &'a mut Arena<D>,
+    pub spec: &'a Spec,
     pub naming: Naming,
     pub trained: &'a dyn Fn(&str) -> bool,
 }
 
 impl<D: Device> Build<'_, D> {
     pub fn param(&mut self, slot: Slot, layer: usize, shape: [usize; 2]) -> Param<D> {
-        let name = (self.naming)(slot, layer);
-        let trained = (self.trained)(&name);
-        Param::new(self.arena, name, slot.role(), shape, trained)
+        let stored = (self.naming)(self.spec, slot, layer);
+        Param::new(self.arena, self.spec, (slot, stored), shape, self.trained)
     }
 
     pub fn linear(&mut self, weight: Slot, layer: usize, [outputs, inputs]: [usize; 2], bias: bool) -> Linear<D> {
@@ -56,30 +56,55 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// A norm's weight; its kind comes from the spec.
+/// A norm; its kind comes from the spec.
 pub struct NormLayer<D: Device> {
     /// `[1, hidden]`
     pub weight: Param<D>,
+    /// `[1, hidden]`
+    pub bias: Option<Param<D>>,
     kind: Norm,
 }
 
 impl<D: Device> NormLayer<D> {
-    pub fn new(build: &mut Build<D>, slot: Slot, layer: usize, cols: usize, kind: Norm) -> Self {
-        Self { weight: build.param(slot, layer, [1, cols]), kind }
+    pub fn new(build: &mut Build<D>, slot: Slot, layer: usize, cols: usize) -> Self {
+        let kind = build.spec.norm;
+        let bias = matches!(kind, Norm::Layer { .. }).then(|| build.param(slot.bias(), layer, [1, cols]));
+        Self { weight: build.param(slot, layer, [1, cols]), bias, kind }
+    }
+
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
+        std::iter::once(&mut self.weight).chain(self.bias.as_mut())
     }
 }
 
+const NO_BIAS: &str = "a layer norm has a bias";
+
 impl<B: Backend> NormLayer<B> {
-    pub fn forward(&self, device: &B, x: View<B>, y: ViewMut<B>, rstd: ViewMut<B>) -> Result<()> {
-        let Norm::Rms { eps } = self.kind;
-        device.rms_norm(rms_norm::Forward { x, weight: self.weight.view(), eps: eps as f32, y, rstd })
+    /// `stats` is what the backward needs of each row, [`Norm::stats`] numbers.
+    pub fn forward(&self, device: &B, x: View<B>, y: ViewMut<B>, stats: ViewMut<B>) -> Result<()> {
+        let weight = self.weight.view();
+        match self.kind {
+            Norm::Rms { eps } => device.rms_norm(rms_norm::Forward { x, weight, eps: eps as f32, y, rstd: stats }),
+            Norm::Layer { eps } => {
+                let bias = self.bias.as_ref().expect(NO_BIAS).view();
+                device.layer_norm(layer_norm::Forward { x, weight, bias, eps: eps as f32, y, stats })
+            }
+        }
     }
 
-    /// Adds to the weight's gradient and to `dx`.
-    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, rstd: View<B>, dx: ViewMut<B>) -> Result<()> {
+    /// Adds to the weights' gradients and to `dx`.
+    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, stats: View<B>, dx: ViewMut<B>) -> Result<()> {
         let weight = self.weight.value.view();
         let dweight = self.weight.grad.as_mut().map(Tensor::view_mut);
-        device.rms_norm_backward(rms_norm::Backward { dy, x, weight, rstd, dx, dweight })
+        match self.kind {
+            Norm::Rms { .. } => {
+                device.rms_norm_backward(rms_norm::Backward { dy, x, weight, rstd: stats, dx, dweight })
+            }
+            Norm::Layer { .. } => {
+                let dbias = self.bias.as_mut().and_then(Param::grad_mut);
+                device.layer_norm_backward(layer_norm::Backward { dy, x, weight, stats, dx, dweight, dbias })
+            }
+        }
     }
 }
 

@@ -6,32 +6,34 @@ use crate::checkpoint::{TensorSource, Weights};
 use crate::device::{Device, Dry};
 use crate::error::{Error, Result};
 
-/// Where the file keeps a weight: a tied file may hold the embedding, the head, or both.
-fn stored_name<'a>(checkpoint: &Checkpoint, weights: &Weights, name: &'a str, head: &'a str) -> &'a str {
-    let embedding = (checkpoint.architecture.naming)(Slot::Embedding, 0);
-    if checkpoint.spec.tied_head && name == embedding {
-        return weights.first_of(&[name, head]).unwrap_or(name);
+/// What the file calls a tensor: others may spell it differently, and a tied file may hold the embedding, the head,
+/// or both.
+fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String {
+    let architecture = checkpoint.architecture;
+    let place = |slot| (architecture.naming)(&checkpoint.spec, slot, 0).tensor;
+    let mut names = architecture.spellings(name);
+    if checkpoint.spec.tied_head && name == place(Slot::Embedding) {
+        names.extend(architecture.spellings(&place(Slot::Head)));
     }
-    name
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    weights.first_of(&names).unwrap_or(name).to_string()
 }
 
 /// Tensors that a file may have and nobody needs.
 fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
-    let head = (checkpoint.architecture.naming)(Slot::Head, 0);
-    (checkpoint.spec.tied_head && name == head) || name.ends_with("rotary_emb.inv_freq")
+    let (spec, architecture) = (&checkpoint.spec, checkpoint.architecture);
+    let head = (architecture.naming)(spec, Slot::Head, 0).tensor;
+    (spec.tied_head && architecture.spellings(&head).iter().any(|head| head == name)) || architecture.is_buffer(name)
 }
 
 /// Fills a model from its checkpoint. Every weight must be there with the shape that the config implies, and the
 /// file may hold nothing that the config does not know: both show that config and weights belong together.
 pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, model: &mut Model<D>) -> Result<()> {
-    let head = (checkpoint.architecture.naming)(Slot::Head, 0);
     let mut used = Vec::new();
-    let mut values = Vec::new();
+    let mut reader = Reader::default();
     for param in model.params_mut() {
-        let name = stored_name(checkpoint, weights, &param.name, &head).to_string();
-        values.resize(param.value.len(), 0.0);
-        weights.read(&name, &param.shape(), &mut values)?;
-        device.write_f32(&values, param.value.view_mut())?;
+        let name = found_name(checkpoint, weights, &param.stored.tensor);
+        device.write_f32(reader.read(weights, &name, param)?, param.value.view_mut())?;
         used.push(name);
     }
     match weights.names().find(|name| !used.iter().any(|u| u == name) && !redundant(checkpoint, name)) {
@@ -44,24 +46,72 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
     }
 }
 
+/// Reads weights one after the other: at most one tensor and one weight that is a part of it are in memory.
+#[derive(Default)]
+pub struct Reader {
+    tensor: Vec<f32>,
+    weight: Vec<f32>,
+}
+
+impl Reader {
+    /// The weight's values, from the tensor `name` of a file that keeps it as [`Param::stored`] says.
+    pub fn read<D: Device>(&mut self, weights: &Weights, name: &str, param: &Param<D>) -> Result<&[f32]> {
+        let shape = param.stored.shape(&param.shape());
+        self.tensor.resize(shape.iter().product(), 0.0);
+        weights.read(name, &shape, &mut self.tensor)?;
+        if param.stored.is_plain() {
+            return Ok(&self.tensor);
+        }
+        self.weight.resize(param.value.len(), 0.0);
+        param.stored.extract(&self.tensor, param.matrix_shape(), &mut self.weight);
+        Ok(&self.weight)
+    }
+}
+
 /// Identity of a model: its weights as stored, and what its config makes of them.
 pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
-    let head = (checkpoint.architecture.naming)(Slot::Head, 0);
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", checkpoint.spec).as_bytes());
-    let mut names = Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0));
-    for param in names.params_mut() {
-        weights.hash_into(stored_name(checkpoint, weights, &param.name, &head), &mut hasher);
+    let mut model = Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0));
+    let params = model.params_mut();
+    for (tensor, _) in by_tensor(&params) {
+        weights.hash_into(&found_name(checkpoint, weights, tensor), &mut hasher);
     }
     hasher.finalize()
 }
 
 /// What to write, under the checkpoint's names.
 pub fn sources<'a, D: Device>(device: &'a D, params: &'a [&mut Param<D>]) -> Vec<TensorSource<'a>> {
-    let source = |param: &'a &mut Param<D>| TensorSource {
-        name: param.name.clone(),
-        shape: param.shape(),
-        fill: Box::new(move |out: &mut [f32]| device.read_f32(param.value.view(), out)),
+    let source = |(tensor, parts): (&str, Vec<&'a Param<D>>)| TensorSource {
+        name: tensor.to_string(),
+        shape: parts[0].stored.shape(&parts[0].shape()),
+        fill: Box::new(move |out: &mut [f32]| {
+            if let [param] = parts[..]
+                && param.stored.is_plain()
+            {
+                return device.read_f32(param.value.view(), out);
+            }
+            let mut weight = Vec::new();
+            parts.iter().try_for_each(|param| {
+                weight.resize(param.value.len(), 0.0);
+                device.read_f32(param.value.view(), &mut weight)?;
+                param.stored.insert(&weight, param.matrix_shape(), out);
+                Ok(())
+            })
+        }),
     };
-    params.iter().map(source).collect()
+    by_tensor(params).into_iter().map(source).collect()
+}
+
+/// Weights by the tensor that holds them, in the order of the first of each.
+fn by_tensor<'a, D: Device>(params: &'a [&mut Param<D>]) -> Vec<(&'a str, Vec<&'a Param<D>>)> {
+    let mut tensors: Vec<(&str, Vec<&Param<D>>)> = Vec::new();
+    for param in params {
+        let tensor = param.stored.tensor.as_str();
+        match tensors.iter_mut().find(|(name, _)| *name == tensor) {
+            Some((_, parts)) => parts.push(param),
+            None => tensors.push((tensor, vec![param])),
+        }
+    }
+    tensors
 }

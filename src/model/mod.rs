@@ -3,12 +3,14 @@
 
 mod acts;
 pub mod arch;
+mod attention;
 mod batch;
 mod block;
 mod init;
 mod kv;
 mod layers;
 mod load;
+mod mlp;
 mod param;
 mod spec;
 
@@ -17,7 +19,7 @@ pub use arch::Checkpoint;
 pub use batch::Batch;
 pub use init::{Init, init_random};
 pub use kv::KvCache;
-pub use load::{load, sources};
+pub use load::{Reader, load, sources};
 pub use param::{Param, Role};
 pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 
@@ -32,11 +34,14 @@ pub struct Model<D: Device> {
     pub spec: Spec,
     /// `[vocab, hidden]`
     embed: Param<D>,
+    /// `[positions, hidden]`, where positions are learned.
+    positions: Option<Param<D>>,
     blocks: Vec<Block<D>>,
     norm: NormLayer<D>,
     /// `[vocab, hidden]`; `None` when the head is the embedding.
     head: Option<Param<D>>,
-    rope: RopeTable<D>,
+    /// Where positions are rotations.
+    rope: Option<RopeTable<D>>,
 }
 
 /// How a model is built.
@@ -60,14 +65,17 @@ impl Options<'_> {
 
 impl<D: Device> Model<D> {
     pub fn new(arena: &mut Arena<D>, spec: &Spec, naming: Naming, options: Options) -> Self {
-        let build = &mut Build { arena, naming, trained: options.trained };
+        let build = &mut Build { arena, spec, naming, trained: options.trained };
         let embed = build.param(Slot::Embedding, 0, [spec.vocab, spec.hidden]);
-        let blocks = (0..spec.layers).map(|layer| Block::new(build, spec, layer)).collect();
-        let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden, spec.norm);
+        let positions = spec.most_positions().map(|most| build.param(Slot::Position, 0, [most, spec.hidden]));
+        let blocks = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
+        let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden);
         let head = (!spec.tied_head).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
-        let Positions::Rope(rope) = &spec.positions;
-        let rope = RopeTable::new(build.arena, rope, options.positions, spec.head_dim);
-        Self { spec: spec.clone(), embed, blocks, norm, head, rope }
+        let rope = match &spec.positions {
+            Positions::Rope(rope) => Some(RopeTable::new(build.arena, rope, options.positions, spec.head_dim)),
+            Positions::Learned { .. } => None,
+        };
+        Self { spec: spec.clone(), embed, positions, blocks, norm, head, rope }
     }
 
     /// Memory that `new` will take.
@@ -79,15 +87,17 @@ impl<D: Device> Model<D> {
 
     /// Fills what is computed and not loaded.
     pub fn fill_tables(&mut self, device: &D) -> Result<()> {
-        let Positions::Rope(rope) = &self.spec.positions;
-        self.rope.fill(device, rope)
+        match (&mut self.rope, &self.spec.positions) {
+            (Some(table), Positions::Rope(rope)) => table.fill(device, rope),
+            _ => Ok(()),
+        }
     }
 
     /// Every weight once, in a fixed order; a tied head is the embedding.
     pub fn params_mut(&mut self) -> Vec<&mut Param<D>> {
         let blocks = self.blocks.iter_mut().flat_map(Block::params_mut);
-        let ends = [&mut self.embed, &mut self.norm.weight].into_iter().chain(self.head.as_mut());
-        ends.chain(blocks).collect()
+        let start = std::iter::once(&mut self.embed).chain(self.positions.as_mut());
+        start.chain(self.norm.params_mut()).chain(self.head.as_mut()).chain(blocks).collect()
     }
 
     pub fn zero_grads(&mut self, device: &D) -> Result<()> {
@@ -130,9 +140,13 @@ impl<B: Backend> Model<B> {
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
     fn hidden(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, mut kv: Option<&mut KvCache<B>>) -> Result<()> {
-        let (size, context) = (batch.size(), Context { device, batch, rope: &self.rope });
+        let (size, context) = (batch.size(), Context { device, batch, rope: self.rope.as_ref() });
         let y = acts.residual_mut(0).top_mut(size.rows);
         device.gather(rows::Gather { x: self.embed.view(), index: batch.tokens(), y })?;
+        if let Some(positions) = &self.positions {
+            let y = acts.residual_mut(0).top_mut(size.rows);
+            device.gather_add(rows::GatherAdd { x: positions.view(), index: batch.positions(), y })?;
+        }
         for (layer, block) in self.blocks.iter().enumerate() {
             let (x, y, block_acts) = acts.layer(layer);
             block.forward(&context, x, y, block_acts, kv.as_mut().map(|kv| kv.layer(layer)))?;
@@ -141,7 +155,7 @@ impl<B: Backend> Model<B> {
         let (residual, top) = acts.last_residual(self.blocks.len());
         let y = top.rows.top_mut(read);
         device.gather(rows::Gather { x: residual.top(size.rows), index: batch.completion_rows(), y })?;
-        self.norm.forward(device, top.rows.top(read), top.normed.top_mut(read), top.rstd.top_mut(read))
+        self.norm.forward(device, top.rows.top(read), top.normed.top_mut(read), top.stats.top_mut(read))
     }
 
     /// Adds to every trained weight's gradient. `dlogp` is the objective's derivative by each target's
@@ -149,7 +163,7 @@ impl<B: Backend> Model<B> {
     pub fn backward(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
         let size = batch.size();
         self.backward_head(device, batch, dlogp, acts)?;
-        let context = Context { device, batch, rope: &self.rope };
+        let context = Context { device, batch, rope: self.rope.as_ref() };
         for (layer, block) in self.blocks.iter_mut().enumerate().rev() {
             let recompute = acts.keep() == Keep::Inputs;
             let (x, y, block_acts, scratch) = acts.layer_and_scratch(layer);
@@ -158,9 +172,12 @@ impl<B: Backend> Model<B> {
             }
             block.backward(&context, x, block_acts, scratch)?;
         }
-        if let Some(dx) = self.embed.grad_mut() {
-            let dy = acts.scratch().d_residual.top(size.rows);
-            device.gather_backward(rows::GatherBackward { dy, index: batch.tokens(), dx })?;
+        let tables = [(Some(&mut self.embed), batch.tokens()), (self.positions.as_mut(), batch.positions())];
+        for (table, index) in tables {
+            if let Some(dx) = table.and_then(Param::grad_mut) {
+                let dy = acts.scratch().d_residual.top(size.rows);
+                device.gather_backward(rows::GatherBackward { dy, index, dx })?;
+            }
         }
         Ok(())
     }
@@ -183,8 +200,8 @@ impl<B: Backend> Model<B> {
             dweight: head.grad.as_mut().map(Tensor::view_mut),
         })?;
         device.zero(s.d_top.top_mut(targets))?;
-        let (dy, x, rstd) = (s.d_top_normed.top(targets), top.rows.top(targets), top.rstd.top(targets));
-        self.norm.backward(device, dy, x, rstd, s.d_top.top_mut(targets))?;
+        let (dy, x, stats) = (s.d_top_normed.top(targets), top.rows.top(targets), top.stats.top(targets));
+        self.norm.backward(device, dy, x, stats, s.d_top.top_mut(targets))?;
         device.zero(s.d_residual.top_mut(rows))?;
         let (dy, dx) = (s.d_top.top(targets), s.d_residual.top_mut(rows));
         device.gather_backward(rows::GatherBackward { dy, index: batch.completion_rows(), dx })

@@ -1,3 +1,5 @@
+use super::arch::{Slot, Stored};
+use super::spec::Spec;
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
 
 /// What a weight is for: initialization and weight decay tell them apart.
@@ -8,19 +10,36 @@ pub enum Role {
     Norm,
 }
 
-/// A named weight, as its checkpoint names it. `grad: None` means frozen.
+/// A named weight. `grad: None` means frozen.
 pub struct Param<D: Device> {
+    /// As the checkpoint names it; each part of a fused tensor has a name of its own.
     pub name: String,
+    /// How a checkpoint keeps it.
+    pub stored: Stored,
     pub role: Role,
+    /// Standard deviation of `--init random`; of matrices.
+    pub initializer_range: f64,
     pub value: Tensor<D>,
     pub grad: Option<Tensor<D>>,
 }
 
 impl<D: Device> Param<D> {
-    pub fn new(arena: &mut Arena<D>, name: String, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
+    /// `[rows, cols]` of zeros; `trained` is asked by name.
+    pub fn new(
+        arena: &mut Arena<D>,
+        spec: &Spec,
+        (slot, stored): (Slot, Stored),
+        [rows, cols]: [usize; 2],
+        trained: &dyn Fn(&str) -> bool,
+    ) -> Self {
+        let name = stored.name();
         let value = arena.floats(Kind::Weights, rows, cols);
-        let grad = trained.then(|| arena.floats(Kind::Grads, rows, cols));
-        Self { name, role, value, grad }
+        let grad = trained(&name).then(|| arena.floats(Kind::Grads, rows, cols));
+        let initializer_range = match slot {
+            Slot::Output | Slot::Down => spec.residual_initializer_range,
+            _ => spec.initializer_range,
+        };
+        Self { name, stored, role: slot.role(), initializer_range, value, grad }
     }
 
     pub fn view(&self) -> View<'_, D> {
@@ -32,11 +51,19 @@ impl<D: Device> Param<D> {
         self.grad.as_mut().map(Tensor::view_mut)
     }
 
-    /// As the checkpoint stores it: norms and biases are vectors there.
+    /// Norms and biases are vectors for others.
     pub fn shape(&self) -> Vec<usize> {
         match self.role {
             Role::Matrix => vec![self.value.rows(), self.value.cols()],
             Role::Bias | Role::Norm => vec![self.value.len()],
+        }
+    }
+
+    /// `[outputs, inputs]`, as [`Stored`] counts; a vector has one column.
+    pub fn matrix_shape(&self) -> [usize; 2] {
+        match self.role {
+            Role::Matrix => [self.value.rows(), self.value.cols()],
+            Role::Bias | Role::Norm => [self.value.len(), 1],
         }
     }
 }

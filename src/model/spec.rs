@@ -1,20 +1,52 @@
 //! What differs between architectures, as data. One `Block` reads it.
 
+use crate::ops::gelu::Curve;
+use crate::ops::layer_norm;
+
 /// How activations are normalized.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Norm {
-    Rms { eps: f64 },
+    Rms {
+        eps: f64,
+    },
+    /// With a bias.
+    Layer {
+        eps: f64,
+    },
+}
+
+impl Norm {
+    /// Numbers that the forward keeps of each row.
+    pub fn stats(self) -> usize {
+        match self {
+            Self::Rms { .. } => 1,
+            Self::Layer { .. } => layer_norm::STATS,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mlp {
+    /// `Down(silu(Gate n) * Up n)`
     SwiGlu,
+    /// `Down(gelu(Up n))`
+    Gelu(Curve),
+}
+
+impl Mlp {
+    pub fn gated(self) -> bool {
+        self == Self::SwiGlu
+    }
 }
 
 /// How a token knows where it stands.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Positions {
     Rope(Rope),
+    /// A row for each position is added to the embedding.
+    Learned {
+        most: usize,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -50,6 +82,8 @@ pub struct Spec {
     pub norm: Norm,
     pub positions: Positions,
     pub mlp: Mlp,
+    /// The MLP reads the block's input, beside attention and not behind it (GPT-NeoX).
+    pub parallel_residual: bool,
     pub qkv_bias: bool,
     pub out_bias: bool,
     pub mlp_bias: bool,
@@ -61,6 +95,18 @@ pub struct Spec {
     pub tied_head: bool,
     /// Standard deviation of `--init random`.
     pub initializer_range: f64,
+    /// The same of the matrices that write to the residual stream.
+    pub residual_initializer_range: f64,
+}
+
+impl Spec {
+    /// Tokens that a sequence may have at most, prompt and completion together; `None` where rotations go on.
+    pub fn most_positions(&self) -> Option<usize> {
+        match self.positions {
+            Positions::Rope(_) => None,
+            Positions::Learned { most } => Some(most),
+        }
+    }
 }
 
 impl Rope {

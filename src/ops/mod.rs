@@ -13,6 +13,8 @@ mod gemm_fma;
 mod simd;
 
 pub mod attention;
+pub mod gelu;
+pub mod layer_norm;
 pub mod linear;
 pub mod logprob_head;
 pub mod merged_update;
@@ -28,6 +30,8 @@ use crate::device::{Cpu, Device, Dry, Reference};
 pub trait Backend:
     Device
     + attention::Attention
+    + gelu::Gelu
+    + layer_norm::LayerNorm
     + linear::Linear
     + logprob_head::LogprobHead
     + merged_update::MergedUpdate

@@ -28,6 +28,21 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
+    /// Refuses a request that is longer than the model's learned positions reach.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        let (prompt, new) = (self.prompt.len(), self.max_new_tokens);
+        match spec.most_positions() {
+            Some(most) if prompt + new > most => {
+                let room = most.saturating_sub(prompt);
+                let detail = format!(
+                    "{new} tokens after a prompt of {prompt}, but the model has learned positions for {most}; {room} have room"
+                );
+                Err(Error::option("--max-new-tokens", detail))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn extent(&self) -> Extent {
         Extent {
             rows: self.prompt.len().max(self.samples),
@@ -84,6 +99,7 @@ pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> 
         let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
         return Err(Error::option("--prompt", detail));
     }
+    request.check(&model.spec)?;
     let vocab = model.spec.vocab;
     if let Some(id) = request.prompt.iter().find(|id| **id as usize >= vocab) {
         let detail = format!(

@@ -19,4 +19,4 @@ pub use report::Report;
 pub use run::{Outcome, run};
 pub use settings::{Resume, Samples, Settings};
 pub use step::{StepBatch, StepResult, step};
-pub use task::{MICRO_BATCH_TOKENS, check_reference, check_vocabulary};
+pub use task::{MICRO_BATCH_TOKENS, check_positions, check_reference, check_vocabulary};

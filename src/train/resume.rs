@@ -10,7 +10,7 @@ use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::{read_json, write_json};
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use crate::error::{At, Error, Result};
-use crate::model::sources;
+use crate::model::{Reader, sources};
 use crate::ops::Backend;
 
 const STATE: &str = "cuvee_state.json";
@@ -97,17 +97,16 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
         SaveDtype::Bf16 => &tensors,
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
-    let mut values = Vec::new();
+    let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut().iter_mut();
     for param in model.params_mut() {
-        values.resize(param.value.len(), 0.0);
-        model_file.read(&param.name, &param.shape(), &mut values)?;
-        device.write_f32(&values, param.value.view_mut())?;
+        device.write_f32(reader.read(model_file, &param.stored.tensor, param)?, param.value.view_mut())?;
         if param.grad.is_none() {
             continue;
         }
         let state = states.next().expect("one state for each trained weight");
         for (what, tensor) in state {
+            values.resize(tensor.len(), 0.0);
             tensors.read(&format!("{}.{what}", param.name), &param.shape(), &mut values)?;
             device.write_f32(&values, tensor.view_mut())?;
         }

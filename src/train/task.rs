@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::plan::sample_request;
 use super::settings::Settings;
 use super::step::check_needs;
 use crate::data::{Dataset, Extent, Form, Sharing, Tokenizer, epoch_order};
@@ -77,12 +78,18 @@ impl Task {
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
         for reference in &references {
             check_reference(&tokenizer, &reference.checkpoint.dir)?;
-            check_vocabulary(&reference.checkpoint, [Some(&train), eval.as_ref()].into_iter().flatten())?;
+            let datasets = || [Some(&train), eval.as_ref()].into_iter().flatten();
+            check_vocabulary(&reference.checkpoint, datasets())?;
+            check_positions(&reference.checkpoint, datasets())?;
         }
         let steps_per_epoch = train.examples.len().div_ceil(settings.batch_size) as u64;
         let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
         let max_steps = settings.max_steps.unwrap_or(by_epochs);
-        Ok(Self { checkpoint, tokenizer, objective, optimizer, references, train, eval, steps_per_epoch, max_steps })
+        let task =
+            Self { checkpoint, tokenizer, objective, optimizer, references, train, eval, steps_per_epoch, max_steps };
+        let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
+        longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
+        Ok(task)
     }
 
     pub fn datasets(&self) -> Vec<&Dataset> {
@@ -192,6 +199,7 @@ fn load_dataset(
         return Err(Error::file(path, detail));
     }
     check_vocabulary(checkpoint, [&dataset])?;
+    check_positions(checkpoint, [&dataset])?;
     Ok(dataset)
 }
 
@@ -217,6 +225,26 @@ pub fn check_vocabulary<'a>(checkpoint: &Checkpoint, datasets: impl IntoIterator
                     checkpoint.spec.vocab
                 );
                 return Err(Error::file(&checkpoint.dir, detail));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Learned positions end somewhere, and no sequence may be longer.
+pub fn check_positions<'a>(checkpoint: &Checkpoint, datasets: impl IntoIterator<Item = &'a Dataset>) -> Result<()> {
+    let Some(most) = checkpoint.spec.most_positions() else { return Ok(()) };
+    for dataset in datasets {
+        for example in &dataset.examples {
+            let longest = example.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+            if longest > most {
+                let detail = format!(
+                    "row {} of {} has {longest} tokens, {} has learned positions for {most}; give --max-length {most} or less",
+                    example.row,
+                    dataset.path.display(),
+                    checkpoint.dir.display()
+                );
+                return Err(Error::option("--max-length", detail));
             }
         }
     }

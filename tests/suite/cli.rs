@@ -237,7 +237,7 @@ fn list_names_what_there_is() {
     }
     assert!(w.ok("list optimizers").stdout.starts_with("adamw "));
     let architectures = w.ok("list architectures").stdout;
-    for name in ["llama", "mistral", "qwen2", "qwen3"] {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"] {
         assert!(architectures.lines().any(|line| line.starts_with(&format!("{name} "))), "{architectures}");
     }
 }

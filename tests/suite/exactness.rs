@@ -10,6 +10,7 @@ use cuvee::objectives;
 use serde_json::{Value, json};
 
 use crate::program::{Workspace, assert_same, results, reviews, root};
+use crate::tiny::merged;
 
 /// 20 steps with everything that a run writes.
 const TRAIN: &str = "train --objective sigmoid --beta 0.1 --learning-rate 5e-4 --warmup-ratio 0.1 --model model \
@@ -81,6 +82,61 @@ fn a_stopped_run_continues_to_the_same_bits() {
     let again = w.ok(&format!("{TRAIN} --output-dir run {RESUME}"));
     assert!(again.stdout.contains("this run is finished"), "{}", again.stdout);
     assert_uninterrupted(&w, "resumed when finished");
+}
+
+/// Fused and transposed tensors, biases and learned positions through checkpoints, in both dtypes; a resumed run reads
+/// what it wrote. The trained model is scored and generates.
+#[test]
+fn gpt_neox_and_gpt2_train_stop_resume_and_are_used() {
+    let common = json!({"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1});
+    let neox = json!({"model_type": "gpt_neox", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 37, "rotary_pct": 0.4});
+    let gpt2 = json!({"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 46});
+    for (own, dtype) in [(&neox, "bf16"), (&neox, "f32"), (&gpt2, "bf16"), (&gpt2, "f32")] {
+        let w = workspace();
+        w.copy_model("own");
+        w.write("own/config.json", merged(common.clone(), own.clone()).to_string());
+        std::fs::remove_file(w.path("own/model.safetensors")).unwrap();
+        let line = format!("{TRAIN} --init random --dtype {dtype}").replace("--model model", "--model own");
+        w.ok(&format!("{line} --output-dir whole"));
+        w.ok(&format!("{line} --output-dir run --stop-at-step 7"));
+        w.ok(&format!("{line} --output-dir run {RESUME}"));
+        let [whole, run] = ["whole", "run"].map(|name| results(&w.path(name)));
+        for name in ["model.safetensors", "metrics.jsonl", "evaluations.jsonl", "checkpoint-20/optimizer.safetensors"] {
+            assert!(whole[name] == run[name], "{own} {dtype}: {name}");
+        }
+        w.ok("generate --model run --prompt film --max-new-tokens 6");
+        let eval = w.ok("eval --model run --ref-model whole --dataset heldout.jsonl --max-length 40 --json");
+        assert!(eval.stdout.contains("\"accuracy\":0.5,"), "{}", eval.stdout);
+        w.ok("logps --model run --dataset heldout.jsonl --max-length 40 --out logps.jsonl");
+        // The run itself as the start of another: its tensors have the names that loading expects.
+        let again = TRAIN.replace("--model model", "--model run").replace("--max-steps 20", "--max-steps 1");
+        w.ok(&format!("{again} --output-dir again"));
+    }
+}
+
+/// 46 positions: what is longer is refused before anything is scored or trained.
+#[test]
+fn a_sequence_longer_than_the_learned_positions_is_refused() {
+    let w = workspace();
+    w.copy_model("own");
+    let config =
+        json!({"model_type": "gpt2", "vocab_size": 2048, "n_embd": 24, "n_layer": 1, "n_head": 4, "n_positions": 46});
+    w.write("own/config.json", config.to_string());
+    std::fs::remove_file(w.path("own/model.safetensors")).unwrap();
+    let line = format!("{TRAIN} --init random --output-dir run").replace("--model model", "--model own");
+    let long = line.replace("--max-length 40", "--max-length 90");
+    w.fails(
+        1,
+        &long,
+        &["--max-length: row ", "tokens, own has learned positions for 46; give --max-length 46 or less"],
+    );
+    let samples = line.replace("--max-new-tokens 6", "--max-new-tokens 50");
+    w.fails(1, &samples, &["--max-new-tokens: 50 tokens after a prompt of ", "learned positions for 46"]);
+    assert!(!w.exists("run") && w.cache_file().is_none(), "refused before anything is made");
+    w.ok(&format!("{line} --max-steps 1").replace("--max-steps 20", ""));
+    w.fails(1, "generate --model run --prompt film --max-new-tokens 50", &["--max-new-tokens: 50 tokens after"]);
+    w.fails(1, "logps --model run --dataset train.jsonl --out x", &["--max-length: row "]);
 }
 
 /// At a step that no checkpoint was due at.

@@ -8,6 +8,7 @@ use std::path::Path;
 use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
 use cuvee::device::{Arena, Cpu, Dry, Isa, Kind, Philox, Reference, Tensor};
+use cuvee::model::arch::Slot;
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, KvCache, Model, Options, Role, init_random, load, sources};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
@@ -46,6 +47,11 @@ fn norm<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
     values.into_iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
+/// A bias of the keys moves all scores of a query alike, unless they are rotated: its gradient is 0 but for rounding.
+fn vanishes(name: &str) -> bool {
+    name.ends_with("c_attn.bias.key")
+}
+
 /// Of each tensor the norm of the difference, relative to the tensor's.
 fn assert_close_tensors(
     what: &str,
@@ -54,7 +60,7 @@ fn assert_close_tensors(
     tolerance: f64,
 ) {
     assert_eq!(ours.len(), expected.len(), "{what}: number of tensors");
-    for (name, expected) in expected {
+    for (name, expected) in expected.iter().filter(|(name, _)| !vanishes(name)) {
         let off: Vec<f64> = ours[name].iter().zip(expected).map(|(a, b)| a - b).collect();
         let ratio = norm(&off) / norm(expected);
         assert!(ratio <= tolerance, "{what}: {name} is off by {ratio:e}");
@@ -82,7 +88,9 @@ fn gradients_are_central_differences_for_every_element_of_every_weight() {
         let names: Vec<String> = rig.model.params_mut().iter().map(|p| p.name.clone()).collect();
         assert_eq!(names.len(), grads.len(), "{}: every weight has a gradient", tiny.name);
         for (p, name) in names.iter().enumerate() {
-            assert!(norm(&grads[name]) > 0.01, "{}: {name} has hardly a gradient to test", tiny.name);
+            let size = norm(&grads[name]);
+            let there = if vanishes(name) { size < 1e-12 } else { size > 0.01 };
+            assert!(there, "{}: {name} has a gradient of size {size:e}", tiny.name);
             for (i, analytic) in grads[name].iter().enumerate() {
                 let x = rig.model.params_mut()[p].value.view().f64s()[i];
                 let mut at = |steps: f64| {
@@ -126,7 +134,7 @@ fn the_cpu_agrees_with_the_reference_within_the_rounding_of_f32() {
                 assert!(rounded <= 1e-5 * size, "{}: {what}: rounding moves {rounded:e} of {size:e}", tiny.name);
             };
             check("logps", &ours.logps, &expected.logps, &rounded.logps);
-            for (name, expected) in &expected.grads {
+            for (name, expected) in expected.grads.iter().filter(|(name, _)| !vanishes(name)) {
                 check(name, &ours.grads[name], expected, &rounded.grads[name]);
             }
         }
@@ -152,6 +160,15 @@ fn every_part_of_an_architecture_matters() {
         ("llama", json!({"mlp_bias": false})),
         ("llama", json!({"rms_norm_eps": 1e-2})),
         ("qwen2", json!({"tie_word_embeddings": false})),
+        ("neox", json!({"use_parallel_residual": false})),
+        ("neox", json!({"rotary_pct": 0.4})),
+        ("neox", json!({"rotary_emb_base": 100.0})),
+        ("neox", json!({"attention_bias": false})),
+        ("neox", json!({"hidden_act": "gelu_new"})),
+        ("neox", json!({"layer_norm_eps": 1e-2})),
+        ("gpt2", json!({"activation_function": "gelu"})),
+        ("gpt2", json!({"layer_norm_epsilon": 1e-2})),
+        ("gpt2", json!({"tie_word_embeddings": false})),
     ];
     for (name, changes) in cases {
         let [with, without] = [json!({}), changes.clone()]
@@ -387,12 +404,12 @@ fn a_frozen_matrix_saves_exactly_its_product() {
             assert_eq!(same, forward, "{}: {name}", tiny.name);
             all - backward
         };
-        let head = if spec.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head = tiny.name_of(if spec.tied_head { Slot::Embedding } else { Slot::Head }, 0);
         let head_product = (2 * size.targets * spec.hidden * spec.vocab) as u64;
-        assert_eq!(without(head), head_product, "{}: the head", tiny.name);
+        assert_eq!(without(&head), head_product, "{}: the head", tiny.name);
         let up = (2 * size.rows * spec.hidden * spec.mlp_dim) as u64;
-        assert_eq!(without("model.layers.1.mlp.up_proj.weight"), up, "{}: up", tiny.name);
-        assert_eq!(without("model.norm.weight"), 0, "{}: norms are traffic, not work", tiny.name);
+        assert_eq!(without(&tiny.name_of(Slot::Up, 1)), up, "{}: up", tiny.name);
+        assert_eq!(without(&tiny.name_of(Slot::FinalNorm, 0)), 0, "{}: norms are traffic, not work", tiny.name);
 
         let [_, recomputed] = flops(&tiny, size, Keep::Inputs, &|_| true);
         assert_eq!(recomputed - all, forward - head_product, "{}: recomputing is one forward of the blocks", tiny.name);
@@ -543,6 +560,11 @@ fn initialized(tiny: &Tiny, seed: u64) -> BTreeMap<String, Vec<f64>> {
     rig.values()
 }
 
+fn roles(tiny: &Tiny) -> Vec<(String, Role)> {
+    let mut rig = cpu_sized(tiny, &Extent { rows: 1, targets: 1, segments: 1, sequences: 1, longest: 1 });
+    rig.model.params_mut().iter().map(|p| (p.name.clone(), p.role)).collect()
+}
+
 fn cpu_sized(tiny: &Tiny, extent: &Extent) -> Rig<Cpu> {
     Rig::new(Cpu::new(1).unwrap(), tiny, extent, Keep::Nothing)
 }
@@ -553,16 +575,19 @@ fn random_weights_follow_seed_and_config() {
         let values = initialized(&tiny, 1);
         assert_same_tensors(tiny.name, &initialized(&tiny, 1), &values);
         let others = initialized(&tiny, 2);
-        let range = tiny.checkpoint.spec.initializer_range;
+        let spec = &tiny.checkpoint.spec;
+        let to_residual = |name: &str| tiny.name == "gpt2" && name.ends_with("c_proj.weight");
         let mut matrices = Vec::new();
-        for (name, values) in &values {
-            let what = format!("{}: {name}", tiny.name);
-            if name.contains("norm") {
+        for (name, role) in roles(&tiny) {
+            let (what, values) = (format!("{}: {name}", tiny.name), &values[&name]);
+            if role == Role::Norm {
                 assert!(values.iter().all(|x| *x == 1.0), "{what}");
-            } else if name.ends_with("bias") {
+            } else if role == Role::Bias {
                 assert!(values.iter().all(|x| *x == 0.0), "{what}");
             } else {
-                let same = values.iter().zip(&others[name]).filter(|(a, b)| a == b).count();
+                // Two layers write to the residual stream twice each.
+                let range = spec.initializer_range / if to_residual(&name) { 2.0 } else { 1.0 };
+                let same = values.iter().zip(&others[&name]).filter(|(a, b)| a == b).count();
                 assert!(same * 100 <= values.len(), "{what}: another seed, the same values");
                 // Six standard errors.
                 let n = values.len() as f64;
@@ -619,9 +644,13 @@ fn weights_survive_a_file() {
         let values = save(&tiny, |_| {});
         assert_same_tensors(tiny.name, &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
         let weights = Weights::open(tiny.dir.path()).unwrap();
-        assert_eq!(weights.names().collect::<Vec<_>>(), values.keys().collect::<Vec<_>>(), "{}", tiny.name);
-        for name in values.keys().filter(|n| n.contains("norm") || n.ends_with("bias")) {
-            assert_eq!(weights.shape(name).unwrap().len(), 1, "{}: {name} is a vector for others", tiny.name);
+        let mut rig = cpu_sized(&tiny, &Extent { rows: 1, targets: 1, segments: 1, sequences: 1, longest: 1 });
+        let params = rig.model.params_mut();
+        let tensors: std::collections::BTreeSet<&str> = params.iter().map(|p| p.stored.tensor.as_str()).collect();
+        assert!(weights.names().eq(tensors), "{}", tiny.name);
+        for param in params.iter().filter(|p| p.role != Role::Matrix) {
+            let (name, tensor) = (tiny.name, &param.stored.tensor);
+            assert_eq!(weights.shape(tensor).unwrap().len(), 1, "{name}: {tensor} is a vector for others");
         }
     }
 }
@@ -674,6 +703,48 @@ fn a_tied_file_may_hold_the_embedding_the_head_or_both() {
     save(&tiny, |tensors| tensors.retain(|t| t.name != EMBEDDING));
     let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
     assert!(message.contains(EMBEDDING), "{message}");
+}
+
+/// OpenAI's files know no "transformer." and keep the causal masks; old GPT-NeoX files keep masks and frequencies;
+/// transformers 5 calls the head lm_head. A fused tensor of another size is refused by name.
+#[test]
+fn files_that_others_wrote_are_read() {
+    let cases: [(&str, [&str; 2], &[&str]); 2] = [
+        ("gpt2", ["transformer.", ""], &["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        (
+            "neox",
+            ["embed_out.", "lm_head."],
+            &[
+                "gpt_neox.layers.0.attention.bias",
+                "gpt_neox.layers.1.attention.masked_bias",
+                "gpt_neox.layers.0.attention.rotary_emb.inv_freq",
+            ],
+        ),
+    ];
+    for (name, [ours, theirs], buffers) in cases {
+        let tiny = tiny::with(Size::Small, name, json!({}));
+        let values = save(&tiny, |tensors| {
+            for tensor in tensors.iter_mut() {
+                if let Some(rest) = tensor.name.strip_prefix(ours) {
+                    tensor.name = format!("{theirs}{rest}");
+                }
+            }
+            tensors.extend(buffers.iter().map(|name| zeros(name, &[1, 1, 4, 4])));
+        });
+        assert_same_tensors(name, &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
+        save(&tiny, |tensors| tensors.push(zeros("h.0.attn.c_attn.sinks", &[4])));
+        let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+        assert!(message.contains("\"h.0.attn.c_attn.sinks\" has no place"), "{message}");
+
+        let fused = (tiny.checkpoint.architecture.naming)(&tiny.checkpoint.spec, Slot::Key, 1).tensor;
+        save(&tiny, |tensors| {
+            let tensor = tensors.iter_mut().find(|t| t.name == fused).unwrap();
+            *tensor = zeros(&fused, &[24, 71]);
+        });
+        let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+        let implied = if name == "gpt2" { "[24, 72]" } else { "[72, 24]" };
+        assert!(message.contains(&format!("{fused:?} has shape [24, 71], the config implies {implied}")), "{message}");
+    }
 }
 
 /// A tensor of zeros.
@@ -756,9 +827,9 @@ fn a_folder_that_is_no_model_says_what_a_model_is() {
     let empty = message(dir.path());
     assert!(empty.contains("a model is a folder with config.json in it"), "{empty}");
     assert!(empty.starts_with(&dir.path().display().to_string()), "{empty}");
-    tiny::write_config(dir.path(), &json!({"model_type": "gpt_neox"}));
+    tiny::write_config(dir.path(), &json!({"model_type": "mamba"}));
     let unknown = message(dir.path());
-    assert!(unknown.contains("config.json: \"model_type\": \"gpt_neox\" is not supported; llama, "), "{unknown}");
+    assert!(unknown.contains("config.json: \"model_type\": \"mamba\" is not supported; llama, "), "{unknown}");
 
     let tiny = tiny::with(Size::Small, "llama", json!({}));
     let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
@@ -827,11 +898,12 @@ fn every_weight_is_listed_once_with_its_role() {
         let params = rig.model.params_mut();
         let names: std::collections::BTreeSet<&String> = params.iter().map(|p| &p.name).collect();
         assert_eq!(names.len(), params.len(), "{}", tiny.name);
-        assert_eq!(names.contains(&HEAD.to_string()), !tiny.checkpoint.spec.tied_head, "{}", tiny.name);
+        let head = tiny.name_of(Slot::Head, 0);
+        assert_eq!(names.contains(&head), !tiny.checkpoint.spec.tied_head, "{}", tiny.name);
         for param in &params {
-            let expected = match param.name.as_str() {
+            let expected = match param.stored.tensor.as_str() {
                 name if name.ends_with("bias") => Role::Bias,
-                name if name.contains("norm") => Role::Norm,
+                name if name.contains("norm") || name.contains(".ln_") => Role::Norm,
                 _ => Role::Matrix,
             };
             assert_eq!(param.role, expected, "{}: {}", tiny.name, param.name);

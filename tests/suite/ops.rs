@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 use cuvee::Result;
 use cuvee::device::{Cpu, Dry, Philox, Reference};
 use cuvee::ops::attention::{self, NO_PARENT, Segment};
+use cuvee::ops::gelu::{self, Curve};
 use cuvee::ops::merged_update::{self, Rule, Step};
 use cuvee::ops::rope::Direction;
-use cuvee::ops::{Backend, linear, logprob_head, rms_norm, rope, rows, sum_squares, swiglu};
+use cuvee::ops::{Backend, layer_norm, linear, logprob_head, rms_norm, rope, rows, sum_squares, swiglu};
 
 use crate::common::{
     Case, Slot, Spec, assert_close, assert_gradient, compare, cpu, nan_surfaces, normals, output_of, run,
@@ -468,6 +469,306 @@ fn swiglu_saturates_without_nan() {
     assert!(run(&cpu(), &SwiGluBackward(shape), &specs).iter().flatten().all(|x| x.is_finite()));
 }
 
+// ---- layer_norm -----------------------------------------------------------------------------------------------
+
+struct LayerNorm([usize; 2]);
+
+impl Case for LayerNorm {
+    fn op(&self) -> &'static str {
+        "layer_norm"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        let [rows, hidden] = self.0;
+        vec![
+            Spec::input("x", [rows, hidden]).map(|x| x + 2.0).per_row(),
+            Spec::input("weight", [1, hidden]),
+            Spec::input("bias", [1, hidden]),
+            Spec::set("y", [rows, hidden]).per_row(),
+            Spec::set("stats", [rows, 2]).per_row(),
+        ]
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => x, weight, bias, y, stats);
+        let (x, weight, bias) = (x.view(), weight.view(), bias.view());
+        device.layer_norm(layer_norm::Forward { x, weight, bias, eps: EPS, y: y.view_mut(), stats: stats.view_mut() })
+    }
+
+    fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
+        let [rows, hidden] = self.0;
+        tensors!(t => x, weight, bias, y, stats);
+        for r in 0..rows {
+            let x = &x[r * hidden..][..hidden];
+            let mean = x.iter().fold(0.0, |sum, x| sum + x) / hidden as f32;
+            let squares = x.iter().fold(0.0, |sum, x| sum + (x - mean) * (x - mean));
+            let rstd = 1.0 / (squares / hidden as f32 + EPS).sqrt();
+            stats[2 * r..][..2].copy_from_slice(&[mean, rstd]);
+            (0..hidden).for_each(|j| y[r * hidden + j] = (x[j] - mean) * rstd * weight[j] + bias[j]);
+        }
+    }
+}
+
+struct LayerNormBackward {
+    shape: [usize; 2],
+    wanted: [bool; 2],
+}
+
+impl LayerNormBackward {
+    fn full(shape: [usize; 2]) -> Self {
+        Self { shape, wanted: [true; 2] }
+    }
+}
+
+impl Case for LayerNormBackward {
+    fn op(&self) -> &'static str {
+        "layer_norm_backward"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        let [rows, hidden] = self.shape;
+        let stats: Vec<f64> = normals("stats", 2 * rows)
+            .chunks(2)
+            .flat_map(|pair| [2.0 + 0.1 * pair[0], 1.0 / (pair[1] * pair[1] + 0.5)])
+            .collect();
+        vec![
+            Spec::input("dy", [rows, hidden]).per_row(),
+            Spec::input("x", [rows, hidden]).map(|x| x + 2.0).per_row(),
+            Spec::input("weight", [1, hidden]),
+            Spec::input("stats", [rows, 2]).with(&stats).per_row(),
+            Spec::add("dx", [rows, hidden]).per_row(),
+            Spec::add("dweight", [1, hidden]),
+            Spec::add("dbias", [1, hidden]),
+        ]
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => dy, x, weight, stats, dx, dweight, dbias);
+        device.layer_norm_backward(layer_norm::Backward {
+            dy: dy.view(),
+            x: x.view(),
+            weight: weight.view(),
+            stats: stats.view(),
+            dx: dx.view_mut(),
+            dweight: dweight.wanted(self.wanted[0]),
+            dbias: dbias.wanted(self.wanted[1]),
+        })
+    }
+
+    fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
+        let [rows, hidden] = self.shape;
+        tensors!(t => dy, x, weight, stats, dx, dweight, dbias);
+        for r in 0..rows {
+            let (mean, rstd, at) = (stats[2 * r], stats[2 * r + 1], |j: usize| r * hidden + j);
+            let sum = |f: &dyn Fn(usize) -> f32| (0..hidden).fold(0.0, |sum, j| sum + f(j)) / hidden as f32;
+            let n = |j: usize| (x[at(j)] - mean) * rstd;
+            let (mean_d, mean_dn) = (sum(&|j| dy[at(j)] * weight[j]), sum(&|j| dy[at(j)] * weight[j] * n(j)));
+            for j in 0..hidden {
+                dx[at(j)] += rstd * (dy[at(j)] * weight[j] - mean_d - n(j) * mean_dn);
+                dweight[j] += dy[at(j)] * n(j);
+                dbias[j] += dy[at(j)];
+            }
+        }
+    }
+}
+
+#[test]
+fn layer_norm_is_close_to_the_oracle() {
+    for shape in NORM_SHAPES {
+        compare(&LayerNorm(shape));
+        compare(&LayerNormBackward::full(shape));
+    }
+}
+
+#[test]
+fn layer_norm_backward_is_the_derivative() {
+    let (forward, backward) = (LayerNorm([3, 7]), LayerNormBackward::full([3, 7]));
+    let (specs, mut back) = (forward.specs(), backward.specs());
+    let values = run(&Reference, &forward, &specs);
+    put(&mut back, "stats", output_of(&specs, &values, "stats"));
+    zero(&mut back, &["dx", "dweight", "dbias"]);
+    let gradients = run(&Reference, &backward, &back);
+    for (input, gradient) in [("x", "dx"), ("weight", "dweight"), ("bias", "dbias")] {
+        let gradient = output_of(&back, &gradients, gradient);
+        assert_backward(&forward, &specs, input, "y", &output(&back, "dy"), gradient);
+    }
+}
+
+#[test]
+fn layer_norm_keeps_its_promises() {
+    for shape in [[47, 123], [252, 31]] {
+        same_on_every_machine(&LayerNorm(shape));
+        same_on_every_machine(&LayerNormBackward::full(shape));
+        same_for_some_rows(&LayerNorm(shape));
+        same_for_some_rows(&LayerNormBackward::full(shape));
+        twice_is_double(&LayerNormBackward::full(shape));
+    }
+    let full = LayerNormBackward::full([47, 31]);
+    for wanted in [[false, false], [true, false], [false, true]] {
+        let some = LayerNormBackward { wanted, ..LayerNormBackward::full([47, 31]) };
+        unwanted_stay(&full, &some, &["dweight", "dbias"], &wanted);
+    }
+    nan_surfaces(&LayerNorm([5, 31]));
+    nan_surfaces(&LayerNormBackward::full([5, 31]));
+    wrong_shapes_are_refused(&LayerNorm([3, 5]));
+    wrong_shapes_are_refused(&LayerNormBackward::full([3, 5]));
+}
+
+/// mean(x^2) - mean^2 would have no digit left here.
+#[test]
+fn layer_norm_bears_a_large_mean_and_a_constant_row() {
+    let case = LayerNorm([3, 31]);
+    let mut specs = case.specs();
+    let shifted: Vec<f64> = output(&specs, "x").iter().map(|x| f64::from((x + 3e4) as f32)).collect();
+    put(&mut specs, "x", &shifted);
+    let [ours, oracle] = [run(&cpu(), &case, &specs), run(&Reference, &case, &specs)];
+    let off = ours[3].iter().zip(&oracle[3]).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(off < 2e-2, "off by {off}: more than the rounding of the mean explains");
+    put(&mut specs, "x", &[5.0; 93]);
+    let values = run(&cpu(), &case, &specs);
+    assert!(output_of(&specs, &values, "y").iter().zip(output(&specs, "bias").iter().cycle()).all(|(y, b)| y == b));
+}
+
+// ---- gelu -----------------------------------------------------------------------------------------------------
+
+const CURVES: [Curve; 2] = [Curve::Exact, Curve::Tanh];
+
+struct Gelu(Curve, [usize; 2]);
+
+/// f32 erf by the series that the oracle uses in f64.
+fn naive_erf(x: f32) -> f32 {
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= 2.0 * x * x / (2 * n + 1) as f32;
+        sum += term;
+    }
+    if x.abs() > 4.0 { x.signum() } else { 2.0 / std::f32::consts::PI.sqrt() * (-x * x).exp() * sum }
+}
+
+/// P and P' as transformers writes them.
+fn naive_gate(curve: Curve, x: f32) -> (f32, f32) {
+    let pi = std::f32::consts::PI;
+    if curve == Curve::Exact {
+        let slope = (-x * x / 2.0).exp() / (2.0 * pi).sqrt();
+        return (0.5 * (1.0 + naive_erf(x / 2.0f32.sqrt())), slope);
+    }
+    let tanh = ((2.0 / pi).sqrt() * (x + 0.044715 * x.powi(3))).tanh();
+    let slope = 0.5 * (1.0 - tanh * tanh) * (2.0 / pi).sqrt() * (1.0 + 3.0 * 0.044715 * x * x);
+    (0.5 * (1.0 + tanh), slope)
+}
+
+impl Case for Gelu {
+    fn op(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        vec![Spec::input("x", self.1).map(|x| 2.0 * x).per_row(), Spec::set("y", self.1).per_row()]
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => x, y);
+        device.gelu(gelu::Forward { curve: self.0, x: x.view(), y: y.view_mut() })
+    }
+
+    fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
+        tensors!(t => x, y);
+        (0..y.len()).for_each(|i| y[i] = x[i] * naive_gate(self.0, x[i]).0);
+    }
+}
+
+struct GeluBackward(Curve, [usize; 2]);
+
+impl Case for GeluBackward {
+    fn op(&self) -> &'static str {
+        "gelu_backward"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        vec![
+            Spec::input("dy", self.1).per_row(),
+            Spec::input("x", self.1).map(|x| 2.0 * x).per_row(),
+            Spec::set("dx", self.1).per_row(),
+        ]
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => dy, x, dx);
+        device.gelu_backward(gelu::Backward { curve: self.0, dy: dy.view(), x: x.view(), dx: dx.view_mut() })
+    }
+
+    fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
+        tensors!(t => dy, x, dx);
+        for i in 0..dx.len() {
+            let (p, slope) = naive_gate(self.0, x[i]);
+            dx[i] = dy[i] * (p + x[i] * slope);
+        }
+    }
+}
+
+#[test]
+fn gelu_is_close_to_the_oracle() {
+    for curve in CURVES {
+        for shape in [[1, 31], [3, 123], [47, 507], [252, 123]] {
+            compare(&Gelu(curve, shape));
+            compare(&GeluBackward(curve, shape));
+        }
+    }
+}
+
+#[test]
+fn gelu_backward_is_the_derivative() {
+    for curve in CURVES {
+        let (forward, backward) = (Gelu(curve, [3, 7]), GeluBackward(curve, [3, 7]));
+        let (specs, back) = (forward.specs(), backward.specs());
+        let gradients = run(&Reference, &backward, &back);
+        let gradient = output_of(&back, &gradients, "dx");
+        assert_backward(&forward, &specs, "x", "y", &output(&back, "dy"), gradient);
+    }
+}
+
+#[test]
+fn gelu_keeps_its_promises() {
+    for curve in CURVES {
+        same_on_every_machine(&Gelu(curve, [252, 123]));
+        same_on_every_machine(&GeluBackward(curve, [252, 123]));
+        same_for_some_rows(&Gelu(curve, [252, 123]));
+        same_for_some_rows(&GeluBackward(curve, [252, 123]));
+        twice_is_double(&GeluBackward(curve, [47, 31]));
+        nan_surfaces(&Gelu(curve, [3, 31]));
+        nan_surfaces(&GeluBackward(curve, [3, 31]));
+        wrong_shapes_are_refused(&Gelu(curve, [3, 5]));
+        wrong_shapes_are_refused(&GeluBackward(curve, [3, 5]));
+    }
+}
+
+/// Digits of PyTorch's float64 gelu; the curves differ in the fourth.
+#[test]
+fn gelu_has_the_values_of_others_and_saturates_without_nan() {
+    let at: [f64; 12] = [-1e20, -100.0, -30.5, -13.0, -1.0, 0.0, 1.0, 2.5, 13.0, 30.5, 100.0, 1e20];
+    let known = [
+        (Curve::Exact, [-0.15865525393145702, 0.0, 0.841344746068543, 2.4844758366855597]),
+        (Curve::Tanh, [-0.15880800939172324, 0.0, 0.8411919906082768, 2.484915733910001]),
+    ];
+    for (curve, known) in known {
+        let case = Gelu(curve, [1, at.len()]);
+        let mut specs = case.specs();
+        put(&mut specs, "x", &at.map(|x| f64::from(x as f32)));
+        let values = run(&cpu(), &case, &specs);
+        let y = output_of(&specs, &values, "y");
+        for ((y, x), expected) in y[4..8].iter().zip(&at[4..8]).zip(known) {
+            assert!((y - expected).abs() < 5e-7, "{curve:?}: gelu({x}) = {y}, expected {expected}");
+        }
+        for (y, x) in y.iter().zip(at).filter(|(_, x)| x.abs() > 10.0) {
+            assert!((y - x.max(0.0)).abs() <= 1e-6 * x.max(1.0), "{curve:?}: gelu({x}) = {y}");
+        }
+        let case = GeluBackward(curve, [1, at.len()]);
+        let mut specs = case.specs();
+        put(&mut specs, "x", &at.map(|x| f64::from(x as f32)));
+        assert!(run(&cpu(), &case, &specs).iter().flatten().all(|x| x.is_finite()), "{curve:?}");
+    }
+}
+
 // ---- rope -----------------------------------------------------------------------------------------------------
 
 #[derive(Clone, Copy)]
@@ -608,6 +909,39 @@ impl Case for Gather {
     }
 }
 
+struct GatherAdd(Gather);
+
+impl Case for GatherAdd {
+    fn op(&self) -> &'static str {
+        "gather_add"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        let Gather { n, rows, cols } = self.0;
+        vec![
+            Spec::input("x", [n, cols]),
+            Spec::index("index", 1, below("gather", rows, n)).per_row(),
+            Spec::add("y", [rows, cols]).per_row(),
+        ]
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => x, index, y);
+        device.gather_add(rows::GatherAdd { x: x.view(), index: index.view(), y: y.view_mut() })
+    }
+
+    fn naive(&self, specs: &[Spec], t: &mut [Vec<f32>]) {
+        tensors!(t => x, _index, y);
+        for (y, index) in y.chunks_exact_mut(self.0.cols).zip(&specs[1].indices) {
+            (0..self.0.cols).for_each(|j| y[j] += x[*index as usize * self.0.cols + j]);
+        }
+    }
+
+    fn may_grow(&self) -> &[&'static str] {
+        &["x"]
+    }
+}
+
 struct GatherBackward(Gather);
 
 impl Case for GatherBackward {
@@ -677,11 +1011,13 @@ impl Case for Scatter {
 fn rows_are_close_to_the_oracle() {
     for [n, rows, cols] in [[123, 1, 31], [8003, 47, 3], [2050, 252, 31], [5, 47, 123]] {
         compare(&Gather { n, rows, cols });
+        compare(&GatherAdd(Gather { n, rows, cols }));
         compare(&GatherBackward(Gather { n, rows, cols }));
         compare(&Scatter(Gather { n, rows: rows.min(n), cols }));
     }
 }
 
+/// Both gathers have this backward.
 #[test]
 fn gather_backward_is_the_derivative() {
     let forward = Gather { n: 4, rows: 7, cols: 3 };
@@ -698,12 +1034,17 @@ fn rows_keep_their_promises() {
     same_on_every_machine(&Gather { n: 507, rows: 47, cols: 31 });
     same_on_every_machine(&GatherBackward(Gather { n: 5000, rows: 4000, cols: 3 }));
     same_on_every_machine(&Scatter(Gather { n: 507, rows: 47, cols: 31 }));
+    same_for_some_rows(&GatherAdd(Gather { n: 507, rows: 47, cols: 31 }));
+    same_on_every_machine(&GatherAdd(Gather { n: 507, rows: 47, cols: 31 }));
+    twice_is_double(&GatherAdd(Gather { n: 507, rows: 47, cols: 31 }));
     twice_is_double(&GatherBackward(Gather { n: 31, rows: 123, cols: 5 }));
     let small = || Gather { n: 4, rows: 3, cols: 5 };
     wrong_shapes_are_refused(&small());
+    wrong_shapes_are_refused(&GatherAdd(small()));
     wrong_shapes_are_refused(&GatherBackward(small()));
     wrong_shapes_are_refused(&Scatter(small()));
     nan_surfaces(&GatherBackward(small()));
+    nan_surfaces(&GatherAdd(Gather { n: 1, rows: 3, cols: 5 }));
     nan_surfaces(&Gather { n: 1, rows: 3, cols: 5 });
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use cuvee::data::{self, Example, Extent, Sequence};
 use cuvee::device::{Arena, DType, Device, Dry, Ledger, Philox, Tensor};
+use cuvee::model::arch::Slot;
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Role, init_random};
 use cuvee::ops::Backend;
 use serde_json::{Value, json};
@@ -57,7 +58,33 @@ impl Size {
                 "llama3",
                 json!({"model_type": "llama", "head_dim": 8, "num_key_value_heads": 4, "rope_parameters": scaling}),
             ),
+            ("neox", merged(self.neox(), json!({"rotary_pct": 0.7}))),
+            ("neox_sequential", merged(self.neox(), json!({"rotary_pct": 1.0, "use_parallel_residual": false}))),
+            ("gpt2", self.gpt2()),
         ]
+    }
+
+    /// Without the keys that GPT-NeoX does not know.
+    fn neox(self) -> Value {
+        json!({"model_type": "gpt_neox", "num_attention_heads": 2, "num_key_value_heads": null, "rms_norm_eps": null,
+            "hidden_act": "gelu"})
+    }
+
+    /// Other names for everything.
+    fn gpt2(self) -> Value {
+        let Value::Object(common) = self.common() else { unreachable!("an object") };
+        let positions = if self == Self::Tiny { 8 } else { 160 };
+        let mut config = json!({"model_type": "gpt2", "activation_function": "gelu_new", "n_positions": positions});
+        for (key, other) in [
+            ("hidden_size", "n_embd"),
+            ("intermediate_size", "n_inner"),
+            ("num_hidden_layers", "n_layer"),
+            ("num_attention_heads", "n_head"),
+        ] {
+            config[other] = common[key].clone();
+        }
+        let none = common.keys().filter(|key| !["vocab_size", "initializer_range"].contains(&key.as_str()));
+        merged(none.map(|key| (key.clone(), Value::Null)).collect::<serde_json::Map<_, _>>().into(), config)
     }
 
     /// A pair and a group that share their prompts and a single sequence, windows and blocks exceeded.
@@ -121,6 +148,11 @@ pub fn merged(mut base: Value, changes: Value) -> Value {
 impl Tiny {
     pub fn config(&self) -> Value {
         serde_json::from_slice(&fs::read(self.dir.path().join("config.json")).unwrap()).unwrap()
+    }
+
+    /// The name of a weight.
+    pub fn name_of(&self, slot: Slot, layer: usize) -> String {
+        (self.checkpoint.architecture.naming)(&self.checkpoint.spec, slot, layer).name()
     }
 
     /// Memory for a training step, measured.

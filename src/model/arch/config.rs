@@ -8,20 +8,29 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::model::spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+use crate::ops::gelu::Curve;
 
 /// Keys that do not change what a forward pass computes.
 const HARMLESS: &[&str] = &[
     "architectures",
     "attention_dropout", // dropout stays off: the reference is scored once
+    "attn_pdrop",
     "auto_map",
+    "classifier_dropout",
     "dtype",
+    "embd_pdrop",
+    "hidden_dropout",
     "id2label",
+    "is_decoder",
     "is_llama_config",
     "label2id",
     "max_position_embeddings", // rotations are computed as far as they are needed
     "model_max_length",
+    "n_ctx", // n_positions, once more
     "name_or_path",
     "pretraining_tp", // how the authors sliced their matrices
+    "resid_pdrop",
+    "task_specific_params",
     "tokenizer_class",
     "torch_dtype",
     "transformers.js_config",
@@ -36,6 +45,79 @@ const MAX_COUNT: u64 = 1 << 24;
 /// Above every width and depth; products of such numbers are still numbers of bytes.
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_LAYERS: usize = 1 << 12;
+
+/// What a family calls its sizes.
+pub struct Names {
+    pub layers: &'static str,
+    pub hidden: &'static str,
+    pub heads: &'static str,
+    /// `None`: as many as heads.
+    pub kv_heads: Option<&'static str>,
+    /// `None`: hidden / heads.
+    pub head_dim: Option<&'static str>,
+}
+
+impl Names {
+    pub const COMMON: Self = Self {
+        layers: "num_hidden_layers",
+        hidden: "hidden_size",
+        heads: "num_attention_heads",
+        kv_heads: Some("num_key_value_heads"),
+        head_dim: Some("head_dim"),
+    };
+}
+
+/// What every decoder has.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    pub layers: usize,
+    pub hidden: usize,
+    pub vocab: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub initializer_range: f64,
+}
+
+impl Sizes {
+    /// A decoder without biases, windows and what else is not everywhere: the architecture's file adds them.
+    pub fn spec(self, norm: Norm, positions: Positions, mlp: Mlp, mlp_dim: usize) -> Spec {
+        let Self { layers, hidden, vocab, heads, kv_heads, head_dim, initializer_range } = self;
+        Spec {
+            layers,
+            hidden,
+            vocab,
+            heads,
+            kv_heads,
+            head_dim,
+            mlp_dim,
+            norm,
+            positions,
+            mlp,
+            parallel_residual: false,
+            qkv_bias: false,
+            out_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            windows: vec![None; layers],
+            tied_head: false,
+            initializer_range,
+            residual_initializer_range: initializer_range,
+        }
+    }
+}
+
+/// What a family calls its rotations beside `rope_parameters` (transformers 4).
+pub struct RopeNames {
+    pub theta: &'static [&'static str],
+    /// The part of a head that is rotated.
+    pub partial: &'static [&'static str],
+    /// `None`: whole heads are rotated, and nothing else is supported.
+    pub default_partial: Option<f64>,
+}
+
+const WHOLE_HEADS: RopeNames = RopeNames { theta: &["rope_theta"], partial: &[PARTIAL], default_partial: None };
+const PARTIAL: &str = "partial_rotary_factor";
 
 pub struct Config {
     path: PathBuf,
@@ -78,7 +160,11 @@ impl Config {
     }
 
     pub fn flag(&self, key: &str) -> Result<bool> {
-        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(false))
+        self.flag_or(key, false)
+    }
+
+    pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
@@ -86,12 +172,12 @@ impl Config {
         self.typed(key, "a positive whole number up to 16777216", positive)
     }
 
-    fn count(&self, key: &str) -> Result<usize> {
+    pub fn count(&self, key: &str) -> Result<usize> {
         let value = self.optional_count(key)?;
         self.required(key, value)
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub fn number(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a positive number", |v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()))
     }
 
@@ -103,71 +189,78 @@ impl Config {
         }
     }
 
-    /// What the llama family has in common. No biases, no windows: the architecture's file adds them.
-    pub fn decoder(&self) -> Result<Spec> {
-        let (layers, hidden) = (self.count("num_hidden_layers")?, self.count("hidden_size")?);
-        let heads = self.count("num_attention_heads")?;
-        let kv_heads = self.optional_count("num_key_value_heads")?.unwrap_or(heads);
+    /// Sizes that every decoder has, checked against each other.
+    pub fn sizes(&self, names: &Names) -> Result<Sizes> {
+        let (layers, hidden) = (self.count(names.layers)?, self.count(names.hidden)?);
+        let heads = self.count(names.heads)?;
+        let own = |key: Option<&str>| key.map_or(Ok(None), |key| self.optional_count(key));
+        let kv_heads = own(names.kv_heads)?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             return Err(self.error("num_key_value_heads", format!("{heads} heads do not share {kv_heads} evenly")));
         }
-        let head_dim = match self.optional_count("head_dim")? {
+        let head_dim = match own(names.head_dim)? {
             Some(head_dim) => head_dim,
             None if hidden.is_multiple_of(heads) => hidden / heads,
-            None => return Err(self.error("num_attention_heads", format!("{heads} does not divide {hidden}"))),
+            None => return Err(self.error(names.heads, format!("{heads} does not divide {hidden}"))),
         };
-        if !head_dim.is_multiple_of(2) {
-            return Err(self.error("head_dim", format!("{head_dim} is odd; rotary positions need pairs")));
-        }
-        let widths = [("hidden_size", hidden), ("num_attention_heads", heads.saturating_mul(head_dim))];
-        let depth = [("num_hidden_layers", layers, MAX_LAYERS)];
+        let widths = [(names.hidden, hidden), (names.heads, heads.saturating_mul(head_dim))];
+        let depth = [(names.layers, layers, MAX_LAYERS)];
         let sizes = widths.map(|(key, width)| (key, width, MAX_WIDTH)).into_iter().chain(depth);
         if let Some((key, size, most)) = sizes.into_iter().find(|(_, size, most)| size > most) {
             return Err(self.error(key, format!("{size} in all; {most} is the most that is supported")));
         }
-        match self.get("hidden_act").map(|act| (act, act.as_str())) {
-            None | Some((_, Some("silu" | "swish"))) => {}
-            Some((other, _)) => {
-                return Err(self.error("hidden_act", format!("{other} is not supported, only \"silu\"")));
-            }
-        }
-        Ok(Spec {
-            layers,
-            hidden,
-            vocab: self.count("vocab_size")?,
-            heads,
-            kv_heads,
-            head_dim,
-            mlp_dim: self.count("intermediate_size")?,
-            norm: Norm::Rms { eps: self.number("rms_norm_eps")?.unwrap_or(1e-6) },
-            positions: Positions::Rope(self.rope(head_dim)?),
-            mlp: Mlp::SwiGlu,
-            qkv_bias: false,
-            out_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            windows: vec![None; layers],
-            tied_head: self.flag("tie_word_embeddings")?,
-            initializer_range: self.number("initializer_range")?.unwrap_or(0.02),
-        })
+        let initializer_range = self.number("initializer_range")?.unwrap_or(0.02);
+        Ok(Sizes { layers, hidden, vocab: self.count("vocab_size")?, heads, kv_heads, head_dim, initializer_range })
     }
 
-    /// Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4.x).
-    fn rope(&self, head_dim: usize) -> Result<Rope> {
-        self.refuse_partial_rotary()?;
-        let theta = self.number("rope_theta")?;
+    /// What the llama family has in common. No biases, no windows: the architecture's file adds them.
+    pub fn decoder(&self) -> Result<Spec> {
+        let sizes = self.sizes(&Names::COMMON)?;
+        let norm = Norm::Rms { eps: self.number("rms_norm_eps")?.unwrap_or(1e-6) };
+        let positions = Positions::Rope(self.rope(sizes.head_dim, &WHOLE_HEADS)?);
+        let known = [("silu", Mlp::SwiGlu), ("swish", Mlp::SwiGlu)];
+        let mlp = self.activation("hidden_act", &known)?.unwrap_or(Mlp::SwiGlu);
+        let tied_head = self.flag("tie_word_embeddings")?;
+        Ok(Spec { tied_head, ..sizes.spec(norm, positions, mlp, self.count("intermediate_size")?) })
+    }
+
+    /// An MLP without gate.
+    pub fn gelu(&self, key: &str, default: Curve) -> Result<Mlp> {
+        const KNOWN: [(&str, Mlp); 4] = [
+            ("gelu", Mlp::Gelu(Curve::Exact)),
+            ("gelu_new", Mlp::Gelu(Curve::Tanh)),
+            ("gelu_fast", Mlp::Gelu(Curve::Tanh)),
+            ("gelu_pytorch_tanh", Mlp::Gelu(Curve::Tanh)),
+        ];
+        Ok(self.activation(key, &KNOWN)?.unwrap_or(Mlp::Gelu(default)))
+    }
+
+    fn activation(&self, key: &str, known: &[(&str, Mlp)]) -> Result<Option<Mlp>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match known.iter().find(|(name, _)| value.as_str() == Some(name)) {
+            Some((_, mlp)) => Ok(Some(*mlp)),
+            None => {
+                let names: Vec<_> = known.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+                Err(self.error(key, format!("{value} is not supported, only {}", names.join(", "))))
+            }
+        }
+    }
+
+    /// Both spellings: `rope_parameters` (transformers 5), keys of the family's own and `rope_scaling` (4.x).
+    pub fn rope(&self, head_dim: usize, names: &RopeNames) -> Result<Rope> {
+        let (theta, partial) = (self.agreed(names.theta)?, self.partial(names.partial, names)?);
         let (key, scaling) = match (self.get("rope_parameters"), self.get("rope_scaling")) {
             (Some(parameters), _) => ("rope_parameters", Some(parameters)),
             (None, scaling) => ("rope_scaling", scaling),
         };
-        let plain = Rope { theta: theta.unwrap_or(10_000.0), rotary_dim: head_dim, scaling: RopeScaling::None };
-        let Some(scaling) = scaling else { return Ok(plain) };
-        let Value::Object(map) = scaling else {
-            return Err(self.error(key, format!("expected an object, found {scaling}")));
+        let inner = match scaling {
+            None => Map::new(),
+            Some(Value::Object(map)) => map.clone(),
+            Some(other) => return Err(self.error(key, format!("expected an object, found {other}"))),
         };
-        let inner = Self { prefix: format!("{key}."), ..Config::new(&self.path, Value::Object(map.clone()))? };
-        inner.refuse_partial_rotary()?;
-        let theta = inner.number("rope_theta")?.unwrap_or(plain.theta);
+        let inner = Self { prefix: format!("{key}."), ..Config::new(&self.path, Value::Object(inner))? };
+        let theta = inner.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
+        let partial = inner.partial(&[PARTIAL], names)?.or(partial).or(names.default_partial).unwrap_or(1.0);
         let kind = match inner.get("rope_type").or(inner.get("type")) {
             None => "default",
             Some(kind) => kind.as_str().ok_or_else(|| self.error(key, format!("rope_type {kind} is no string")))?,
@@ -181,16 +274,39 @@ impl Config {
             }
         };
         inner.refuse_unread()?;
-        Ok(Rope { theta, scaling, ..plain })
+        // Rounded down, as transformers does.
+        let rotary_dim = (head_dim as f64 * partial) as usize;
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            let key = if partial == 1.0 { "head_dim" } else { names.partial[0] };
+            let detail = format!("{rotary_dim} of a head's {head_dim} elements turn; rotary positions need pairs");
+            return Err(self.error(key, detail));
+        }
+        Ok(Rope { theta, rotary_dim, scaling })
     }
 
-    /// The llama family rotates whole heads.
-    fn refuse_partial_rotary(&self) -> Result<()> {
-        const KEY: &str = "partial_rotary_factor";
-        match self.number(KEY)? {
-            None | Some(1.0) => Ok(()),
-            Some(factor) => Err(self.error(KEY, format!("{factor} is not supported for this architecture, only 1"))),
+    fn partial(&self, keys: &[&str], names: &RopeNames) -> Result<Option<f64>> {
+        let most = if names.default_partial.is_some() { "at most 1" } else { "only 1" };
+        match self.agreed(keys)? {
+            Some(partial) if partial > 1.0 || (partial != 1.0 && names.default_partial.is_none()) => {
+                let detail = format!("{partial} is not supported for this architecture, {most}");
+                Err(self.error(keys[0], detail))
+            }
+            partial => Ok(partial),
         }
+    }
+
+    /// A number that files spell in several ways: all that are there must agree.
+    fn agreed(&self, keys: &[&str]) -> Result<Option<f64>> {
+        let mut found: Option<f64> = None;
+        for key in keys {
+            match (found, self.number(key)?) {
+                (Some(first), Some(other)) if first != other => {
+                    return Err(self.error(key, format!("{other}, but \"{}\" says {first}", keys[0])));
+                }
+                (first, other) => found = first.or(other),
+            }
+        }
+        Ok(found)
     }
 
     fn llama3(&self) -> Result<RopeScaling> {
@@ -232,7 +348,8 @@ impl Config {
             _ => false,
         };
         let harmless = |key: &str| {
-            let named = key.starts_with('_') || key.starts_with("output_") || key.ends_with("_token_id");
+            let named =
+                ["_", "output_", "summary_"].iter().any(|start| key.starts_with(start)) || key.ends_with("_token_id");
             named || HARMLESS.contains(&key)
         };
         match self.keys.iter().find(|(key, value)| !read.contains(*key) && !harmless(key) && !off(value)) {
@@ -313,7 +430,8 @@ mod tests {
             "is_llama_config": true, "unk_token_id": 0, "output_attentions": false, "attention_dropout": 0.1, "pretraining_tp": 2});
         let spec = read("llama", extra).unwrap();
         assert_eq!((spec.head_dim, spec.tied_head, spec.qkv_bias), (8, false, false));
-        assert_eq!((llama::ARCHITECTURE.naming)(super::super::Slot::Key, 2), "model.layers.2.self_attn.k_proj.weight");
+        let key = (llama::ARCHITECTURE.naming)(&spec, super::super::Slot::Key, 2);
+        assert_eq!(key.tensor, "model.layers.2.self_attn.k_proj.weight");
     }
 
     /// transformers' own defaults are those of one model: 8 key heads for Mistral, 32 and heads of 128 for Qwen 3.
@@ -348,5 +466,71 @@ mod tests {
         let types = ["sliding_attention", "full_attention", "full_attention"];
         let named = json!({"sliding_window": 8, "use_sliding_window": true, "layer_types": types});
         assert_eq!(windows(qwen, named), [Some(8), None, None]);
+    }
+
+    fn neox(extra: Value) -> Result<Spec> {
+        let mut all = json!({"num_key_value_heads": null, "hidden_act": "gelu"});
+        let (Value::Object(map), Value::Object(extra)) = (&mut all, extra) else { unreachable!() };
+        map.extend(extra);
+        read("gpt_neox", all)
+    }
+
+    fn gpt2(extra: Value) -> Result<Spec> {
+        let mut all = json!({"vocab_size": 100, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64});
+        let (Value::Object(map), Value::Object(extra)) = (&mut all, extra) else { unreachable!() };
+        map.extend(extra);
+        let config = Config::new(Path::new("config.json"), all)?;
+        let spec = (ALL.iter().find(|a| a.model_type == "gpt2").unwrap().spec)(&config)?;
+        config.refuse_unread().map(|()| spec)
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let spec = neox(json!({"rotary_pct": null})).unwrap();
+        assert!(matches!(spec.positions, Positions::Rope(Rope { theta: 10_000.0, rotary_dim: 2, .. })));
+        assert!(spec.parallel_residual && spec.qkv_bias && spec.out_bias && spec.mlp_bias && !spec.tied_head);
+        assert_eq!((spec.norm, spec.mlp), (Norm::Layer { eps: 1e-5 }, Mlp::Gelu(Curve::Exact)));
+        let spec = gpt2(json!({"n_ctx": 64, "summary_type": "cls_index", "task_specific_params": {"a": 1}})).unwrap();
+        assert_eq!((spec.mlp_dim, spec.mlp, spec.tied_head), (192, Mlp::Gelu(Curve::Tanh), true));
+        assert_eq!((spec.norm, spec.most_positions()), (Norm::Layer { eps: 1e-5 }, Some(64)));
+    }
+
+    #[test]
+    fn partial_rotations_are_read_in_both_spellings() {
+        let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5}});
+        let old = json!({"rotary_pct": 0.5, "rotary_emb_base": 5000, "partial_rotary_factor": 0.5});
+        let spec = neox(new).unwrap();
+        assert_eq!(spec, neox(old).unwrap());
+        assert!(matches!(spec.positions, Positions::Rope(Rope { theta: 5e3, rotary_dim: 4, .. })));
+        // 5.6 of 8 elements are 5: no pairs.
+        for (key, value) in [("rotary_pct", 0.7), ("rotary_pct", 0.1), ("rotary_pct", 1.5)] {
+            let message = neox(json!({key: value})).unwrap_err().to_string();
+            assert!(message.starts_with("config.json: \"rotary_pct\": "), "{message}");
+        }
+        let message = neox(json!({"rotary_pct": 0.5, "partial_rotary_factor": 0.25})).unwrap_err().to_string();
+        assert!(message.contains("\"partial_rotary_factor\": 0.25, but \"rotary_pct\" says 0.5"), "{message}");
+    }
+
+    #[test]
+    fn what_gpt_does_otherwise_is_refused_by_name() {
+        for case in [
+            json!({"scale_attn_weights": false}),
+            json!({"scale_attn_by_inverse_layer_idx": true}),
+            json!({"add_cross_attention": true}),
+            json!({"activation_function": "relu"}),
+            json!({"n_positions": null}),
+            json!({"n_head": 5}),
+            json!({"rotary_pct": 0.25}),
+        ] {
+            let key = case.as_object().unwrap().keys().next().unwrap().clone();
+            let message = gpt2(case).expect_err(&key).to_string();
+            assert!(message.starts_with("config.json: ") && message.contains(&key), "{message}");
+        }
+        for case in [json!({"hidden_act": "silu"}), json!({"head_dim": 16}), json!({"num_key_value_heads": 2})] {
+            let key = case.as_object().unwrap().keys().next().unwrap().clone();
+            let message = neox(case).expect_err(&key).to_string();
+            assert!(message.starts_with("config.json: ") && message.contains(&key), "{message}");
+        }
+        gpt2(json!({"reorder_and_upcast_attn": true, "attn_pdrop": 0.1, "scale_attn_weights": true})).unwrap();
     }
 }

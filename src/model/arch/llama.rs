@@ -1,7 +1,7 @@
 //! Llama 1 to 3 and everything that uses its `model_type` (Touvron et al., arXiv:2302.13971).
 
 use super::config::Config;
-use super::{Architecture, llama_names};
+use super::{Architecture, ROTARY_BUFFER, llama_names};
 use crate::error::Result;
 use crate::model::Spec;
 
@@ -10,6 +10,8 @@ pub const ARCHITECTURE: Architecture = Architecture {
     summary: "Llama 1 to 3.x, SmolLM2, TinyLlama: RMS norm, SwiGLU, RoPE, grouped heads",
     spec,
     naming: llama_names,
+    spellings: &[],
+    buffers: &[ROTARY_BUFFER],
 };
 
 fn spec(config: &Config) -> Result<Spec> {

@@ -1,7 +1,7 @@
 //! Mistral (Jiang et al., arXiv:2310.06825): Llama with a sliding window over all layers.
 
 use super::config::Config;
-use super::{Architecture, llama_names};
+use super::{Architecture, ROTARY_BUFFER, llama_names};
 use crate::error::Result;
 use crate::model::Spec;
 
@@ -10,6 +10,8 @@ pub const ARCHITECTURE: Architecture = Architecture {
     summary: "Mistral 7B and its kin: Llama with an optional sliding window",
     spec,
     naming: llama_names,
+    spellings: &[],
+    buffers: &[ROTARY_BUFFER],
 };
 
 fn spec(config: &Config) -> Result<Spec> {

@@ -3,10 +3,15 @@
 //! To add one: a file here with a `spec` function, one line in [`ALL`] and its `mod`.
 
 mod config;
+mod gpt2;
+mod gpt_neox;
 mod llama;
 mod mistral;
 mod qwen2;
 mod qwen3;
+mod stored;
+
+pub use stored::Stored;
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +24,10 @@ use config::Config;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Slot {
     Embedding,
+    /// A row for each position, where positions are learned.
+    Position,
     AttentionNorm,
+    AttentionNormBias,
     Query,
     QueryBias,
     Key,
@@ -31,6 +39,7 @@ pub enum Slot {
     Output,
     OutputBias,
     MlpNorm,
+    MlpNormBias,
     Gate,
     GateBias,
     Up,
@@ -38,13 +47,17 @@ pub enum Slot {
     Down,
     DownBias,
     FinalNorm,
+    FinalNormBias,
     Head,
 }
 
 impl Slot {
-    /// The bias that belongs to a linear layer's weight.
+    /// The bias that belongs to the weight of a linear layer or a norm.
     pub fn bias(self) -> Self {
         match self {
+            Self::AttentionNorm => Self::AttentionNormBias,
+            Self::MlpNorm => Self::MlpNormBias,
+            Self::FinalNorm => Self::FinalNormBias,
             Self::Query => Self::QueryBias,
             Self::Key => Self::KeyBias,
             Self::Value => Self::ValueBias,
@@ -56,18 +69,29 @@ impl Slot {
         }
     }
 
+    /// Which of [`QKV`] it belongs to.
+    fn qkv(self) -> Option<usize> {
+        match self {
+            Self::Query | Self::QueryBias => Some(0),
+            Self::Key | Self::KeyBias => Some(1),
+            Self::Value | Self::ValueBias => Some(2),
+            _ => None,
+        }
+    }
+
     pub fn role(self) -> Role {
         match self {
             Self::AttentionNorm | Self::QueryNorm | Self::KeyNorm | Self::MlpNorm | Self::FinalNorm => Role::Norm,
             Self::QueryBias | Self::KeyBias | Self::ValueBias | Self::OutputBias => Role::Bias,
+            Self::AttentionNormBias | Self::MlpNormBias | Self::FinalNormBias => Role::Bias,
             Self::GateBias | Self::UpBias | Self::DownBias => Role::Bias,
             _ => Role::Matrix,
         }
     }
 }
 
-/// The checkpoint's name of a weight. `layer` is ignored outside the blocks.
-pub type Naming = fn(Slot, usize) -> String;
+/// Where the checkpoint keeps a weight. The layer is ignored outside the blocks.
+pub type Naming = fn(&Spec, Slot, usize) -> Stored;
 
 /// One architecture.
 pub struct Architecture {
@@ -76,9 +100,32 @@ pub struct Architecture {
     pub summary: &'static str,
     spec: fn(&Config) -> Result<Spec>,
     pub naming: Naming,
+    /// How names may begin instead in files that others wrote: (as `naming` has it, as found).
+    spellings: &'static [(&'static str, &'static str)],
+    /// How names end of tensors that files may hold and nobody needs.
+    buffers: &'static [&'static str],
 }
 
-static ALL: &[Architecture] = &[llama::ARCHITECTURE, mistral::ARCHITECTURE, qwen2::ARCHITECTURE, qwen3::ARCHITECTURE];
+static ALL: &[Architecture] = &[
+    llama::ARCHITECTURE,
+    mistral::ARCHITECTURE,
+    qwen2::ARCHITECTURE,
+    qwen3::ARCHITECTURE,
+    gpt_neox::ARCHITECTURE,
+    gpt2::ARCHITECTURE,
+];
+
+impl Architecture {
+    /// A tensor's name as saved, then as others may spell it.
+    pub fn spellings(&self, name: &str) -> Vec<String> {
+        let other = |(ours, theirs): &(&str, &str)| Some(format!("{theirs}{}", name.strip_prefix(ours)?));
+        std::iter::once(name.to_string()).chain(self.spellings.iter().filter_map(other)).collect()
+    }
+
+    pub fn is_buffer(&self, name: &str) -> bool {
+        self.buffers.iter().any(|end| name.ends_with(end))
+    }
+}
 
 pub fn all() -> &'static [Architecture] {
     ALL
@@ -118,12 +165,19 @@ impl Checkpoint {
     }
 }
 
+/// The order of fused tensors.
+const QKV: [&str; 3] = ["query", "key", "value"];
+const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
+
 /// The names that llama made common.
-fn llama_names(slot: Slot, layer: usize) -> String {
+fn llama_names(_: &Spec, slot: Slot, layer: usize) -> Stored {
     let (part, kind) = match slot {
-        Slot::Embedding => return "model.embed_tokens.weight".into(),
-        Slot::FinalNorm => return "model.norm.weight".into(),
-        Slot::Head => return "lm_head.weight".into(),
+        Slot::Embedding => return Stored::whole("model.embed_tokens.weight".into()),
+        Slot::FinalNorm => return Stored::whole("model.norm.weight".into()),
+        Slot::Head => return Stored::whole("lm_head.weight".into()),
+        Slot::Position | Slot::AttentionNormBias | Slot::MlpNormBias | Slot::FinalNormBias => {
+            unreachable!("the llama family rotates and has norms without biases")
+        }
         Slot::AttentionNorm => ("input_layernorm", "weight"),
         Slot::Query => ("self_attn.q_proj", "weight"),
         Slot::QueryBias => ("self_attn.q_proj", "bias"),
@@ -143,5 +197,5 @@ fn llama_names(slot: Slot, layer: usize) -> String {
         Slot::Down => ("mlp.down_proj", "weight"),
         Slot::DownBias => ("mlp.down_proj", "bias"),
     };
-    format!("model.layers.{layer}.{part}.{kind}")
+    Stored::whole(format!("model.layers.{layer}.{part}.{kind}"))
 }

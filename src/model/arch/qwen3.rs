@@ -1,7 +1,7 @@
 //! Qwen 3 (arXiv:2505.09388): queries and keys are normalized per head, `head_dim` stands on its own.
 
 use super::config::Config;
-use super::{Architecture, llama_names};
+use super::{Architecture, ROTARY_BUFFER, llama_names};
 use crate::error::Result;
 use crate::model::Spec;
 
@@ -10,6 +10,8 @@ pub const ARCHITECTURE: Architecture = Architecture {
     summary: "Qwen 3 (dense): Llama with normalized queries and keys",
     spec,
     naming: llama_names,
+    spellings: &[],
+    buffers: &[ROTARY_BUFFER],
 };
 
 fn spec(config: &Config) -> Result<Spec> {

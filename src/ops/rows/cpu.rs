@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::{Gather, GatherBackward, Rows, Scatter, check};
+use super::{Gather, GatherAdd, GatherBackward, Rows, Scatter, check};
 use crate::device::Cpu;
 use crate::error::Result;
 
@@ -14,6 +14,16 @@ impl Rows for Cpu {
         let x = a.x.f32s();
         for (y, index) in a.y.into_f32s().chunks_exact_mut(cols).zip(a.index.u32s()) {
             y.copy_from_slice(&x[*index as usize * cols..][..cols]);
+        }
+        Ok(())
+    }
+
+    fn gather_add(&self, a: GatherAdd<Self>) -> Result<()> {
+        check("gather_add", a.y.shape(), a.x.shape(), a.index.shape())?;
+        let cols = a.x.cols();
+        let x = a.x.f32s();
+        for (y, index) in a.y.into_f32s().chunks_exact_mut(cols).zip(a.index.u32s()) {
+            y.iter_mut().zip(&x[*index as usize * cols..][..cols]).for_each(|(y, x)| *y += x);
         }
         Ok(())
     }

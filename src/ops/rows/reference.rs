@@ -1,4 +1,4 @@
-use super::{Gather, GatherBackward, Rows, Scatter, check};
+use super::{Gather, GatherAdd, GatherBackward, Rows, Scatter, check};
 use crate::device::Reference;
 use crate::error::Result;
 
@@ -10,6 +10,18 @@ impl Rows for Reference {
         for (i, index) in a.index.u32s().iter().enumerate() {
             for j in 0..cols {
                 y[i * cols + j] = x[*index as usize * cols + j];
+            }
+        }
+        Ok(())
+    }
+
+    fn gather_add(&self, a: GatherAdd<Self>) -> Result<()> {
+        check("gather_add", a.y.shape(), a.x.shape(), a.index.shape())?;
+        let (cols, x) = (a.x.cols(), a.x.f64s());
+        let y = a.y.into_f64s();
+        for (i, index) in a.index.u32s().iter().enumerate() {
+            for j in 0..cols {
+                y[i * cols + j] += x[*index as usize * cols + j];
             }
         }
         Ok(())

@@ -1,0 +1,123 @@
+//! How a checkpoint keeps a weight that the model holds as `[outputs, inputs]`: as it is, transposed, or as some
+//! rows of a fused tensor. One formula maps rows both ways, so that loading, saving and gradients agree.
+
+use std::iter::repeat_n;
+
+/// Where a checkpoint keeps a weight.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stored {
+    /// The tensor's name.
+    pub tensor: String,
+    /// The tensor is `[inputs, outputs]` (GPT-2's Conv1D).
+    transposed: bool,
+    /// The weights that share the tensor: their rows take turns, `run` at a time.
+    parts: &'static [&'static str],
+    /// Which of them this is.
+    part: usize,
+    run: usize,
+}
+
+impl Stored {
+    pub fn whole(tensor: String) -> Self {
+        Self { tensor, transposed: false, parts: &[""], part: 0, run: 1 }
+    }
+
+    pub fn transposed(self) -> Self {
+        Self { transposed: true, ..self }
+    }
+
+    /// One of the weights that share the tensor in runs of `run` rows.
+    pub fn part(self, parts: &'static [&'static str], part: usize, run: usize) -> Self {
+        assert!(part < parts.len() && run > 0, "part {part} of {parts:?} in runs of {run}");
+        Self { parts, part, run, ..self }
+    }
+
+    /// The weight's own name: the tensor's, with the part behind it where there are several.
+    pub fn name(&self) -> String {
+        match self.parts {
+            [_] => self.tensor.clone(),
+            parts => format!("{}.{}", self.tensor, parts[self.part]),
+        }
+    }
+
+    /// The tensor holds the weight and nothing else, in the same order.
+    pub fn is_plain(&self) -> bool {
+        !self.transposed && self.parts.len() == 1
+    }
+
+    /// The tensor's shape, given the weight's: vectors have one dimension.
+    pub fn shape(&self, weight: &[usize]) -> Vec<usize> {
+        let mut shape = weight.to_vec();
+        shape[0] *= self.parts.len();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+
+    /// Takes the weight `[rows, cols]` out of the tensor.
+    pub fn extract(&self, tensor: &[f32], [rows, cols]: [usize; 2], weight: &mut [f32]) {
+        for (to, from) in self.elements([rows, cols]) {
+            weight[to] = tensor[from];
+        }
+    }
+
+    /// Puts the weight into its place in the tensor; the other elements stay.
+    pub fn insert(&self, weight: &[f32], [rows, cols]: [usize; 2], tensor: &mut [f32]) {
+        for (from, to) in self.elements([rows, cols]) {
+            tensor[to] = weight[from];
+        }
+    }
+
+    /// (element of the weight, element of the tensor), all of them.
+    fn elements(&self, [rows, cols]: [usize; 2]) -> impl Iterator<Item = (usize, usize)> {
+        let (row_stride, col_stride) = if self.transposed { (1, rows * self.parts.len()) } else { (cols, 1) };
+        let places = (0..rows).map(|row| (row / self.run * self.parts.len() + self.part) * self.run + row % self.run);
+        let by_row = places.enumerate().flat_map(move |(row, place)| repeat_n((row, place), cols).zip(0..cols));
+        by_row.map(move |((row, place), col)| (row * cols + col, place * row_stride + col * col_stride))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+
+    fn numbers(range: Range<usize>) -> Vec<f32> {
+        range.map(|i| i as f32).collect()
+    }
+
+    /// Two heads of two rows: q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1, one column each.
+    #[test]
+    fn heads_are_taken_apart_and_put_together() {
+        let fused = numbers(0..12);
+        let expected = [[0.0, 1.0, 6.0, 7.0], [2.0, 3.0, 8.0, 9.0], [4.0, 5.0, 10.0, 11.0]];
+        let mut again = vec![f32::NAN; 12];
+        for (part, expected) in expected.into_iter().enumerate() {
+            let stored = Stored::whole("qkv".into()).part(&["q", "k", "v"], part, 2);
+            assert_eq!(stored.name(), ["qkv.q", "qkv.k", "qkv.v"][part]);
+            assert_eq!((stored.shape(&[4, 1]), stored.shape(&[4])), (vec![12, 1], vec![12]));
+            let mut weight = [f32::NAN; 4];
+            stored.extract(&fused, [4, 1], &mut weight);
+            assert_eq!(weight, expected);
+            stored.insert(&weight, [4, 1], &mut again);
+        }
+        assert_eq!(again, fused);
+    }
+
+    /// `[inputs 2, outputs 3 * 3]`: columns 0..3 are q.
+    #[test]
+    fn columns_of_a_transposed_tensor_are_rows() {
+        let fused = numbers(0..18);
+        let key = Stored::whole("c_attn".into()).transposed().part(&["q", "k", "v"], 1, 3);
+        assert_eq!(key.shape(&[3, 2]), [2, 9]);
+        let mut weight = [f32::NAN; 6];
+        key.extract(&fused, [3, 2], &mut weight);
+        assert_eq!(weight, [3.0, 12.0, 4.0, 13.0, 5.0, 14.0]);
+        let mut tensor = vec![-1.0; 18];
+        key.insert(&weight, [3, 2], &mut tensor);
+        let kept = |i: usize| if (3..6).contains(&(i % 9)) { i as f32 } else { -1.0 };
+        assert_eq!(tensor, (0..18).map(kept).collect::<Vec<_>>());
+    }
+}
