@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 fn map(bytes: usize) -> Result<MmapMut> {
     let mapping = MmapMut::map_anon(bytes.max(1)).map_err(|_| {
         let size = format!("{:.1} GiB cannot be had", bytes as f64 / (1u64 << 30) as f64);
-        let advice = "`cuvee plan` shows what takes them, and --micro-batch-tokens, --max-length and --recompute what to change";
+        let advice =
+            "`cuvee plan` shows what takes them, and --micro-batch-tokens, --max-length and --recompute what to change";
         Error::op("memory", format!("{size}; {advice}"))
     })?;
     // A system without large pages says so, and nothing is lost.

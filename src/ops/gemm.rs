@@ -398,7 +398,8 @@ mod tests {
     #[test]
     fn every_family_is_as_accurate_as_the_chain() {
         let [m, n, k] = [48, 48, 1536];
-        let wild = |stream| random(2 * m * k, stream).chunks(2).map(|x| x[0] * (2.0 * x[1]).exp()).collect::<Vec<f32>>();
+        let wild =
+            |stream| random(2 * m * k, stream).chunks(2).map(|x| x[0] * (2.0 * x[1]).exp()).collect::<Vec<f32>>();
         let (a, bt) = (wild(1), wild(2));
         let worst = |c: &[f32]| {
             let error = |(at, c): (usize, &f32)| {

@@ -63,14 +63,15 @@ impl Kernel for Amx {
     unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
         let steps = depth.div_ceil(STEP);
         assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
-        // The tile below comes next. C is far from the core, and a tile's loads would all wait for it.
-        for i in TILE..2 * TILE {
-            let line = sums.row(i).cast::<i8>();
-            _mm_prefetch::<_MM_HINT_T0>(line);
-            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(64));
-        }
-        // SAFETY: panels of `steps` steps (just asserted); the sums as promised by the caller.
+        // SAFETY: panels of `steps` steps (just asserted); the sums as promised by the caller; a prefetch may name any
+        // address.
         unsafe {
+            // The tile below comes next. C is far from the core, and a tile's loads would all wait for it.
+            for i in TILE..2 * TILE {
+                let line = sums.row(i).cast::<i8>();
+                _mm_prefetch::<_MM_HINT_T0>(line);
+                _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(64));
+            }
             match rows {
                 HALF => multiply_half(steps, a.as_ptr(), b.as_ptr(), sums),
                 _ => multiply_whole(steps, a.as_ptr(), b.as_ptr(), sums),
@@ -110,21 +111,31 @@ impl TileConfig {
     }
 }
 
+/// Loads a register of a panel; offsets within a step are in bytes.
+macro_rules! load {
+    ($register:literal, $panel:literal, $offset:literal) => {
+        concat!("tileloadd tmm", $register, ", [{", $panel, "} + {line} + ", $offset, "]")
+    };
+}
+
+/// Adds the products of one or two registers of A with two of B.
+macro_rules! products {
+    ($a:literal; $left:literal, $right:literal) => {
+        concat!("tdpbf16ps tmm0, tmm", $a, ", tmm", $left, "\ntdpbf16ps tmm1, tmm", $a, ", tmm", $right)
+    };
+    ($upper:literal, $lower:literal; $left:literal, $right:literal) => {
+        concat!(
+            products!($upper; $left, $right),
+            "\ntdpbf16ps tmm2, tmm", $lower, ", tmm", $left, "\ntdpbf16ps tmm3, tmm", $lower, ", tmm", $right
+        )
+    };
+}
+
 /// Sums in registers 0 to 3 (two by two), A in 4 and 5, B in 6 and 7.
 ///
 /// # Safety
 /// `a` and `b` are panels of `steps` steps, `sums` has 32 rows of 32, and a session is open.
 unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
-    macro_rules! load {
-        ($register:literal, $panel:literal, $offset:literal) => {
-            concat!("tileloadd tmm", $register, ", [{", $panel, "} + {line} + ", $offset, "]")
-        };
-    }
-    macro_rules! products {
-        () => {
-            "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
-        };
-    }
     // SAFETY: reads the panels and reads and writes the sums, as promised by the caller.
     unsafe {
         asm!(
@@ -146,24 +157,24 @@ unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums)
             load!(5, "a", 1024),
             load!(6, "b", 4096),
             load!(7, "b", 5120),
-            products!(),
+            products!(4, 5; 6, 7),
             load!(6, "b", 2048),
             load!(7, "b", 3072),
-            products!(),
+            products!(4, 5; 6, 7),
             load!(6, "b", 0),
             load!(7, "b", 1024),
-            products!(),
+            products!(4, 5; 6, 7),
             // x2 and x1 with y0
             load!(4, "a", 4096),
             load!(5, "a", 5120),
-            products!(),
+            products!(4, 5; 6, 7),
             load!(4, "a", 2048),
             load!(5, "a", 3072),
-            products!(),
+            products!(4, 5; 6, 7),
             // x1 with y1
             load!(6, "b", 2048),
             load!(7, "b", 3072),
-            products!(),
+            products!(4, 5; 6, 7),
             "add {a}, 6144",
             "add {b}, 6144",
             "dec {steps}",
@@ -192,19 +203,6 @@ unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums)
 /// # Safety
 /// As `multiply_whole` with 16 rows of sums.
 unsafe fn multiply_half(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
-    macro_rules! load {
-        ($register:literal, $panel:literal, $offset:literal) => {
-            concat!("tileloadd tmm", $register, ", [{", $panel, "} + {line} + ", $offset, "]")
-        };
-    }
-    macro_rules! products {
-        ($a:literal, $left:literal, $right:literal) => {
-            concat!(
-                "tdpbf16ps tmm0, tmm", $a, ", tmm", $left, "\n",
-                "tdpbf16ps tmm1, tmm", $a, ", tmm", $right
-            )
-        };
-    }
     // SAFETY: as in `multiply_whole`.
     unsafe {
         asm!(
@@ -220,18 +218,18 @@ unsafe fn multiply_half(steps: usize, a: *const f32, b: *const f32, sums: Sums) 
             load!(2, "a", 0),
             load!(4, "b", 4096),
             load!(5, "b", 5120),
-            products!(2, 4, 5),
+            products!(2; 4, 5),
             load!(6, "b", 2048),
             load!(7, "b", 3072),
-            products!(2, 6, 7),
+            products!(2; 6, 7),
             load!(4, "b", 0),
             load!(5, "b", 1024),
-            products!(2, 4, 5),
+            products!(2; 4, 5),
             load!(3, "a", 4096),
-            products!(3, 4, 5),
+            products!(3; 4, 5),
             load!(2, "a", 2048),
-            products!(2, 4, 5),
-            products!(2, 6, 7),
+            products!(2; 4, 5),
+            products!(2; 6, 7),
             "add {a}, 6144",
             "add {b}, 6144",
             "dec {steps}",

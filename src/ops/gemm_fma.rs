@@ -294,4 +294,3 @@ unsafe fn piece_avx2<const ROWS: usize>(a: &[f32], b: &[f32], sums: Sums, first_
         }
     }
 }
-

@@ -7,13 +7,14 @@ use std::path::Path;
 
 use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, Dry, Isa, Kind, Philox, Reference, Tensor};
+use cuvee::device::{Arena, Cpu, Dry, Kind, Philox, Reference, Tensor};
 use cuvee::model::arch::Slot;
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, KvCache, Model, Options, Role, init_random, load, sources};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use serde_json::json;
 
+use crate::common::families;
 use crate::tiny::{self, Rig, SEED, Size, Step, Tiny, weights};
 
 fn host(size: Size, sharing: Sharing) -> HostBatch {
