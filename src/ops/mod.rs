@@ -7,7 +7,7 @@
 //! batch, sharing on = off and equality over thread counts all rest on that.
 
 mod gemm;
-mod simd;
+pub(crate) mod simd;
 
 pub mod attention;
 pub mod linear;

@@ -171,7 +171,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
         let candidates =
             (0..checkpoint.spec.vocab as u32).map(|token| Example { row: 0, sequences: vec![with(token)] });
         let candidates: Vec<Example> = candidates.collect();
-        let largest = packing.largest(&candidates, candidates.len());
+        let largest = packing.largest(&packing.extents(&candidates));
         let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest).unwrap();
         let logps = scorer.score(&candidates.iter().collect::<Vec<_>>(), packing, &mut |_| {}).unwrap();
         let logp = |token: usize| logps[token][0][0];
@@ -247,7 +247,7 @@ fn help_is_a_result() {
     let w = Workspace::new();
     let all = w.ok("--help");
     assert!(all.stdout.contains("cuvee train recipes/quickstart.toml") && all.stderr.is_empty(), "{}", all.stdout);
-    for command in ["train", "plan", "logps", "eval", "generate", "list"] {
+    for command in ["train", "plan", "doctor", "logps", "eval", "generate", "list"] {
         assert!(all.stdout.contains(command), "{command}");
         let help = w.ok(&format!("{command} --help"));
         assert!(help.stdout.contains("Usage: cuvee") && help.stderr.is_empty(), "{}", help.stdout);
