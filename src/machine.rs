@@ -97,12 +97,16 @@ impl Processor {
     }
 }
 
+/// The path itself, or the folder above it that is there.
+pub fn existing(path: &Path) -> &Path {
+    let found = path.ancestors().find(|p| p.exists());
+    found.unwrap_or(if path.is_absolute() { Path::new("/") } else { Path::new(".") })
+}
+
 /// Bytes that can still be written where `path` is or would be.
 pub fn disk_free(path: &Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt;
-    let there = path.ancestors().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
-    let there = there.into_iter().find(|p| p.exists())?;
-    let name = std::ffi::CString::new(there.as_os_str().as_bytes()).ok()?;
+    let name = std::ffi::CString::new(existing(path).as_os_str().as_bytes()).ok()?;
     let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: `name` ends in 0, and the struct is written before it is read.
     let found = unsafe { (libc::statvfs(name.as_ptr(), found.as_mut_ptr()) == 0).then(|| found.assume_init()) }?;

@@ -1,9 +1,10 @@
-//! safetensors in: one file or shards with an index, memory-mapped; f16, bf16 and f32 become f32. Pages of the mapping
-//! are let go as soon as they are read, so that reading a model takes no memory beside the buffer it is read into.
+//! safetensors in: one file or shards with an index; f16, bf16 and f32 become f32. Tensors are read chunk by chunk and
+//! hashed from a mapping whose pages are let go at once, so that a model takes no memory beside where it is read into.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -35,6 +36,7 @@ pub struct Weights {
 
 struct Shard {
     path: PathBuf,
+    file: File,
     bytes: Mmap,
 }
 
@@ -119,7 +121,7 @@ impl Weights {
             }
             self.tensors.insert(name, tensor);
         }
-        self.shards.push(Shard { path: path.to_path_buf(), bytes });
+        self.shards.push(Shard { path: path.to_path_buf(), file, bytes });
         Ok(())
     }
 
@@ -163,18 +165,21 @@ impl Weights {
         };
         assert_eq!(out.len(), shape.iter().product::<usize>(), "{name}: the buffer does not have the shape's size");
 
-        let width = tensor.dtype.bitsize() / 8;
-        let bad = out.par_chunks_mut(CHUNK).enumerate().find_map_first(|(chunk, out)| {
+        let (shard, width) = (&self.shards[tensor.shard], tensor.dtype.bitsize() / 8);
+        let read = |buffer: &mut Vec<u8>, (chunk, out): (usize, &mut [f32])| {
+            buffer.resize(out.len() * width, 0);
             let start = tensor.range.start + chunk * CHUNK * width;
-            self.shards[tensor.shard].with_bytes(start..start + out.len() * width, |bytes| convert(bytes, out));
-            first_not_finite(out).map(|i| (chunk * CHUNK + i, out[i]))
-        });
-        match bad {
-            Some((index, value)) => {
-                fail(format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy"))
+            if let Err(e) = shard.file.read_exact_at(buffer, start as u64) {
+                return Some(format!("{name:?} cannot be read: {e}"));
             }
-            None => Ok(()),
-        }
+            convert(buffer, out);
+            let bad = first_not_finite(out)?;
+            let (value, index) = (out[bad], chunk * CHUNK + bad);
+            Some(format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy"))
+        };
+        let chunks = out.par_chunks_mut(CHUNK).enumerate();
+        let problem = chunks.map_init(Vec::new, read).find_map_first(|problem| problem);
+        problem.map_or(Ok(()), fail)
     }
 
     /// Feeds the name, dtype, shape and raw bytes of one tensor into a hasher; of a tensor that is not there, the name.

@@ -12,10 +12,10 @@ use super::args::{DoctorArgs, cache_dir};
 use crate::device::{Cpu, Isa};
 use crate::error::{Error, Result};
 use crate::machine::{self, Memory, Processor, human};
-use crate::ops::simd::{LANES, dispatched};
+use crate::ops::simd::dispatched;
 
 /// Of each measurement.
-const TIME: Duration = Duration::from_millis(250);
+const TIME: Duration = Duration::from_millis(200);
 /// Copied in one go, by all threads: more than any cache holds.
 const COPIED: usize = 128 << 20;
 
@@ -193,21 +193,34 @@ fn instruction_sets() -> Vec<&'static str> {
     Vec::new()
 }
 
-/// Chains of multiply-adds that hide each other's latency.
-const CHAINS: usize = 12;
 const ROUNDS: usize = 1 << 12;
 
-dispatched! {
-    fn multiply_add(factor: f32, sums: &mut [[f32; LANES]; CHAINS]) {
-        let mut local = *sums;
-        for _ in 0..ROUNDS {
-            for chain in local.iter_mut() {
-                for lane in chain.iter_mut() {
-                    *lane = lane.mul_add(factor, factor);
-                }
-            }
+/// Chains of multiply-adds that hide each other's latency, `N` numbers in registers.
+#[inline(always)]
+fn chains<const N: usize>(factor: f32, sums: &mut [f32; N]) {
+    let mut local = *sums;
+    for _ in 0..ROUNDS {
+        for i in 0..N {
+            local[i] = local[i].mul_add(factor, factor);
         }
-        *sums = local;
+    }
+    *sums = local;
+}
+
+/// Twelve of the 16 registers of AVX2.
+const NARROW: usize = 96;
+/// Eight of the 32 registers of AVX-512.
+const WIDE: usize = 128;
+
+dispatched! {
+    fn narrow(factor: f32, sums: &mut [f32; NARROW]) {
+        chains(factor, sums);
+    }
+}
+
+dispatched! {
+    fn wide(factor: f32, sums: &mut [f32; WIDE]) {
+        chains(factor, sums);
     }
 }
 
@@ -226,13 +239,12 @@ fn calls_per_second(cpu: &Cpu, work: impl Fn() + Sync) -> f64 {
     calls as f64 / start.elapsed().as_secs_f64()
 }
 
+/// Whichever width suits the machine's registers.
 fn peak_flops(cpu: &Cpu) -> f64 {
-    let calls = calls_per_second(cpu, || {
-        let mut sums = [[1.0; LANES]; CHAINS];
-        multiply_add(cpu.isa(), black_box(0.5), &mut sums);
-        black_box(sums);
-    });
-    calls * (2 * ROUNDS * CHAINS * LANES) as f64
+    let (isa, factor) = (cpu.isa(), black_box(0.5));
+    let in_narrow = calls_per_second(cpu, || narrow(isa, factor, black_box(&mut [1.0; NARROW]))) * NARROW as f64;
+    let in_wide = calls_per_second(cpu, || wide(isa, factor, black_box(&mut [1.0; WIDE]))) * WIDE as f64;
+    2.0 * ROUNDS as f64 * in_narrow.max(in_wide)
 }
 
 fn bandwidth(cpu: &Cpu, memory: Option<Memory>) -> f64 {
@@ -268,14 +280,13 @@ fn driver_version(text: &str) -> String {
     text.split_whitespace().find(is_version).unwrap_or("of unknown version").to_string()
 }
 
+/// Tried where the folder is or would be made; nothing is left behind.
 fn cache(dir: PathBuf) -> Cache {
-    let problem = fs::create_dir_all(&dir).err().map(|e| format!("cannot be made: {e}")).or_else(|| {
-        let probe = dir.join(format!(".doctor.{}", std::process::id()));
-        let written = fs::write(&probe, b"x").err().map(|e| format!("cannot be written to: {e}"));
-        // It may not be there.
-        let _ = fs::remove_file(&probe);
-        written
-    });
+    let there = machine::existing(&dir);
+    let probe = there.join(format!(".cuvee-doctor.{}", std::process::id()));
+    let problem = fs::write(&probe, b"x").err().map(|e| format!("cannot be written to: {e}"));
+    // Where writing failed it is not there.
+    let _ = fs::remove_file(&probe);
     Cache { bytes: size_of_folder(&dir), free: machine::disk_free(&dir), dir, problem }
 }
 

@@ -152,3 +152,27 @@ fn advice(workload: &Workload, settings: &Settings, plan: &Plan) -> Result<Strin
     }
     Ok(if out.is_empty() { out } else { format!("\nto lower the peak (--ram SIZE chooses)\n{out}") })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, parse};
+    use crate::train::warning;
+
+    #[test]
+    fn a_run_that_does_not_fit_is_warned_of_with_what_to_type() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/review-llama-656k");
+        let line = ["cuvee", "plan", "--objective", "sft", "--model", model, "--max-length", "100"];
+        let Command::Plan(args) = parse(line.map(Into::into)).unwrap().command else { panic!() };
+        let settings = super::super::train::from_run(&args.run).unwrap();
+        let assumed = Assumed::new(&settings, 100).unwrap();
+        let workload = assumed.workload(&settings);
+        let plan = workload.plan(&settings).unwrap();
+        let said = |available| warning(&workload, &settings, &plan, available).unwrap();
+        assert_eq!(said(plan.peak_bytes), None);
+        let less = said(plan.peak_bytes - 1).unwrap();
+        assert!(less.starts_with("warning: this run takes ") && less.contains("--micro-batch-tokens 7"), "{less}");
+        let nothing = said(1).unwrap();
+        assert!(nothing.contains("no setting of --micro-batch-tokens and --recompute takes less than"), "{nothing}");
+    }
+}

@@ -14,7 +14,7 @@ mod step;
 mod task;
 
 pub use evaluate::{Evaluation, Summary};
-pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit};
+pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};
 pub use policy::{Blueprint, Policy};
 pub use report::Report;
 pub use run::{Outcome, run};
