@@ -249,7 +249,8 @@ fn peak_flops(cpu: &Cpu) -> f64 {
 
 fn bandwidth(cpu: &Cpu, memory: Option<Memory>) -> f64 {
     let bytes = memory.map_or(COPIED, |memory| (memory.available / 8).min(COPIED)).max(1 << 16);
-    let (from, mut to) = (vec![1u8; bytes], vec![0u8; bytes]);
+    // Not zeros: those would have no memory before the first copy.
+    let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
     let chunk = bytes.div_ceil(cpu.threads());
     let (start, mut copies) = (Instant::now(), 0);
     while copies == 0 || start.elapsed() < TIME {

@@ -66,7 +66,6 @@ impl Blueprint<'_> {
     }
 
     /// The policy as far as it lives for the whole run; its first batch takes the activations.
-
     pub fn build<B: Backend>(&self, device: &B) -> Result<Policy<B>> {
         let (run, _) = self.plan();
         let (model, optimizer, probe) = self.run(&mut Arena::new(device, &run)?);
