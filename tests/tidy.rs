@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("progress", &[]),
+    ("machine", &[]),
     ("device", &[]),
     ("data", &[]),
     ("objectives", &[]),
@@ -20,7 +21,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
     (
         "train",
-        &["device", "ops", "data", "objectives", "checkpoint", "model", "optim", "rollout", "references", "progress"],
+        &[
+            "device",
+            "ops",
+            "data",
+            "objectives",
+            "checkpoint",
+            "model",
+            "optim",
+            "rollout",
+            "references",
+            "progress",
+            "machine",
+        ],
     ),
 ];
 /// Files of `src/` that stand above the modules.

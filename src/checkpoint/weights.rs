@@ -1,12 +1,14 @@
-//! safetensors in: one file or shards with an index, memory-mapped; f16, bf16 and f32 become f32.
+//! safetensors in: one file or shards with an index; f16, bf16 and f32 become f32. Tensors are read chunk by chunk and
+//! hashed from a mapping whose pages are let go at once, so that a model takes no memory beside where it is read into.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
@@ -21,6 +23,9 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Elements that one task converts: large enough to hide the scheduling, small enough to spread a vocabulary.
 const CHUNK: usize = 1 << 16;
 
+/// Bytes that are hashed at once, by all threads.
+const HASHED: usize = 1 << 23;
+
 /// The tensors of one model folder. They stay on disk until they are read; drop this to drop the mappings.
 pub struct Weights {
     /// The single file or the index: where a tensor that no shard has was expected.
@@ -31,7 +36,19 @@ pub struct Weights {
 
 struct Shard {
     path: PathBuf,
+    file: File,
     bytes: Mmap,
+}
+
+impl Shard {
+    /// Shows some bytes of the file, then lets their pages go.
+    fn with_bytes(&self, range: Range<usize>, look: impl FnOnce(&[u8])) {
+        look(&self.bytes[range.clone()]);
+        // SAFETY: the mapping is of a file and only read, so a page that is needed again is mapped again.
+        let advised = unsafe { self.bytes.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+        // A kernel that refuses keeps the pages: the bytes are right either way.
+        drop(advised);
+    }
 }
 
 struct Tensor {
@@ -104,7 +121,7 @@ impl Weights {
             }
             self.tensors.insert(name, tensor);
         }
-        self.shards.push(Shard { path: path.to_path_buf(), bytes });
+        self.shards.push(Shard { path: path.to_path_buf(), file, bytes });
         Ok(())
     }
 
@@ -148,20 +165,21 @@ impl Weights {
         };
         assert_eq!(out.len(), shape.iter().product::<usize>(), "{name}: the buffer does not have the shape's size");
 
-        let width = tensor.dtype.bitsize() / 8;
-        let bad =
-            out.par_chunks_mut(CHUNK).zip(self.bytes(tensor).par_chunks(CHUNK * width)).enumerate().find_map_first(
-                |(chunk, (out, bytes))| {
-                    convert(bytes, out);
-                    first_not_finite(out).map(|i| (chunk * CHUNK + i, out[i]))
-                },
-            );
-        match bad {
-            Some((index, value)) => {
-                fail(format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy"))
+        let (shard, width) = (&self.shards[tensor.shard], tensor.dtype.bitsize() / 8);
+        let read = |buffer: &mut Vec<u8>, (chunk, out): (usize, &mut [f32])| {
+            buffer.resize(out.len() * width, 0);
+            let start = tensor.range.start + chunk * CHUNK * width;
+            if let Err(e) = shard.file.read_exact_at(buffer, start as u64) {
+                return Some(format!("{name:?} cannot be read: {e}"));
             }
-            None => Ok(()),
-        }
+            convert(buffer, out);
+            let bad = first_not_finite(out)?;
+            let (value, index) = (out[bad], chunk * CHUNK + bad);
+            Some(format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy"))
+        };
+        let chunks = out.par_chunks_mut(CHUNK).enumerate();
+        let problem = chunks.map_init(Vec::new, read).find_map_first(|problem| problem);
+        problem.map_or(Ok(()), fail)
     }
 
     /// Feeds the name, dtype, shape and raw bytes of one tensor into a hasher; of a tensor that is not there, the name.
@@ -177,11 +195,12 @@ impl Weights {
         for &dim in &tensor.shape {
             hasher.update(&(dim as u64).to_le_bytes());
         }
-        hasher.update_rayon(self.bytes(tensor));
-    }
-
-    fn bytes(&self, tensor: &Tensor) -> &[u8] {
-        &self.shards[tensor.shard].bytes[tensor.range.clone()]
+        for start in tensor.range.clone().step_by(HASHED) {
+            let range = start..tensor.range.end.min(start + HASHED);
+            self.shards[tensor.shard].with_bytes(range, |bytes| {
+                hasher.update_rayon(bytes);
+            });
+        }
     }
 
     fn missing(&self, name: &str) -> Error {

@@ -2,7 +2,7 @@
 //! belong together are structs of their own, flattened into the subcommands that use them.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -31,6 +31,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Print what a training run will cost in memory and arithmetic, without running it
     Plan(PlanArgs),
+    /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
+    Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
     /// Measure how often a model prefers the chosen completion to the rejected one
@@ -74,6 +76,7 @@ Takes the recipe and flags of `cuvee train`: write plan for train in the command
 
 Examples:
   cuvee plan recipes/quickstart.toml
+  cuvee plan recipes/quickstart.toml --ram auto
   cuvee plan --objective sigmoid --beta 0.1 --model DIR --max-length 4096 --recompute --json"
 )]
 pub struct PlanArgs {
@@ -85,6 +88,13 @@ pub struct PlanArgs {
     pub output_dir: Option<PathBuf>,
     #[command(flatten)]
     pub run: RunArgs,
+    /// Choose --micro-batch-tokens and --recompute so that the run takes no more memory than this, such as 8GiB;
+    /// auto = what is available here. What is given beside it stays as it is
+    #[arg(long, value_name = "SIZE|auto", value_parser = ram, help_heading = "Limit")]
+    pub ram: Option<Ram>,
+    /// The same for the memory of a device alone, without what the program itself takes
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "ram", help_heading = "Limit")]
+    pub vram: Option<usize>,
     /// Print the plan as JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -382,6 +392,24 @@ pub struct GenerateArgs {
     pub json: bool,
 }
 
+/// A limit on memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ram {
+    /// What this machine has available.
+    Auto,
+    Bytes(usize),
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct DoctorArgs {
+    /// The folder of cached reference log-probabilities to look at [default: as for `cuvee train`]
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// Print the findings as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ListArgs {
     /// What to list
@@ -501,11 +529,16 @@ impl RunArgs {
 
     /// The folder for cached reference log-probabilities.
     pub fn cache_dir(&self) -> Result<PathBuf> {
-        let from_environment = || default_cache_dir(|name| std::env::var_os(name));
-        self.cache_dir.clone().or_else(from_environment).ok_or_else(|| {
-            Error::option("--cache-dir", "no default, as neither CUVEE_CACHE_DIR nor HOME is set; give a folder")
-        })
+        cache_dir(self.cache_dir.as_deref())
     }
+}
+
+/// The folder that was given, or else the one that the environment names.
+pub(super) fn cache_dir(given: Option<&Path>) -> Result<PathBuf> {
+    let from_environment = || default_cache_dir(|name| std::env::var_os(name));
+    given.map(Path::to_path_buf).or_else(from_environment).ok_or_else(|| {
+        Error::option("--cache-dir", "no default, as neither CUVEE_CACHE_DIR nor HOME is set; give a folder")
+    })
 }
 
 fn default_cache_dir(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
@@ -608,6 +641,29 @@ fn count(text: &str) -> Result<usize, String> {
     size(text, 1)
 }
 
+/// `8GiB`, `8G` (the same), `8GB` (powers of 1000), `512M`, `1.5GiB`. A number alone could mean anything.
+fn bytes(text: &str) -> Result<usize, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit = unit.trim().to_ascii_lowercase();
+    let power = |letter: &str| "kmgt".find(letter).filter(|_| letter.len() == 1).map(|i| i as i32 + 1);
+    let scale = match (unit.strip_suffix("ib"), unit.strip_suffix('b')) {
+        (Some(letter), _) => power(letter).map(|p| 1024f64.powi(p)),
+        (None, Some(letter)) => power(letter).map(|p| 1000f64.powi(p)),
+        (None, None) => power(&unit).map(|p| 1024f64.powi(p)),
+    };
+    match (number.parse::<f64>(), scale) {
+        (Ok(number), Some(scale)) if number > 0.0 && number * scale < usize::MAX as f64 => {
+            Ok((number * scale) as usize)
+        }
+        _ => Err("expected a size with its unit, such as 8GiB, 6G or 512MiB".into()),
+    }
+}
+
+fn ram(text: &str) -> Result<Ram, String> {
+    if text == "auto" { Ok(Ram::Auto) } else { bytes(text).map(Ram::Bytes) }
+}
+
 /// A sequence has at least one token to condition on and one to score.
 fn length(text: &str) -> Result<usize, String> {
     size(text, 2)
@@ -615,9 +671,19 @@ fn length(text: &str) -> Result<usize, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        let right = [("8GiB", 8 << 30), ("6g", 6 << 30), ("1.5M", 3 << 19), ("2 KiB", 2048), ("8GB", 8_000_000_000)];
+        for (text, expected) in right {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for text in ["", "8", "GiB", "0G", "-1G", "8PiB", "8bib", "1e9G", "nanG", "8G!", "9999999999T", "auto", "8gk"] {
+            assert!(bytes(text).is_err_and(|e| e.contains("such as 8GiB")), "{text}");
+        }
+        assert_eq!((ram("auto"), ram("1G")), (Ok(Ram::Auto), Ok(Ram::Bytes(1 << 30))));
+    }
 
     #[test]
     fn the_cache_folder_follows_the_environment() {

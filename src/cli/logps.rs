@@ -77,7 +77,7 @@ fn lines(args: &LogpsArgs) -> Result<Vec<Value>> {
 pub fn score(device: &Cpu, checkpoint: &Checkpoint, dataset: &Dataset, packing: Packing) -> Result<Vec<Vec<Vec<f32>>>> {
     check_vocabulary(checkpoint, [dataset])?;
     check_positions(checkpoint, [dataset])?;
-    let largest = packing.largest(&dataset.examples, dataset.examples.len());
+    let largest = packing.largest(&packing.extents(&dataset.examples));
     let mut scorer = Scorer::new(device, checkpoint, Init::Checkpoint, &largest)?;
     let mut progress = Progress::new("scoring", dataset.examples.len() as u64, "rows");
     let examples: Vec<&Example> = dataset.examples.iter().collect();

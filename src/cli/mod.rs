@@ -2,6 +2,7 @@
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
 pub mod args;
+mod doctor;
 mod eval;
 mod generate;
 mod list;
@@ -62,6 +63,7 @@ pub fn execute(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Logps(args) => logps::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
@@ -129,7 +131,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Logps(args) => args.limits.check(flags)?,
         Command::Eval(args) => args.limits.check(flags)?,
         Command::Generate(args) => args.check()?,
-        Command::List(_) => {}
+        Command::Doctor(_) | Command::List(_) => {}
     }
     Ok(cli)
 }

@@ -1,37 +1,178 @@
 //! `cuvee plan`
 
-use super::args::PlanArgs;
-use crate::error::Result;
-use crate::train::{Plan, plan, plan_without_data};
+use std::fmt::Write;
+use std::io::{IsTerminal, stdout};
+
+use super::args::{PlanArgs, Ram};
+use crate::error::{Error, Result};
+use crate::machine::{human, memory};
+use crate::train::{Assumed, Choice, Memory, Phase, Plan, Settings, Task, Workload, fit};
 
 pub fn run(args: &PlanArgs) -> Result<()> {
     let mut settings = super::train::from_run(&args.run)?;
-    let plan = match &args.dataset {
+    match &args.dataset {
         Some(dataset) => {
             settings.dataset = dataset.clone();
-            plan(&settings)?
+            let task = Task::prepare(&settings)?;
+            show(args, &settings, &Workload::new(&task, &settings))
         }
-        None => plan_without_data(&settings, args.run.data.max_length)?,
+        None => {
+            let assumed = Assumed::new(&settings, args.run.data.max_length)?;
+            show(args, &settings, &assumed.workload(&settings))
+        }
+    }
+}
+
+/// A limit on memory, as it was given.
+struct Limit {
+    flag: &'static str,
+    of: Memory,
+    bytes: usize,
+}
+
+fn limit(args: &PlanArgs) -> Result<Option<Limit>> {
+    let ram = |bytes| Some(Limit { flag: "--ram", of: Memory::Host, bytes });
+    Ok(match (args.ram, args.vram) {
+        (Some(Ram::Bytes(bytes)), _) => ram(bytes),
+        (Some(Ram::Auto), _) => match memory() {
+            Some(memory) => ram(memory.available),
+            None => return Err(Error::option("--ram", "this system does not tell what is available; give a size")),
+        },
+        (None, Some(bytes)) => Some(Limit { flag: "--vram", of: Memory::Device, bytes }),
+        (None, None) => None,
+    })
+}
+
+fn show(args: &PlanArgs, settings: &Settings, workload: &Workload) -> Result<()> {
+    let free_rows = args.run.batching.micro_batch_tokens.is_none();
+    let (plan, found) = match limit(args)? {
+        None => (workload.plan(settings)?, None),
+        Some(limit) => {
+            let choice = fit(workload, settings, limit.of, limit.bytes, free_rows)?;
+            if !choice.fits {
+                return Err(nothing_fits(&limit, &choice, free_rows));
+            }
+            (choice.plan, Some(limit))
+        }
     };
     if args.json {
         return super::print(&format!("{}\n", serde_json::to_string_pretty(&plan).expect("a plan is plain data")));
     }
-    super::print(&table(&plan))
+    let of = found.as_ref().map_or(Memory::Host, |limit| limit.of);
+    let mut out = table(&plan, of);
+    match found {
+        Some(limit) => {
+            let _ = writeln!(out, "\nfits in {} {} with\n  {}", limit.flag, human(limit.bytes), plan.flags());
+        }
+        None => out += &advice(workload, settings, &plan)?,
+    }
+    super::print(&out)
 }
 
-fn table(plan: &Plan) -> String {
+fn nothing_fits(limit: &Limit, choice: &Choice, free_rows: bool) -> Error {
+    let plan = &choice.plan;
+    let peak = plan.peak(limit.of);
+    let fixed = peak.weights + peak.grads + peak.states;
+    let why = match free_rows {
+        true => format!("one example at a time (the longest has {} tokens)", choice.floor),
+        false => format!("--micro-batch-tokens {}", plan.micro_batch_tokens),
+    };
+    let help = match (fixed > limit.bytes, free_rows) {
+        (true, _) => {
+            format!(
+                "weights, gradients and optimizer states alone take {}: only a smaller model would fit",
+                human(fixed)
+            )
+        }
+        (false, true) => "a lower --max-length, or a smaller model, would lower it".to_string(),
+        (false, false) => "leave --micro-batch-tokens out to have it chosen".to_string(),
+    };
+    let least = human(peak.bytes(limit.of));
+    let limit_size = human(limit.bytes);
+    Error::option(
+        limit.flag,
+        format!("nothing fits in {limit_size}: with --recompute and {why} the run takes {least}; {help}"),
+    )
+}
+
+fn table(plan: &Plan, of: Memory) -> String {
     let mib = |bytes: usize| format!("{:.1}", bytes as f64 / (1 << 20) as f64);
     let columns = ["weights", "grads", "states", "activations", "workspace", "host", "total"];
-    let mut out = format!("{:<10}", "MiB");
-    columns.iter().for_each(|c| out += &format!("{c:>13}"));
+    let bold = |text: String| if stdout().is_terminal() { format!("\x1b[1m{text}\x1b[0m") } else { text };
+    let peak = plan.peak(of);
+    let mut out = format!("{:<8}", "MiB");
+    columns.iter().for_each(|c| out += &format!("{c:>12}"));
     out.push('\n');
     for p in &plan.phases {
-        out += &format!("{:<10}", p.name);
         let cells = [p.weights, p.grads, p.states, p.activations, p.workspace, p.host, p.total()];
-        cells.iter().for_each(|bytes| out += &format!("{:>13}", mib(*bytes)));
+        let cells: String = cells.iter().map(|bytes| format!("{:>12}", mib(*bytes))).collect();
+        let line = format!("{:<8}{cells}", p.name);
+        out += &if std::ptr::eq(p, peak) { bold(format!("{line}  <- peak")) } else { line };
         out.push('\n');
     }
-    out += &format!("\npeak {} MiB\n", mib(plan.peak_bytes));
-    out += &format!("{:.3} GFLOP a step, {} parameters\n", plan.flops_per_step / 1e9, plan.parameters);
+    let what = if of == Memory::Host { "peak" } else { "peak of the device" };
+    let size = human(peak.bytes(of));
+    let _ = writeln!(out, "\n{}", bold(format!("{what} {size}, {}", doing(peak))));
+    let (gflop, parameters) = (plan.flops_per_step / 1e9, plan.parameters);
+    let _ = writeln!(out, "{gflop:.3} GFLOP a step, {parameters} parameters");
     out
+}
+
+fn doing(phase: &Phase) -> &'static str {
+    match phase.name {
+        "read" => "while tokenizer and data are read",
+        "score" => "while the reference scores",
+        "load" => "while the weights are loaded",
+        "sample" => "while samples are generated",
+        "save" => "while a checkpoint is written",
+        _ => "while training",
+    }
+}
+
+/// What each setting would lower the peak to, where it does.
+fn advice(workload: &Workload, settings: &Settings, plan: &Plan) -> Result<String> {
+    let half = (settings.packing.budget / 2).max(1);
+    let smaller = crate::data::Packing { budget: half, ..settings.packing };
+    let changes = [
+        ("--recompute".to_string(), Settings { recompute: true, ..settings.clone() }),
+        (format!("--micro-batch-tokens {half}"), Settings { packing: smaller, ..settings.clone() }),
+        (
+            format!("--micro-batch-tokens {half} --recompute"),
+            Settings { packing: smaller, recompute: true, ..settings.clone() },
+        ),
+    ];
+    let (mut lowest, mut out) = (plan.peak_bytes, String::new());
+    for (flags, settings) in changes {
+        let changed = workload.plan(&settings)?.peak_bytes;
+        // What brings less than a hundredth is no advice.
+        if changed < lowest - lowest / 100 {
+            let _ = writeln!(out, "  {flags:<42}{:>12}", human(changed));
+            lowest = changed;
+        }
+    }
+    Ok(if out.is_empty() { out } else { format!("\nto lower the peak (--ram SIZE chooses)\n{out}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, parse};
+    use crate::train::warning;
+
+    #[test]
+    fn a_run_that_does_not_fit_is_warned_of_with_what_to_type() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/review-llama-656k");
+        let line = ["cuvee", "plan", "--objective", "sft", "--model", model, "--max-length", "100"];
+        let Command::Plan(args) = parse(line.map(Into::into)).unwrap().command else { panic!() };
+        let settings = super::super::train::from_run(&args.run).unwrap();
+        let assumed = Assumed::new(&settings, 100).unwrap();
+        let workload = assumed.workload(&settings);
+        let plan = workload.plan(&settings).unwrap();
+        let said = |available| warning(&workload, &settings, &plan, available).unwrap();
+        assert_eq!(said(plan.peak_bytes), None);
+        let less = said(plan.peak_bytes - 1).unwrap();
+        assert!(less.starts_with("warning: this run takes ") && less.contains("--micro-batch-tokens 7"), "{less}");
+        let nothing = said(1).unwrap();
+        assert!(nothing.contains("no setting of --micro-batch-tokens and --recompute takes less than"), "{nothing}");
+    }
 }

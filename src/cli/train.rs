@@ -106,6 +106,7 @@ pub fn from_run(run: &RunArgs) -> Result<Settings> {
         encode: super::encode(Some(run.data.max_length), run.data.on_overflow),
         packing: super::packing(&run.batching),
         recompute: run.recompute,
+        threads: run.engine.threads.unwrap_or_else(|| crate::machine::processor().allowed),
         eval_steps: run.save.eval_steps,
         save_steps: run.save.save_steps,
         dtype: match run.dtype {

@@ -117,8 +117,20 @@ fn shared_len(example: &Example, sharing: Sharing) -> usize {
 
 /// Rows an example occupies in a batch: the sum of its sequences' lengths minus what is shared.
 pub fn rows_of(example: &Example, sharing: Sharing) -> usize {
-    let rows: usize = example.sequences.iter().map(|sequence| sequence.ids.len()).sum();
-    rows - shared_len(example, sharing) * example.sequences.len().saturating_sub(1)
+    extent_of(example, sharing).rows
+}
+
+/// What a batch of this example alone would be, without laying it out.
+pub fn extent_of(example: &Example, sharing: Sharing) -> Extent {
+    let (sequences, shared) = (&example.sequences, shared_len(example, sharing));
+    let lens = || sequences.iter().map(|sequence| sequence.ids.len());
+    Extent {
+        rows: lens().sum::<usize>() - shared * sequences.len().saturating_sub(1),
+        targets: sequences.iter().map(|sequence| sequence.ids.len() - sequence.first).sum(),
+        segments: sequences.len() + usize::from(shared > 0),
+        sequences: sequences.len(),
+        longest: lens().max().unwrap_or(0),
+    }
 }
 
 /// Size of a batch: enough to allocate for it.
@@ -133,6 +145,17 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Both batches one after the other, as one.
+    pub fn join(self, other: Self) -> Self {
+        Self {
+            rows: self.rows + other.rows,
+            targets: self.targets + other.targets,
+            segments: self.segments + other.segments,
+            sequences: self.sequences + other.sequences,
+            longest: self.longest.max(other.longest),
+        }
+    }
+
     /// The larger of each size: enough for either batch.
     pub fn max(self, other: Self) -> Self {
         Self {
@@ -308,7 +331,8 @@ mod tests {
                 prop_assert!(segment.parent.is_none_or(|parent| parent < i));
             }
             prop_assert_eq!(row, batch.rows());
-            prop_assert_eq!(row, examples.iter().map(|example| rows_of(example, sharing)).sum::<usize>());
+            let joined = examples.iter().map(|e| extent_of(e, sharing)).fold(Extent::default(), Extent::join);
+            prop_assert_eq!(batch.extent(), joined);
             let groups: Vec<usize> = batch.examples.iter().map(|range| range.len()).collect();
             prop_assert_eq!(groups, examples.iter().map(|example| example.sequences.len()).collect::<Vec<_>>());
         }

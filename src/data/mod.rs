@@ -12,7 +12,7 @@ mod order;
 mod packing;
 mod tokenizer;
 
-pub use batch::{Batch, Extent, Segment, Sharing, pack, rows_of};
+pub use batch::{Batch, Extent, Segment, Sharing, extent_of, pack, rows_of};
 pub use dataset::{Dataset, EncodeOptions, Example, Merge, Overflow, Sequence, Skip};
 pub use jsonl::{Form, Row, read_rows};
 pub use order::epoch_order;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::batch::{Batch, Extent, Sharing, pack};
+use super::batch::{Batch, Extent, Sharing, extent_of, pack};
 use super::dataset::Example;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,9 +23,27 @@ impl Packing {
         })
     }
 
-    /// An upper bound on the batches that any `at_most` of these examples can give, in any order.
-    pub fn largest<'a>(&self, examples: impl IntoIterator<Item = &'a Example>, at_most: usize) -> Extent {
-        let extents: Vec<Extent> = examples.into_iter().map(|e| Batch::new([e], self.sharing).extent()).collect();
+    /// Sizes of the examples, which [`largest`](Self::largest) and [`bound`](Self::bound) read.
+    pub fn extents<'a>(&self, examples: impl IntoIterator<Item = &'a Example>) -> Vec<Extent> {
+        examples.into_iter().map(|example| extent_of(example, self.sharing)).collect()
+    }
+
+    /// The largest of the batches that consecutive examples of these sizes give: what [`batches`](Self::batches)
+    /// would make, without making it.
+    pub fn largest<'a>(&self, extents: impl IntoIterator<Item = &'a Extent>) -> Extent {
+        let (mut largest, mut batch) = (Extent::default(), Extent::default());
+        for extent in extents {
+            if batch.rows > 0 && batch.rows + extent.rows > self.budget {
+                batch = Extent::default();
+            }
+            batch = batch.join(*extent);
+            largest = largest.max(batch);
+        }
+        largest
+    }
+
+    /// An upper bound on the batches that any `at_most` examples of these sizes can give, in any order.
+    pub fn bound(&self, extents: &[Extent], at_most: usize) -> Extent {
         let most = |f: fn(&Extent) -> usize| extents.iter().map(f).max().unwrap_or(0);
         let all = |f: fn(&Extent) -> usize| {
             let mut sizes: Vec<usize> = extents.iter().map(f).collect();
@@ -64,7 +82,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_batch_is_larger_than_the_bound(
+        fn sizes_are_those_of_the_batches(
             lens in proptest::collection::vec((1usize..9, 1usize..9, 1usize..9), 1..20),
             budget in 1usize..60,
             at_most in 1usize..8,
@@ -73,12 +91,15 @@ mod tests {
             let sharing = if shared { Sharing::On } else { Sharing::Off };
             let packing = Packing { budget, sharing };
             let examples: Vec<Example> = lens.into_iter().map(|(p, c, r)| pair(p, c, r)).collect();
-            let bound = packing.largest(&examples, at_most);
+            let bound = packing.bound(&packing.extents(&examples), at_most);
             let all: Vec<&Example> = examples.iter().rev().collect();
             for step in all.chunks(at_most) {
+                let mut largest = Extent::default();
                 for (_, batch) in packing.batches(step) {
                     prop_assert_eq!(batch.extent().max(bound), bound);
+                    largest = largest.max(batch.extent());
                 }
+                prop_assert_eq!(packing.largest(&packing.extents(step.iter().copied())), largest);
             }
         }
     }

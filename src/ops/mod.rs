@@ -10,7 +10,7 @@ mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod gemm_amx;
 mod gemm_fma;
-mod simd;
+pub(crate) mod simd;
 
 pub mod attention;
 pub mod gelu;

@@ -9,9 +9,9 @@ use std::path::Path;
 pub use score::Scorer;
 
 use crate::data::{Example, Extent, Packing};
-use crate::device::Ledger;
+use crate::device::{Dry, Ledger};
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init};
+use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
 use crate::progress::{Progress, say};
 use cache::{RefCache, sequence_key};
@@ -75,7 +75,7 @@ impl Reference {
         cache: &mut RefCache,
         stop: Stop,
     ) -> Result<()> {
-        let largest = packing.largest(missing.iter().copied(), missing.len());
+        let largest = largest_shard(packing, &packing.extents(missing.iter().copied()));
         let mut scorer = Scorer::new(device, &self.checkpoint, self.init, &largest)?;
         let mut progress = Progress::new("scoring the reference", missing.len() as u64, "rows");
         for (shard, examples) in missing.chunks(SHARD_EXAMPLES).enumerate() {
@@ -94,10 +94,23 @@ impl Reference {
         Ok(())
     }
 
+    /// Elements of its largest weight.
+    pub fn largest_tensor(&self) -> usize {
+        let (spec, naming) = (&self.checkpoint.spec, self.checkpoint.architecture.naming);
+        let mut names = Model::new(&mut Dry::arena(), spec, naming, Options::frozen(0));
+        names.params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0)
+    }
+
     /// Memory while scoring.
     pub fn plan(&self, largest: &Extent) -> Ledger {
         score::plan(&self.checkpoint, largest)
     }
+}
+
+/// The largest batch of a scoring that starts with an empty cache, from the sizes of all examples in order.
+pub fn largest_shard(packing: Packing, extents: &[Extent]) -> Extent {
+    let shards = extents.chunks(SHARD_EXAMPLES);
+    shards.map(|shard| packing.largest(shard)).fold(Extent::default(), Extent::max)
 }
 
 fn keys(example: &Example) -> impl Iterator<Item = [u8; 32]> {

@@ -1,15 +1,20 @@
-//! What a run costs, from the constructors that run it, on a device without memory.
+//! What a run costs, from the constructors that run it, on a device without memory; and, for a limit on memory, the
+//! settings that keep within it.
 
 use serde::Serialize;
 
+use super::host::Host;
+use super::policy::Blueprint;
 use super::settings::Settings;
 use super::task::Task;
-use crate::data::{Batch as HostBatch, Example, Extent, Sequence, rows_of};
-use crate::device::{Arena, Dry, Kind, Ledger};
+use crate::checkpoint::run_dir::is_run;
+use crate::data::{Example, Extent, Packing, Sequence};
+use crate::device::{Dry, Kind, Ledger};
 use crate::error::Result;
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
+use crate::optim;
+use crate::references::{Reference, largest_shard};
 use crate::rollout::{self, Request, Sampling};
-use crate::train::Blueprint;
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -20,7 +25,7 @@ pub struct Phase {
     pub states: usize,
     pub activations: usize,
     pub workspace: usize,
-    /// Tokens of the data sets.
+    /// Of the program itself: tokenizer, tokens, buffers of the threads and files.
     pub host: usize,
 }
 
@@ -38,115 +43,325 @@ impl Phase {
         }
     }
 
+    /// What the device holds: everything but `host`.
+    pub fn device(&self) -> usize {
+        self.weights + self.grads + self.states + self.activations + self.workspace
+    }
+
     pub fn total(&self) -> usize {
-        self.weights + self.grads + self.states + self.activations + self.workspace + self.host
+        self.device() + self.host
     }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Plan {
     pub phases: Vec<Phase>,
+    /// Of the host and a device that computes in its memory.
     pub peak_bytes: usize,
     /// Of an average optimizer step; a multiply-add is two.
     pub flops_per_step: f64,
     pub parameters: usize,
     /// `None` where only the data could tell.
     pub max_steps: Option<u64>,
+    pub micro_batch_tokens: usize,
+    pub recompute: bool,
 }
 
-/// FLOPs of forward and backward over one micro-batch.
-pub fn flops(blueprint: &Blueprint, size: Extent) -> Result<u64> {
-    let (dry, mut arena) = (Dry::default(), Dry::arena());
-    let spec = &blueprint.checkpoint.spec;
-    let options = Options::train_all(blueprint.positions);
-    let mut model = Model::new(&mut arena, spec, blueprint.checkpoint.architecture.naming, options);
-    let mut acts = Acts::new(&mut arena, spec, &size, blueprint.keep);
-    let mut batch = Batch::new(&mut arena, &size);
-    batch.resize(size);
-    model.forward(&dry, &batch, &mut acts)?;
-    model.backward(&dry, &batch, &vec![0.0; size.targets], &mut acts)?;
-    Ok(dry.flops())
+/// Whose memory is limited.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Memory {
+    /// The machine's: device tensors and the program around them.
+    Host,
+    /// The device's alone.
+    Device,
+}
+
+impl Plan {
+    /// The phase that takes most.
+    pub fn peak(&self, of: Memory) -> &Phase {
+        self.phases.iter().max_by_key(|phase| phase.bytes(of)).expect("a run has phases")
+    }
+
+    /// The settings that this plan is of, as flags.
+    pub fn flags(&self) -> String {
+        format!("--micro-batch-tokens {}{}", self.micro_batch_tokens, if self.recompute { " --recompute" } else { "" })
+    }
+}
+
+impl Phase {
+    pub fn bytes(&self, of: Memory) -> usize {
+        match of {
+            Memory::Host => self.total(),
+            Memory::Device => self.device(),
+        }
+    }
 }
 
 /// Steps that an average is taken over.
 const SAMPLED_STEPS: u64 = 32;
+/// Visits of examples that are looked at one by one to find the largest micro-batch; a longer run gets a bound.
+const EXACT_VISITS: u64 = 1 << 22;
 
-/// FLOPs of an average step, from the first steps' real batches.
-pub fn flops_per_step(task: &Task, settings: &Settings, blueprint: &Blueprint) -> Result<f64> {
-    let steps = task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS);
-    let order = task.order(settings, 0);
-    let mut total = 0;
-    for step in 1..=steps {
-        let (_, range) = task.place_of_step(settings, step);
-        let examples: Vec<&Example> = order[range].iter().map(|i| &task.train.examples[*i]).collect();
-        for (_, batch) in settings.packing.batches(&examples) {
-            total += flops(blueprint, batch.extent())?;
+/// What goes through the engine, by size: enough to price the run under any memory setting.
+pub struct Workload<'a> {
+    checkpoint: &'a Checkpoint,
+    optimizer: &'static optim::Entry,
+    references: &'a [Reference],
+    train: Vec<Extent>,
+    eval: Vec<Extent>,
+    /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
+    steps: Option<Vec<Vec<usize>>>,
+    /// The same in the order of the file, each once.
+    used: Vec<usize>,
+    /// The first steps' examples, whose arithmetic is counted.
+    sampled: Vec<Vec<&'a Example>>,
+    /// The longest prompt that is sampled from.
+    prompt: Option<&'a [u32]>,
+    host: Host,
+    max_steps: Option<u64>,
+    /// Examples of a step for each one that is sampled.
+    alike: f64,
+}
+
+impl<'a> Workload<'a> {
+    pub fn new(task: &'a Task, settings: &Settings) -> Self {
+        let packing = settings.packing;
+        let sampled = (1..=task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS)).collect::<Vec<_>>();
+        let first = task.order(settings, 0);
+        let examples = |step: &u64| {
+            let (_, range) = task.place_of_step(settings, *step);
+            first[range].iter().map(|i| &task.train.examples[*i]).collect()
+        };
+        Self {
+            checkpoint: &task.checkpoint,
+            optimizer: task.optimizer,
+            references: &task.references,
+            train: packing.extents(&task.train.examples),
+            eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
+            steps: steps(task, settings),
+            used: task.used_examples(settings),
+            sampled: sampled.iter().map(examples).collect(),
+            prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
+            host: Host::new(task, settings),
+            max_steps: Some(task.max_steps),
+            alike: 1.0,
         }
     }
-    Ok(total as f64 / steps as f64)
+
+    /// The largest micro-batch of the run, of training or evaluation.
+    fn largest(&self, packing: Packing, batch_size: usize) -> Extent {
+        let step = |step: &Vec<usize>| packing.largest(step.iter().map(|i| &self.train[*i]));
+        let train = match &self.steps {
+            Some(steps) => steps.iter().map(step).fold(Extent::default(), Extent::max),
+            None => packing.bound(&self.train, batch_size),
+        };
+        train.max(packing.largest(&self.eval))
+    }
+
+    pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
+        let largest = self.largest(settings.packing, settings.batch_size);
+        let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
+        Blueprint {
+            checkpoint: self.checkpoint,
+            optimizer: self.optimizer,
+            hyper: settings.hyper,
+            largest,
+            positions: largest.longest.max(samples),
+            keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
+        }
+    }
+
+    /// The plan of the run under these settings, of which only packing and recompute may differ from those that this
+    /// workload was made with.
+    pub fn plan(&self, settings: &Settings) -> Result<Plan> {
+        let blueprint = self.blueprint(settings);
+        let (largest, host) = (blueprint.largest, &self.host);
+        let scored: Vec<Extent> = self.used.iter().map(|i| self.train[*i]).chain(self.eval.iter().copied()).collect();
+        let (run, pass) = blueprint.plan();
+        let mut names = names(self.checkpoint);
+        let params = names.params_mut();
+        let tensor = params.iter().map(|p| p.value.len()).max().unwrap_or(0) * size_of::<f32>();
+        let working = host.working(&self.checkpoint.spec, &largest);
+
+        let mut phases = vec![Phase::new("read", host.reading(), &[])];
+        for reference in self.references {
+            let shard = largest_shard(settings.packing, &scored);
+            let host = working + reference.largest_tensor() * size_of::<f32>();
+            phases.push(Phase::new("score", host, &[reference.plan(&shard)]));
+        }
+        phases.push(Phase::new("load", working + tensor, &[run]));
+        phases.push(Phase::new("train", working, &[run, pass]));
+        if let Some(prompt) = self.prompt {
+            let request = sample_request(settings, prompt);
+            phases.push(Phase::new("sample", working, &[run, rollout::plan(&self.checkpoint.spec, &request)]));
+        }
+        phases.push(Phase::new("save", working + tensor, &[run]));
+        let peak_bytes = phases.iter().map(Phase::total).max().unwrap_or(0);
+        Ok(Plan {
+            phases,
+            peak_bytes,
+            flops_per_step: self.flops_per_step(&blueprint, settings.packing)?,
+            parameters: params.iter().map(|p| p.value.len()).sum(),
+            max_steps: self.max_steps,
+            micro_batch_tokens: settings.packing.budget,
+            recompute: settings.recompute,
+        })
+    }
+
+    /// FLOPs of forward and backward over an average step.
+    fn flops_per_step(&self, blueprint: &Blueprint, packing: Packing) -> Result<f64> {
+        let (dry, mut arena, spec) = (Dry::default(), Dry::arena(), &self.checkpoint.spec);
+        let (largest, naming) = (&blueprint.largest, self.checkpoint.architecture.naming);
+        let mut model = Model::new(&mut arena, spec, naming, Options::train_all(blueprint.positions));
+        let mut acts = Acts::new(&mut arena, spec, largest, blueprint.keep);
+        let mut batch = Batch::new(&mut arena, largest);
+        for examples in &self.sampled {
+            for (_, host) in packing.batches(examples) {
+                batch.load(&dry, &host)?;
+                model.forward(&dry, &batch, &mut acts)?;
+                model.backward(&dry, &batch, &vec![0.0; host.targets.len()], &mut acts)?;
+            }
+        }
+        Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
+    }
+
+    /// From the longest example, below which no micro-batch can be, to the whole of the largest step.
+    fn rows(&self, settings: &Settings) -> (usize, usize) {
+        let floor = self.train.iter().chain(&self.eval).map(|extent| extent.rows).max().unwrap_or(1);
+        let all = self.largest(Packing { budget: usize::MAX, ..settings.packing }, settings.batch_size);
+        (floor, all.rows)
+    }
 }
 
-/// The plan of a run whose data is at hand.
-pub fn plan(settings: &Settings) -> Result<Plan> {
-    let task = Task::prepare(settings)?;
-    let blueprint = task.blueprint(settings);
-    let host = task.datasets().iter().flat_map(|d| &d.examples).map(host_bytes).sum();
-    let mut phases = Vec::new();
-    for reference in &task.references {
-        let all: Vec<&Example> = task.datasets().iter().flat_map(|d| &d.examples).collect();
-        let largest = settings.packing.largest(all.iter().copied(), all.len());
-        phases.push(Phase::new("score", host, &[reference.plan(&largest)]));
+fn steps(task: &Task, settings: &Settings) -> Option<Vec<Vec<usize>>> {
+    // Every epoch of a run without shuffling is the first.
+    let last = if settings.shuffle { task.max_steps } else { task.max_steps.min(task.steps_per_epoch) };
+    if last.saturating_mul(settings.batch_size.min(task.train.examples.len()) as u64) > EXACT_VISITS {
+        return None;
     }
-    let (run, step) = blueprint.plan();
-    phases.push(Phase::new("train", host, &[run, step]));
-    if let Some(request) = task.prompts(settings).iter().max_by_key(|p| p.len()).map(|p| sample_request(settings, p)) {
-        phases.push(Phase::new("sample", host, &[run, step, rollout::plan(&task.checkpoint.spec, &request)]));
-    }
-    finish(phases, &blueprint, flops_per_step(&task, settings, &blueprint)?, Some(task.max_steps))
-}
-
-/// The plan of a run whose data is not: every sequence as long as `--max-length` allows, a quarter of it prompt.
-pub fn plan_without_data(settings: &Settings, max_length: usize) -> Result<Plan> {
-    let objective = super::task::objective(settings)?;
-    let references = super::task::references(settings, objective.as_ref())?;
-    let checkpoint = Checkpoint::open(&settings.model)?;
-    let sequences = if objective.needs().pairs { 2 } else { 1 };
-    let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
-    let example = Example { row: 0, sequences: vec![sequence; sequences] };
-    // All examples are equal, so one full micro-batch stands for all of them.
-    let packing = settings.packing;
-    let full = (packing.budget / rows_of(&example, packing.sharing)).clamp(1, settings.batch_size);
-    let batch = HostBatch::new(std::iter::repeat_n(&example, full), packing.sharing);
-    let largest = batch.extent();
-    let blueprint = Blueprint {
-        checkpoint: &checkpoint,
-        optimizer: crate::optim::find(&settings.optimizer)?,
-        hyper: settings.hyper,
-        largest,
-        positions: max_length,
-        keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
+    let mut order = (u64::MAX, Vec::new());
+    let mut examples = |step| {
+        let (epoch, range) = task.place_of_step(settings, step);
+        if order.0 != epoch {
+            order = (epoch, task.order(settings, epoch));
+        }
+        order.1[range].to_vec()
     };
-    let mut phases: Vec<Phase> = references.iter().map(|r| Phase::new("score", 0, &[r.plan(&largest)])).collect();
-    let (run, step) = blueprint.plan();
-    phases.push(Phase::new("train", 0, &[run, step]));
-    let flops = flops(&blueprint, largest)? as f64 * settings.batch_size as f64 / full as f64;
-    finish(phases, &blueprint, flops, settings.max_steps)
+    Some((1..=last).map(&mut examples).collect())
 }
 
-fn finish(phases: Vec<Phase>, blueprint: &Blueprint, flops_per_step: f64, max_steps: Option<u64>) -> Result<Plan> {
-    let mut model = Model::new(
-        &mut Arena::<Dry>::with_bytes(&Dry::default(), usize::MAX)?,
-        &blueprint.checkpoint.spec,
-        blueprint.checkpoint.architecture.naming,
-        Options::frozen(0),
-    );
-    let parameters = model.params_mut().iter().map(|p| p.value.len()).sum();
-    let peak_bytes = phases.iter().map(Phase::total).max().unwrap_or(0);
-    Ok(Plan { phases, peak_bytes, flops_per_step, parameters, max_steps })
+/// A model without memory, for the names and shapes of its weights.
+fn names(checkpoint: &Checkpoint) -> Model<Dry> {
+    Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0))
 }
 
-fn host_bytes(example: &Example) -> usize {
-    example.sequences.iter().map(|s| s.ids.len() * size_of::<u32>()).sum()
+/// A run whose data is not at hand: every sequence as long as `--max-length` allows, a quarter of it prompt.
+pub struct Assumed {
+    checkpoint: Checkpoint,
+    optimizer: &'static optim::Entry,
+    references: Vec<Reference>,
+    example: Example,
+}
+
+impl Assumed {
+    pub fn new(settings: &Settings, max_length: usize) -> Result<Self> {
+        let objective = super::task::objective(settings)?;
+        let sequences = if objective.needs().pairs { 2 } else { 1 };
+        let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
+        Ok(Self {
+            checkpoint: Checkpoint::open(&settings.model)?,
+            optimizer: optim::find(&settings.optimizer)?,
+            references: super::task::references(settings, objective.as_ref())?,
+            example: Example { row: 0, sequences: vec![sequence; sequences] },
+        })
+    }
+
+    pub fn workload(&self, settings: &Settings) -> Workload<'_> {
+        let extent = settings.packing.extents([&self.example])[0];
+        // All examples are equal, so one full micro-batch stands for all of them.
+        let full = (MAX_USEFUL.max(settings.packing.budget) / extent.rows).clamp(1, settings.batch_size);
+        Workload {
+            checkpoint: &self.checkpoint,
+            optimizer: self.optimizer,
+            references: &self.references,
+            train: vec![extent; full],
+            eval: Vec::new(),
+            steps: Some(vec![(0..full).collect()]),
+            used: (0..full).collect(),
+            sampled: vec![vec![&self.example; full]],
+            prompt: None,
+            host: Host::without_data(settings),
+            max_steps: settings.max_steps,
+            alike: settings.batch_size as f64 / full as f64,
+        }
+    }
+}
+
+/// Rows beyond which a larger micro-batch gains nothing: a weight is then used for 6 x 8192 FLOPs each time that its
+/// value and gradient go through memory, more than any machine's ratio of arithmetic to memory traffic.
+const MAX_USEFUL: usize = 8192;
+/// Steps between the micro-batches that are tried, in rows.
+const ROWS_STEP: usize = 64;
+
+/// What was found for a limit.
+pub struct Choice {
+    /// The best plan that fits, or the smallest there is.
+    pub plan: Plan,
+    pub fits: bool,
+    /// Rows of the longest example: no micro-batch can be smaller.
+    pub floor: usize,
+}
+
+/// The settings that keep a run within `limit` bytes: without recompute if possible, then the largest micro-batch of
+/// use. What the user fixed stays: a micro-batch unless `free_rows`, recompute where it is on.
+pub fn fit(workload: &Workload, settings: &Settings, of: Memory, limit: usize, free_rows: bool) -> Result<Choice> {
+    let (floor, all) = workload.rows(settings);
+    let plan = |budget: usize, recompute: bool| {
+        let packing = Packing { budget, ..settings.packing };
+        workload.plan(&Settings { packing, recompute, ..settings.clone() })
+    };
+    let fits = |plan: &Plan| plan.peak(of).bytes(of) <= limit;
+    let least = if free_rows { floor } else { settings.packing.budget };
+    let most = if free_rows { all.min(MAX_USEFUL).max(floor) } else { settings.packing.budget };
+    for recompute in if settings.recompute { [true].iter() } else { [false, true].iter() } {
+        let mut best = plan(least, *recompute)?;
+        if !fits(&best) {
+            continue;
+        }
+        // A larger budget takes more, but for the luck of packing: what is returned was itself found to fit.
+        let (mut low, mut high) = (0, (most - least).div_ceil(ROWS_STEP));
+        while low < high {
+            let middle = (low + high).div_ceil(2);
+            let larger = plan((least + middle * ROWS_STEP).min(most), *recompute)?;
+            if fits(&larger) {
+                (low, best) = (middle, larger);
+            } else {
+                high = middle - 1;
+            }
+        }
+        return Ok(Choice { plan: best, fits: true, floor });
+    }
+    Ok(Choice { plan: plan(least, true)?, fits: false, floor })
+}
+
+/// What to say before a run that the machine has no memory for; nothing where it has. A run that is resumed keeps its
+/// micro-batches.
+pub fn warning(workload: &Workload, settings: &Settings, plan: &Plan, available: usize) -> Result<Option<String>> {
+    if plan.peak_bytes <= available {
+        return Ok(None);
+    }
+    let human = crate::machine::human;
+    let resumed = settings.resume.is_some() && is_run(&settings.output_dir);
+    let choice = fit(workload, settings, Memory::Host, available, !resumed)?;
+    let advice = match choice.fits {
+        true => format!("{} would take {}", choice.plan.flags(), human(choice.plan.peak_bytes)),
+        false => format!(
+            "no setting of --micro-batch-tokens and --recompute takes less than {}; a smaller --max-length or model would",
+            human(choice.plan.peak_bytes)
+        ),
+    };
+    let (needed, free) = (human(plan.peak_bytes), human(available));
+    Ok(Some(format!("warning: this run takes {needed} of memory and {free} are available; {advice}")))
 }
 
 /// One sample of a prompt.

@@ -3,7 +3,7 @@
 use crate::data::{self, Extent};
 use crate::device::{Arena, Device, Dry, Kind, Ledger, Tensor, View};
 use crate::error::Result;
-use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
+use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Spec};
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{Entry, GradNorm, Hyper, Optimizer};
 
@@ -23,56 +23,83 @@ pub struct Blueprint<'a> {
 pub struct Policy<D: Device> {
     pub model: Model<D>,
     pub optimizer: Optimizer<D>,
-    acts: Acts<D>,
-    batch: Batch<D>,
     /// `[1, 1]`, for the search for what is not finite.
     probe: Tensor<D>,
+    largest: Extent,
+    keep: Keep,
+    /// There while batches are run; loading, sampling and saving need its memory for themselves.
+    pass: Option<Pass<D>>,
+}
+
+/// Activations and the batch that they belong to.
+struct Pass<D: Device> {
+    acts: Acts<D>,
+    batch: Batch<D>,
+}
+
+impl<D: Device> Pass<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent, keep: Keep) -> Self {
+        Self { acts: Acts::new(arena, spec, largest, keep), batch: Batch::new(arena, largest) }
+    }
+
+    fn plan(spec: &Spec, largest: &Extent, keep: Keep) -> Ledger {
+        let mut arena = Dry::arena();
+        Pass::new(&mut arena, spec, largest, keep);
+        arena.ledger()
+    }
 }
 
 impl Blueprint<'_> {
     /// Weights, gradients and states: there for the whole run.
-    fn run<D: Device>(&self, arena: &mut Arena<D>) -> (Model<D>, Optimizer<D>) {
+    fn run<D: Device>(&self, arena: &mut Arena<D>) -> (Model<D>, Optimizer<D>, Tensor<D>) {
         let options = Options::train_all(self.positions);
         let mut model = Model::new(arena, &self.checkpoint.spec, self.checkpoint.architecture.naming, options);
         let optimizer = Optimizer::new(arena, self.optimizer, self.hyper, &model.params_mut());
-        (model, optimizer)
-    }
-
-    /// Activations.
-    fn phase<D: Device>(&self, arena: &mut Arena<D>) -> (Acts<D>, Batch<D>, Tensor<D>) {
-        let acts = Acts::new(arena, &self.checkpoint.spec, &self.largest, self.keep);
-        (acts, Batch::new(arena, &self.largest), arena.floats(Kind::Workspace, 1, 1))
+        (model, optimizer, arena.floats(Kind::Workspace, 1, 1))
     }
 
     /// Memory of the run, and of a training step besides.
     pub fn plan(&self) -> (Ledger, Ledger) {
-        let (mut run, mut phase) = (Dry::arena(), Dry::arena());
+        let mut run = Dry::arena();
         self.run(&mut run);
-        self.phase(&mut phase);
-        (run.ledger(), phase.ledger())
+        (run.ledger(), Pass::<Dry>::plan(&self.checkpoint.spec, &self.largest, self.keep))
     }
 
+    /// The policy as far as it lives for the whole run; its first batch takes the activations.
     pub fn build<B: Backend>(&self, device: &B) -> Result<Policy<B>> {
-        let (run, phase) = self.plan();
-        let (model, optimizer) = self.run(&mut Arena::new(device, &run)?);
-        let (acts, batch, probe) = self.phase(&mut Arena::new(device, &phase)?);
-        Ok(Policy { model, optimizer, acts, batch, probe })
+        let (run, _) = self.plan();
+        let (model, optimizer, probe) = self.run(&mut Arena::new(device, &run)?);
+        Ok(Policy { model, optimizer, probe, largest: self.largest, keep: self.keep, pass: None })
     }
 }
 
 impl<B: Backend> Policy<B> {
     /// Log-probabilities of the batch's targets, nats.
     pub fn forward(&mut self, device: &B, host: &data::Batch) -> Result<Vec<f32>> {
-        self.batch.load(device, host)?;
-        self.model.forward(device, &self.batch, &mut self.acts)?;
+        let pass = match &mut self.pass {
+            Some(pass) => pass,
+            None => {
+                let (spec, largest, keep) = (&self.model.spec, &self.largest, self.keep);
+                let mut arena = Arena::new(device, &Pass::<Dry>::plan(spec, largest, keep))?;
+                self.pass.insert(Pass::new(&mut arena, spec, largest, keep))
+            }
+        };
+        pass.batch.load(device, host)?;
+        self.model.forward(device, &pass.batch, &mut pass.acts)?;
         let mut logps = vec![0.0; host.targets.len()];
-        device.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
+        device.read_f32(pass.acts.top.logp.top(logps.len()), &mut logps)?;
         Ok(logps)
+    }
+
+    /// Frees the activations until the next batch: what follows needs memory of its own.
+    pub fn rest(&mut self) {
+        self.pass = None;
     }
 
     /// Adds to the gradients; of the batch that `forward` saw last.
     pub fn backward(&mut self, device: &B, dlogp: &[f64]) -> Result<()> {
-        self.model.backward(device, &self.batch, dlogp, &mut self.acts)
+        let pass = self.pass.as_mut().expect("a backward follows its forward");
+        self.model.backward(device, &pass.batch, dlogp, &mut pass.acts)
     }
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {
@@ -99,9 +126,10 @@ impl<B: Backend> Policy<B> {
         if let Some(name) = self.first_bad_weight(device)? {
             return Ok(format!("the weight {name}"));
         }
-        let rows = self.batch.size().rows;
+        let pass = self.pass.as_ref().expect("a forward pass came before");
+        let rows = pass.batch.size().rows;
         for layer in 0..=self.model.spec.layers {
-            if let Some(residual) = self.acts.kept_residual(layer)
+            if let Some(residual) = pass.acts.kept_residual(layer)
                 && !finite(device, residual.top(rows), &mut self.probe)?
             {
                 return Ok(match layer {

@@ -11,6 +11,7 @@ use super::plot::{Panel, Series, curves_svg, sparkline};
 use super::run::SAMPLES;
 use crate::checkpoint::write_file;
 use crate::error::Result;
+use crate::machine::human;
 
 pub struct Report {
     output: PathBuf,
@@ -18,6 +19,8 @@ pub struct Report {
     metrics: Lines,
     evaluations: Lines,
     samples: Lines,
+    /// Bytes that were in use at most, and what the plan said; of the process that finished the run.
+    memory: Option<(usize, usize)>,
 }
 
 /// (label, key of an evaluation, factor, decimals, unit)
@@ -33,7 +36,12 @@ impl Report {
     pub fn read(output: &Path, objective: &'static str) -> Result<Self> {
         let lines = |name: &str| read_lines(&output.join(name));
         let (metrics, evaluations, samples) = (lines(METRICS)?, lines(EVALUATIONS)?, lines(SAMPLES)?);
-        Ok(Self { output: output.to_path_buf(), objective, metrics, evaluations, samples })
+        Ok(Self { output: output.to_path_buf(), objective, metrics, evaluations, samples, memory: None })
+    }
+
+    /// Adds the peak of resident memory, where the system tells it, and the plan's.
+    pub fn with_memory(self, peak_bytes: Option<usize>, planned_bytes: usize) -> Self {
+        Self { memory: peak_bytes.map(|peak| (peak, planned_bytes)), ..self }
     }
 
     /// The end of a run, as text.
@@ -46,6 +54,9 @@ impl Report {
         let tokens: f64 = self.metrics.iter().filter_map(|line| number(line, "tokens")).sum();
         let steps = self.metrics.len();
         let _ = writeln!(out, "{steps} steps in {seconds:.1} s, {:.0} tokens/s", tokens / seconds.max(1e-9));
+        if let Some((peak, planned)) = self.memory {
+            let _ = writeln!(out, "peak memory {} (planned {})", human(peak), human(planned));
+        }
         let _ = writeln!(out, "model   {}", self.output.display());
         let _ = writeln!(out, "curves  {}", self.plot_path().display());
         out

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::evaluate::{Evaluation, HeldOut, evaluate};
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
-use super::plan::{flops_per_step, sample_request};
+use super::plan::{Plan, Workload, sample_request, warning};
 use super::policy::Policy;
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
@@ -22,6 +22,7 @@ use crate::checkpoint::run_dir::{
 use crate::checkpoint::{write_dir, write_file};
 use crate::data::Example;
 use crate::error::{Error, Result};
+use crate::machine;
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
@@ -43,16 +44,24 @@ pub enum Outcome {
 /// Trains. `stop` is asked between steps; true writes a checkpoint and returns [`Error::Interrupted`].
 pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
     let task = Task::prepare(settings)?;
+    machine::release_freed();
+    let workload = Workload::new(&task, settings);
+    let (blueprint, plan) = (workload.blueprint(settings), workload.plan(settings)?);
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     if !task.references.is_empty() {
         let cannot = |e| Error::option("--cache-dir", format!("{}: {e}", settings.cache_dir.display()));
         std::fs::create_dir_all(&settings.cache_dir).map_err(cannot)?;
     }
+    if let Some(memory) = machine::memory() {
+        // What the program has by now is part of the plan.
+        let available = memory.available + machine::resident().unwrap_or(0);
+        warning(&workload, settings, &plan, available)?.iter().for_each(say);
+    }
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
     let _lock = &start.lock;
     let ref_logps = score_references(device, settings, &task, stop)?;
-    let blueprint = task.blueprint(settings);
+    drop(workload);
     let mut policy = blueprint.build(device)?;
     match &start.from {
         Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
@@ -64,7 +73,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         device,
         settings,
         schedule: Schedule::new(settings.learning_rate, settings.decay, settings.warmup_ratio, task.max_steps),
-        flops_per_step: flops_per_step(&task, settings, &blueprint)?,
+        plan,
         policy,
         ref_logps,
         saved: start.from.as_deref().filter(|dir| **dir == newest).map(|_| start.state.step),
@@ -192,7 +201,7 @@ struct Session<'a, B: Backend> {
     settings: &'a Settings,
     task: &'a Task,
     schedule: Schedule,
-    flops_per_step: f64,
+    plan: Plan,
     policy: Policy<B>,
     ref_logps: Vec<Vec<RefLogps>>,
     state: RunState,
@@ -333,6 +342,7 @@ impl<B: Backend> Session<'_, B> {
 
     /// One completion for each sample prompt, each from its own random stream.
     fn sample(&mut self) -> Result<()> {
+        self.policy.rest();
         let eos = self.task.tokenizer.stops();
         for (i, prompt) in self.task.prompts(self.settings).into_iter().enumerate() {
             let request = Request { first_sample: i as u64, eos, ..sample_request(self.settings, prompt) };
@@ -353,6 +363,7 @@ impl<B: Backend> Session<'_, B> {
             return Ok(path);
         }
         self.check_weights()?;
+        self.policy.rest();
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
         let trainer_state = self.trainer_state();
@@ -375,7 +386,7 @@ impl<B: Backend> Session<'_, B> {
             num_train_epochs: self.task.max_steps.div_ceil(self.task.steps_per_epoch),
             train_batch_size: self.settings.per_device_batch_size,
             num_tokens: self.state.num_tokens,
-            total_flops: self.flops_per_step * self.state.step as f64,
+            total_flops: self.plan.flops_per_step * self.state.step as f64,
             eval_steps: self.settings.eval_steps,
             save_steps: self.settings.save_steps,
         }
@@ -392,13 +403,14 @@ impl<B: Backend> Session<'_, B> {
         self.check_weights()?;
         self.evaluate(None)?;
         self.sample()?;
+        self.policy.rest();
         let output: &Path = &self.settings.output_dir;
         save_model(self.device, &mut self.policy, &self.settings.model, output, self.settings.dtype)?;
         self.trainer_state().write(output, output)?;
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
         finish(output)?;
-        Ok(report)
+        Ok(report.with_memory(machine::peak_resident(), self.plan.peak_bytes))
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Settings {
     pub packing: Packing,
     /// Keep block inputs only and run each block's forward again in its backward.
     pub recompute: bool,
+    /// CPU threads.
+    pub threads: usize,
     pub eval_steps: Option<u64>,
     pub save_steps: Option<u64>,
     /// What the checkpoints hold.

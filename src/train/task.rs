@@ -8,14 +8,13 @@ use serde_json::{Map, Value, json};
 use super::plan::sample_request;
 use super::settings::Settings;
 use super::step::check_needs;
-use crate::data::{Dataset, Extent, Form, Sharing, Tokenizer, epoch_order};
+use crate::data::{Dataset, Form, Sharing, Tokenizer, epoch_order};
 use crate::device::Philox;
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init, Keep};
+use crate::model::{Checkpoint, Init};
 use crate::objectives::{self, Objective};
 use crate::optim;
 use crate::references::Reference;
-use crate::train::Blueprint;
 
 /// Rows of a micro-batch where the user does not say: large enough to keep the cores busy, small enough for the
 /// activations of a 135M model to fit beside a browser.
@@ -123,23 +122,6 @@ impl Task {
 
     pub fn epoch(&self, step: u64) -> f64 {
         step as f64 / self.steps_per_epoch as f64
-    }
-
-    /// Memory of a run with this data.
-    pub fn blueprint(&self, settings: &Settings) -> Blueprint<'_> {
-        let packing = settings.packing;
-        let largest = packing.largest(&self.train.examples, settings.batch_size);
-        let eval = self.eval.as_ref().map_or(Extent::default(), |d| packing.largest(&d.examples, d.examples.len()));
-        let largest = largest.max(eval);
-        let samples = self.prompts(settings).iter().map(|p| p.len() + settings.samples.max_new_tokens).max();
-        Blueprint {
-            checkpoint: &self.checkpoint,
-            optimizer: self.optimizer,
-            hyper: settings.hyper,
-            largest,
-            positions: largest.longest.max(samples.unwrap_or(0)),
-            keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
-        }
     }
 
     /// Prompts of the samples: those of the first evaluation rows.

@@ -171,7 +171,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
         let candidates =
             (0..checkpoint.spec.vocab as u32).map(|token| Example { row: 0, sequences: vec![with(token)] });
         let candidates: Vec<Example> = candidates.collect();
-        let largest = packing.largest(&candidates, candidates.len());
+        let largest = packing.largest(&packing.extents(&candidates));
         let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest).unwrap();
         let logps = scorer.score(&candidates.iter().collect::<Vec<_>>(), packing, &mut |_| {}).unwrap();
         let logp = |token: usize| logps[token][0][0];
@@ -207,22 +207,111 @@ fn plan_prices_a_run_without_running_it() {
             assert_eq!(keys(&phase), [&["name"], &parts[..]].concat());
             let bytes = |key: &str| phase[key].as_u64().unwrap();
             peak = peak.max(parts.iter().map(|key| bytes(key)).sum::<u64>());
-            assert!(bytes("weights") >= 656_000 * 4, "{phase:?}");
-            let trains = phase["name"] != json!("score");
+            let name = phase["name"].as_str().unwrap();
+            assert_eq!(bytes("weights") >= 656_000 * 4, name != "read", "{phase:?}");
+            let trains = !["read", "score"].contains(&name);
             assert_eq!((bytes("grads") >= 656_000 * 4, bytes("states") >= 656_000 * 8), (trains, trains), "{phase:?}");
-            assert!(bytes("activations") > 0, "{phase:?}");
+            assert_eq!(bytes("activations") > 0, ["score", "train", "sample"].contains(&name), "{phase:?}");
+            assert!(bytes("host") > 5 << 20, "{phase:?}");
         }
         assert_eq!(plan["peak_bytes"].as_u64(), Some(peak));
     }
     let names = |plan: &Value| phases(plan).iter().map(|p| p["name"].as_str().unwrap().to_string()).collect::<Vec<_>>();
-    assert_eq!(names(&with_data), ["score", "train", "sample"]);
-    assert_eq!(names(&plan("--model model")), ["score", "train"]);
-    assert!(phases(&with_data)[0]["host"].as_u64() > Some(0));
+    assert_eq!(names(&with_data), ["read", "score", "load", "train", "sample", "save"]);
+    assert_eq!(names(&plan("--model model")), ["read", "score", "load", "train", "save"]);
 
-    let activations = |flags: &str| phases(&plan(flags))[1]["activations"].as_u64().unwrap();
+    let activations = |flags: &str| phases(&plan(flags))[3]["activations"].as_u64().unwrap();
     assert!(activations("--model model --recompute") < activations("--model model"));
     let table = w.ok(&format!("{} --model model --output-dir run", TRAIN.replace("train ", "plan "))).stdout;
     assert!(table.contains("peak ") && table.contains("GFLOP a step, 656000 parameters"), "{table}");
+}
+
+#[test]
+fn a_limit_on_memory_chooses_settings() {
+    let w = Workspace::with_reviews(60);
+    let base = "plan --objective sigmoid --beta 0.1 --model model --dataset train.jsonl --batch-size 30";
+    let plan = |flags: &str| parse(&w.ok(&format!("{base} {flags} --json")).stdout);
+    let of = |plan: &Value| {
+        let tokens = plan["micro_batch_tokens"].as_u64().unwrap();
+        (tokens, plan["recompute"] == json!(true), plan["peak_bytes"].as_u64().unwrap())
+    };
+    let (whole, recompute, most) = of(&plan("--ram 100GiB"));
+    assert!(!recompute && whole > 512, "{whole}: the whole step in one micro-batch");
+    assert_eq!(of(&plan("--ram auto")), (whole, false, most));
+    let (_, _, least) = of(&plan("--micro-batch-tokens 1 --recompute"));
+
+    let mut previous = (whole, false);
+    for percent in [90, 60, 30, 10] {
+        let limit = least + (most - least) * percent / 100;
+        let (tokens, recompute, peak) = of(&plan(&format!("--ram {}KiB", limit / 1024)));
+        assert!(peak <= limit && (recompute || tokens <= previous.0), "{percent} %: {tokens} {recompute} {peak}");
+        assert_eq!(peak, of(&plan(&format!("--micro-batch-tokens {tokens} --recompute={recompute}"))).2);
+        previous = (tokens, recompute);
+    }
+    assert!(previous.0 < whole || previous.1);
+
+    // What is given stays: a micro-batch leaves recompute to choose, both leave nothing but to look.
+    let fixed = |flags: &str| of(&plan(&format!("--micro-batch-tokens {whole} {flags}")));
+    let (_, _, recomputed) = fixed("--recompute");
+    let (tokens, recompute, _) = fixed(&format!("--ram {}KiB", recomputed / 1024 + 1));
+    assert_eq!((tokens, recompute), (whole, true));
+    let device = of(&plan(&format!("--vram {}KiB", most / 1024)));
+    assert_eq!((device.0, device.1), (whole, false));
+
+    let fails = |flags: &str, parts: &[&str]| w.fails(1, &format!("{base} {flags}"), parts);
+    fails("--ram 1MiB", &["--ram: nothing fits in 1.0 MiB", "the longest has", "alone take"]);
+    let tight = format!("--ram {}KiB", least / 1024 - 8);
+    fails(&tight, &["one example at a time", "a lower --max-length"]);
+    fails(
+        &format!("{tight} --micro-batch-tokens 1024"),
+        &["--micro-batch-tokens 1024", "leave --micro-batch-tokens out"],
+    );
+    w.fails(2, &format!("{base} --ram 1G --vram 1G"), &["cannot be used with"]);
+    w.fails(2, &format!("{base} --ram 8"), &["such as 8GiB"]);
+    w.fails(2, &format!("{base} --vram auto"), &["such as 8GiB"]);
+    w.write("r.toml", "ram = '1G'");
+    w.fails(2, "plan r.toml", &["unknown key \"ram\""]);
+
+    let text = w.ok(&format!("{base} --ram 100GiB")).stdout;
+    assert!(text.contains("<- peak") && text.ends_with(&format!("with\n  --micro-batch-tokens {whole}\n")), "{text}");
+    let text = w.ok(base).stdout;
+    assert!(text.contains("while training\n") && text.contains("to lower the peak"), "{text}");
+}
+
+/// The bound is what an allocator and a system may differ by; the model itself takes 10 MiB.
+#[test]
+fn a_run_takes_what_its_plan_says() {
+    const BOUND: usize = 6 << 20;
+    let w = Workspace::with_reviews(200);
+    for flags in ["", "--recompute", "--micro-batch-tokens 300"] {
+        let shared = "--objective sigmoid --beta 0.1 --model model --dataset train.jsonl --max-steps 3 --batch-size 64";
+        let shared = format!("{shared} --save-steps 2 {flags} --output-dir run{}", flags.len());
+        let planned = parse(&w.ok(&format!("plan {shared} --json")).stdout)["peak_bytes"].as_u64().unwrap() as usize;
+        let peak = w.spawn(&format!("train {shared}")).peak_memory();
+        assert!(planned.abs_diff(peak) < BOUND, "{flags}: planned {planned}, was {peak}");
+    }
+    let text = w.ok("train --objective sft --model model --dataset train.jsonl --max-steps 1 --output-dir x").stdout;
+    assert!(text.lines().any(|line| line.starts_with("peak memory ") && line.contains("(planned ")), "{text}");
+}
+
+#[test]
+fn a_doctor_says_what_is_there() {
+    let w = Workspace::new();
+    let text = w.ok("doctor").stdout;
+    let parts =
+        ["threads", "the kernels use", "GFLOP/s", "GB/s", "available", "this build computes on the CPU", "works"];
+    parts.iter().for_each(|part| assert!(text.contains(part), "{part}: {text}"));
+    let found = parse(&w.ok("doctor --json --cache-dir other").stdout);
+    assert!(found["flops_per_second"].as_f64() > Some(1e7) && found["memory_bytes_per_second"].as_f64() > Some(1e7));
+    assert!(found["cores"]["allowed"].as_u64() > Some(0) && found["problem"].is_null(), "{found}");
+    assert_eq!(found["cache"]["dir"], json!("other"));
+    assert!(!w.exists("other"), "a doctor only looks");
+
+    w.write("file", "");
+    let failed = w.run("doctor --cache-dir file/cache");
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stdout.contains("cannot train here"), "{}", failed.stdout);
+    assert!(failed.error().starts_with("--cache-dir: file/cache: cannot be written to"), "{}", failed.stderr);
 }
 
 #[test]
@@ -247,7 +336,7 @@ fn help_is_a_result() {
     let w = Workspace::new();
     let all = w.ok("--help");
     assert!(all.stdout.contains("cuvee train recipes/quickstart.toml") && all.stderr.is_empty(), "{}", all.stdout);
-    for command in ["train", "plan", "logps", "eval", "generate", "list"] {
+    for command in ["train", "plan", "doctor", "logps", "eval", "generate", "list"] {
         assert!(all.stdout.contains(command), "{command}");
         let help = w.ok(&format!("{command} --help"));
         assert!(help.stdout.contains("Usage: cuvee") && help.stderr.is_empty(), "{}", help.stdout);

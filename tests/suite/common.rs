@@ -445,5 +445,8 @@ pub fn assert_gradient(what: &str, at: &[f64], gradient: &[f64], mut loss: impl 
 
 /// One priced run.
 pub fn run_dry<C: Case>(device: &Dry, case: &C) {
-    case.run(device, &mut slots(device, &case.specs())).unwrap();
+    let specs = case.specs();
+    let mut slots = slots(device, &specs);
+    specs.iter().zip(&mut slots).for_each(|(spec, slot)| fill(device, spec, slot));
+    case.run(device, &mut slots).unwrap();
 }

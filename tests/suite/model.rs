@@ -911,3 +911,29 @@ fn every_weight_is_listed_once_with_its_role() {
         }
     }
 }
+
+/// Activations and workspace of a step do not know the vocabulary; the arithmetic of equal examples adds up exactly.
+#[test]
+fn memory_is_flat_in_the_vocabulary_and_work_is_linear() {
+    let (host, examples) = (host(Size::Small, Sharing::On), Size::Small.examples());
+    for name in ["llama", "mistral", "qwen3"] {
+        let of_vocab = |vocab: usize| {
+            let tiny = tiny::with(Size::Small, name, serde_json::json!({"vocab_size": vocab}));
+            let plan = tiny.plan(&host.extent(), Keep::Everything, &|_| true);
+            [Kind::Activations, Kind::Workspace].map(|kind| plan.get(kind))
+        };
+        assert_eq!(of_vocab(1 << 10), of_vocab(1 << 17), "{name}");
+
+        let tiny = tiny::with(Size::Small, name, serde_json::json!({}));
+        let flops = |copies: usize| {
+            let host = cuvee::data::Batch::new(std::iter::repeat_n(&examples[0], copies), Sharing::On);
+            let (device, size) = (Dry::default(), host.extent());
+            let (mut model, mut acts, mut batch) = tiny.build(&mut Dry::arena(), &size, Keep::Inputs, &|_| true);
+            batch.load(&device, &host).unwrap();
+            model.forward(&device, &batch, &mut acts).unwrap();
+            model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts).unwrap();
+            device.flops()
+        };
+        assert_eq!([2, 3, 7].map(flops), [2, 3, 7].map(|copies| copies * flops(1)), "{name}");
+    }
+}

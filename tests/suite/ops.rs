@@ -1875,6 +1875,14 @@ fn dry_runs_count_products() {
     assert_eq!(flops(&HeadBackward::full([3, 5, 7])), 3 * product);
     assert_eq!(flops(&HeadBackward { wanted: false, ..HeadBackward::full([3, 5, 7]) }), 2 * product);
     assert_eq!(flops(&RmsNorm([3, 5])), 0);
+
+    // A root of 5 sees 15 pairs; a child of 3 behind it 6 + 7 + 8; with a window of 4: 14 and 12.
+    let pairs = |window, pairs: u64| {
+        let case = Attention { dims: dims(2, 1, 4, window), segments: forest(&[(5, None), (3, Some(0))]) };
+        assert_eq!(flops(&case), 2 * 2 * pairs * 2 * 4);
+    };
+    pairs(None, 15 + 21);
+    pairs(Some(4), 14 + 12);
 }
 
 #[test]

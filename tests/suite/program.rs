@@ -193,6 +193,21 @@ impl Running {
         true
     }
 
+    /// Waits for the end; the largest amount of memory in use until then (VmHWM), in bytes, as the system counts it.
+    pub fn peak_memory(mut self) -> usize {
+        let status = format!("/proc/{}/status", self.child.id());
+        let mut peak = 0;
+        while self.child.try_wait().unwrap().is_none() {
+            let text = fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix(" kB"));
+            peak = peak.max(line.map_or(0, |kib| kib.trim().parse::<usize>().unwrap() << 10));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let finished = self.finish();
+        assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+        peak
+    }
+
     pub fn signal(&self, signal: i32) {
         // SAFETY: the child has not been waited for, so the id is still its own.
         unsafe { libc::kill(self.child.id() as i32, signal) };

@@ -1,6 +1,6 @@
 //! One optimizer step: what an objective asks for arrives, what it returns is applied.
 
-use cuvee::data::{Example, Extent, Packing, Sequence, Sharing};
+use cuvee::data::{Example, Packing, Sequence, Sharing};
 use cuvee::device::Cpu;
 use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
@@ -39,7 +39,8 @@ impl Rig {
     fn new() -> Self {
         let tiny = tiny::with(Size::Tiny, "llama", serde_json::json!({}));
         let (cpu, examples) = (Cpu::new(2).unwrap(), pairs());
-        let largest = PACKING.largest(&examples, 4).max(ONE.largest(&examples, 4)).max(Extent::default());
+        let extents = PACKING.extents(&examples);
+        let largest = PACKING.largest(&extents).max(ONE.largest(&extents));
         let optimizer = optim::find("adamw").unwrap();
         let checkpoint = &tiny.checkpoint;
         let positions = largest.longest;

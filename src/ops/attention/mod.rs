@@ -55,7 +55,7 @@ pub struct Dims {
     pub head_dim: usize,
     /// Keys that a query sees at most, itself included.
     pub window: Option<usize>,
-    /// Longest path from a root to a leaf; prices the work.
+    /// Longest path from a root to a leaf; prices the work where no segment table is at hand.
     pub longest: usize,
 }
 
@@ -183,18 +183,32 @@ fn path_rows(segments: &[Segment], index: usize) -> impl Iterator<Item = usize> 
     path(segments, index).into_iter().flat_map(rows)
 }
 
+/// How many (query, key) pairs the masks leave; without a table half of `rows x longest`, as if no prefix were shared.
+fn visible_pairs(dims: &Dims, segments: View<Dry>, rows: usize) -> usize {
+    let Some(words) = segments.indices() else { return rows * dims.longest / 2 };
+    let table: &[Segment] = bytemuck::cast_slice(words);
+    let seen = |position: usize| position + 1 - dims.first_visible(position);
+    let of = |s: &Segment| {
+        let end = (s.position + s.len) as usize;
+        (end - s.queries as usize..end).map(seen).sum::<usize>()
+    };
+    table.iter().map(of).sum()
+}
+
 impl Attention for Dry {
-    /// Half of `rows x longest`, as a causal mask leaves; two products.
+    /// Two products over the visible pairs.
     fn attention(&self, a: Forward<Self>) -> Result<()> {
         a.check()?;
-        self.count(2 * a.q.rows() * a.dims.longest * a.dims.heads * a.dims.head_dim);
+        let pairs = visible_pairs(&a.dims, a.segments, a.q.rows());
+        self.count(2 * 2 * pairs * a.dims.heads * a.dims.head_dim);
         Ok(())
     }
 
     /// Five products where the forward has two.
     fn attention_backward(&self, a: Backward<Self>) -> Result<()> {
         a.check()?;
-        self.count(5 * a.q.rows() * a.dims.longest * a.dims.heads * a.dims.head_dim);
+        let pairs = visible_pairs(&a.dims, a.segments, a.q.rows());
+        self.count(5 * 2 * pairs * a.dims.heads * a.dims.head_dim);
         Ok(())
     }
 }

@@ -1,0 +1,96 @@
+//! The memory of the program itself, beside what a device holds. Its parts follow from sizes that are known before the
+//! run; the factors were measured (VmRSS of an x86-64 Linux process with glibc, tokenizers 0.23), each named with where
+//! it comes from.
+
+use std::path::Path;
+
+use super::settings::Settings;
+use super::task::Task;
+use crate::data::Extent;
+use crate::model::Spec;
+
+/// Pages of the program and its libraries, stacks, file buffers: a run of a tiny model without data has 8 MiB resident.
+const PROGRAM: usize = 9 << 20;
+/// A tokenizer takes 6.3 times its file once parsed (SmolLM2's tokenizer.json of 1.7 MiB: 10.8 MiB) ...
+const TOKENIZER: f64 = 6.3;
+/// ... and, with the parser's tree beside it, 28 times its file while it is read (49 MiB).
+const TOKENIZER_READING: f64 = 28.0;
+/// The encoder's caches and what the allocator keeps: 1.5 MiB after 6 thousand tokens, 11 after 226 thousand, 14 after
+/// 746 thousand and after 7 million.
+const ENCODER: f64 = (14 << 20) as f64;
+/// Tokens after which half of [`ENCODER`] is taken.
+const ENCODER_HALF: f64 = 55_000.0;
+/// Text, rows and encodings while a data set is read, by token: 7.5 million tokens took 60 MiB at their peak.
+const READING_PER_TOKEN: usize = 8;
+/// An example and a sequence with their vectors' headers, sums of reference log-probabilities and order.
+const PER_EXAMPLE: usize = 120;
+const PER_SEQUENCE: usize = 80;
+/// Vectors of a micro-batch by row: tokens, positions, targets, log-probabilities and their derivatives.
+const PER_ROW: usize = 40;
+/// `PACKED_B` of `ops/gemm.rs` and the thread's `PACKED_A`.
+const GEMM_SHARED: usize = 1 << 20;
+const GEMM_THREAD: usize = 96 << 10;
+/// Vectors of `[longest, head_dim]` that `ops/attention/cpu.rs` gathers for one thread.
+const ATTENTION_VECTORS: usize = 6;
+
+/// Sizes that the host's memory follows from.
+pub struct Host {
+    threads: usize,
+    tokenizer_bytes: usize,
+    tokens: usize,
+    examples: usize,
+    sequences: usize,
+}
+
+impl Host {
+    pub fn new(task: &Task, settings: &Settings) -> Self {
+        let examples = || task.datasets().into_iter().flat_map(|dataset| &dataset.examples);
+        let sequences = || examples().flat_map(|example| &example.sequences);
+        Self {
+            tokens: sequences().map(|sequence| sequence.ids.len()).sum(),
+            examples: examples().count(),
+            sequences: sequences().count(),
+            ..Self::without_data(settings)
+        }
+    }
+
+    pub fn without_data(settings: &Settings) -> Self {
+        let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len() as usize);
+        let tokenizer_bytes = size(&settings.model.join("tokenizer.json"));
+        Self { threads: settings.threads, tokenizer_bytes, tokens: 0, examples: 0, sequences: 0 }
+    }
+
+    /// The largest amount while tokenizer and data are read.
+    pub fn reading(&self) -> usize {
+        let tokenizer = (TOKENIZER_READING * self.tokenizer_bytes as f64) as usize;
+        PROGRAM + tokenizer.max(self.resting() + READING_PER_TOKEN * self.tokens)
+    }
+
+    /// Of the data and its tokenizer, once read.
+    fn resting(&self) -> usize {
+        let encoder = ENCODER * self.tokens as f64 / (self.tokens as f64 + ENCODER_HALF);
+        let data = self.tokens * size_of::<u32>() + self.examples * PER_EXAMPLE + self.sequences * PER_SEQUENCE;
+        (TOKENIZER * self.tokenizer_bytes as f64 + encoder) as usize + data
+    }
+
+    /// While micro-batches up to `largest` go through the engine.
+    pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
+        let attention = ATTENTION_VECTORS * largest.longest * spec.head_dim * size_of::<f32>();
+        let threads = self.threads * (GEMM_THREAD + attention);
+        PROGRAM + self.resting() + GEMM_SHARED + threads + largest.rows * PER_ROW
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_data_and_threads_take_more() {
+        let host = |threads, tokens| Host { threads, tokenizer_bytes: 1 << 20, tokens, examples: 1, sequences: 2 };
+        assert!(host(1, 0).reading() > PROGRAM + (20 << 20), "the tokenizer's tree");
+        let grown = host(1, 10_000_000).resting() - host(1, 1_000_000).resting();
+        assert!((36_000_000..40_000_000).contains(&grown), "four bytes a token, once the caches are full: {grown}");
+        assert!(host(1, 10_000_000).reading() > host(1, 10_000_000).resting() + 80_000_000);
+    }
+}
