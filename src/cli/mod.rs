@@ -7,6 +7,7 @@ mod generate;
 mod list;
 mod logps;
 mod plan;
+mod preview;
 mod recipe;
 mod train;
 
@@ -65,6 +66,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Logps(args) => logps::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
     };
     match result {
@@ -129,6 +131,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Logps(args) => args.limits.check(flags)?,
         Command::Eval(args) => args.limits.check(flags)?,
         Command::Generate(args) => args.check()?,
+        Command::Preview(args) => args.limits.check(flags)?,
         Command::List(_) => {}
     }
     Ok(cli)
