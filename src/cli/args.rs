@@ -390,18 +390,20 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(after_help = "\
-Shows each row as the engine runs it. The prompt is dim, what is scored is green (chosen) or red (rejected); every
-second token is underlined, or tokens are separated by | where there is no colour. \u{21b5} is a newline, \u{2423} a token of
-spaces, \u{22ef} a token that ends within a character. Then the token ids, how many of a sequence are not scored (0)
-and scored (1), and the batch: a prompt that completions share is run once, as their parent.
-What is odd about the whole file is said at the end, as every other command says it.
+Shows each row as the engine runs it. The prompt is dim, what is scored is green, or red where it
+is rejected. Every second token is underlined; without colour | stands between two tokens.
+\u{21b5} is a newline, \u{2423} a token of spaces, \u{22ef} a token that ends within a character.
 
-Conversations (prompt, chosen, rejected or messages as lists of {\"role\", \"content\"}) are rendered with the chat
-template of --model. Look here first when a model does not stop, or learns to write its own prompt.
+Then the token ids, how many of a sequence are not scored (0) and scored (1), and the batch: a
+prompt that completions share is run once, as their parent. What is odd about the whole file is
+said at the end, as every other command says it.
+
+Messages ({\"role\", \"content\"}) are rendered with the chat template of --model. Look here first
+when a model does not stop, or learns to write its own prompt.
 
 Examples:
   cuvee preview --model DIR --dataset pairs.jsonl
-  cuvee preview --model DIR --dataset pairs.jsonl --line 17               the row that a message names
+  cuvee preview --model DIR --dataset pairs.jsonl --line 17      # the row that a message names
   cuvee preview --model DIR --dataset pairs.jsonl --max-length 512 --on-overflow truncate
   cuvee preview --model DIR --dataset pairs.jsonl --color always | less -R
   cuvee preview --model DIR --dataset pairs.jsonl --rows 1000 --json | jq .sequences[0].first")]
