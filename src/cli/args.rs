@@ -39,6 +39,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Complete a prompt with a model
     Generate(GenerateArgs),
+    /// Show what a model will see of a data set: its tokens, what is scored, why rows are dropped
+    Preview(PreviewArgs),
     /// List what this build knows: objectives, optimizers, architectures
     List(ListArgs),
 }
@@ -361,7 +363,8 @@ pub struct LimitArgs {
     after_help = "\
 Examples:
   cuvee generate --model runs/first --prompt 'The film was'
-  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8"
+  cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8
+  cuvee generate --model runs/chat --chat --prompt 'Which film should I see?'"
 )]
 pub struct GenerateArgs {
     /// Model: a Hugging Face folder
@@ -370,6 +373,9 @@ pub struct GenerateArgs {
     /// Text to continue; write --prompt=TEXT if it starts with a dash
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,
+    /// Take the prompt as a user's message, put it into the model's chat template and print the answer
+    #[arg(long)]
+    pub chat: bool,
     /// Completions to write
     #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
     pub samples: usize,
@@ -408,6 +414,58 @@ pub struct DoctorArgs {
     /// Print the findings as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "\
+Shows each row as the engine runs it. The prompt is dim, what is scored is green, or red where it
+is rejected. Every second token is underlined; without colour | stands between two tokens.
+\u{21b5} is a newline, \u{2423} a token of spaces, \u{22ef} a token that ends within a character.
+
+Then the token ids, how many of a sequence are not scored (0) and scored (1), and the batch: a
+prompt that completions share is run once, as their parent. What is odd about the whole file is
+said at the end, as every other command says it.
+
+Messages ({\"role\", \"content\"}) are rendered with the chat template of --model. Look here first
+when a model does not stop, or learns to write its own prompt.
+
+Examples:
+  cuvee preview --model DIR --dataset pairs.jsonl
+  cuvee preview --model DIR --dataset pairs.jsonl --line 17      # the row that a message names
+  cuvee preview --model DIR --dataset pairs.jsonl --max-length 512 --on-overflow truncate
+  cuvee preview --model DIR --dataset pairs.jsonl --color always | less -R
+  cuvee preview --model DIR --dataset pairs.jsonl --rows 1000 --json | jq .sequences[0].first")]
+pub struct PreviewArgs {
+    /// Model: a Hugging Face folder; its tokenizer and chat template are read, its weights are not
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
+    pub model: PathBuf,
+    /// Rows to show: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: PathBuf,
+    /// Show the first N rows
+    #[arg(long, value_name = "N", default_value = "3", value_parser = count, help_heading = "Rows")]
+    pub rows: usize,
+    /// Show this row alone, counted from 0 as in what `cuvee logps` writes
+    #[arg(long, value_name = "N", conflicts_with = "rows", help_heading = "Rows")]
+    pub row: Option<usize>,
+    /// Show the row at this line of the file, counted from 1 as in messages
+    #[arg(long, value_name = "N", conflicts_with_all = ["rows", "row"], help_heading = "Rows")]
+    pub line: Option<usize>,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// When to use colour; auto is on a terminal, unless NO_COLOR is set
+    #[arg(long, value_name = "WHEN", default_value = "auto", conflicts_with = "json", help_heading = "Output")]
+    pub color: Color,
+    /// Print one JSON object a row: ids, first scored token and text of each sequence; segments and positions of the batch
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    Auto,
+    Always,
+    Never,
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]

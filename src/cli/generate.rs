@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::args::GenerateArgs;
-use crate::data::Tokenizer;
+use crate::data::{Message, Tokenizer};
 use crate::device::Arena;
 use crate::error::Result;
 use crate::model::{Checkpoint, Init, Model, Options};
@@ -13,7 +13,14 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let device = super::device(&args.engine)?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = Tokenizer::load(&args.model)?;
-    let prompt = tokenizer.encode(&args.prompt)?;
+    let prompt = match args.chat {
+        true => {
+            let message =
+                Message::from_iter([("role".into(), "user".into()), ("content".into(), args.prompt.as_str().into())]);
+            tokenizer.encode_plain(&tokenizer.chat_template()?.render(&[message], &Default::default(), true)?)?
+        }
+        false => tokenizer.encode(&args.prompt)?,
+    };
     let options = Options::frozen(prompt.len() + args.max_new_tokens);
     let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
     let mut arena = Arena::new(&device, &Model::<crate::device::Dry>::plan(spec, naming, options))?;
@@ -39,7 +46,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             });
             super::print(&format!("{line}\n"))?;
         } else {
-            super::print(&format!("{}{text}\n", args.prompt))?;
+            let prompt = if args.chat { "" } else { &args.prompt };
+            super::print(&format!("{prompt}{text}\n"))?;
         }
     }
     Ok(())

@@ -8,6 +8,7 @@ mod generate;
 mod list;
 mod logps;
 mod plan;
+mod preview;
 mod recipe;
 mod train;
 
@@ -67,6 +68,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Logps(args) => logps::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
     };
     match result {
@@ -131,6 +133,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Logps(args) => args.limits.check(flags)?,
         Command::Eval(args) => args.limits.check(flags)?,
         Command::Generate(args) => args.check()?,
+        Command::Preview(args) => args.limits.check(flags)?,
         Command::Doctor(_) | Command::List(_) => {}
     }
     Ok(cli)

@@ -1,24 +1,13 @@
-//! Rows as token sequences, by the rules of TRL 1.16 for string data (`DPOTrainer` for pairs, `SFTTrainer` for the
-//! rest), and an account of every row that is not trained on as it stands.
-//!
-//! * EOS is appended to `chosen`, `rejected`, `completion` and `text` where they do not end with it (`add_eos` in
-//!   dpo_trainer.py and sft_trainer.py).
-//! * Prompt and completion are encoded together as one string, and the prompt alone besides. The completion starts
-//!   where the two part (`common_prefix_length` in data_utils.py): a token that merges across the boundary is
-//!   scored. A pair's sequences start at the same token, the smaller of the two.
-//! * `Overflow::Truncate` is TRL's `keep_start`, which also drops the rows whose prompt alone fills the length.
-//!
-//! Where TRL differs: it trains an empty completion or text on EOS alone, and an empty prompt's completion without
-//! its first token; both are skipped here. It fails without an EOS token. It always cuts what is too long;
-//! here that is [`Overflow`], and the default is to drop.
+//! The rows of a file as token sequences, and an account of every row that is not trained on as it stands.
 
-use std::fmt;
 use std::mem::discriminant;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::jsonl::{Form, Row, read_numbered};
+use super::encode::{EncodeOptions, Encoded, Overflow, RowEncoder, Skip};
+use super::jsonl::{Form, read_numbered};
+use super::lint::Lint;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -39,70 +28,10 @@ pub struct Example {
     pub sequences: Vec<Sequence>,
 }
 
-/// What happens to a row with a sequence longer than `max_length`.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub enum Overflow {
-    /// The row is not trained on.
-    #[default]
-    Drop,
-    /// Each sequence keeps its first `max_length` tokens.
-    Truncate,
-    /// Loading fails.
-    Error,
-}
-
-/// Why a row is not trained on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Skip {
-    /// `tokens` is the length of the row's longest sequence.
-    TooLong { tokens: usize, max_length: usize },
-    /// The string before EOS is empty, or no token of it is left to score.
-    EmptyCompletion,
-    /// As `EmptyCompletion`, for a text row; its first token is never scored.
-    EmptyText,
-    /// No token before the completion to predict it from: an empty prompt and no BOS.
-    EmptyPrompt,
-    /// With `Overflow::Truncate`: no completion token is left of some sequence.
-    PromptFillsMaxLength { tokens: usize, max_length: usize },
-}
-
-impl fmt::Display for Skip {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Skip::TooLong { .. } => "too long",
-            Skip::EmptyCompletion => "empty completion",
-            Skip::EmptyText => "empty text",
-            Skip::EmptyPrompt => "empty prompt",
-            Skip::PromptFillsMaxLength { .. } => "prompt fills max length",
-        })
-    }
-}
-
-impl Skip {
-    /// What a user needs to know beyond the reason.
-    fn hint(&self) -> String {
-        match self {
-            Skip::TooLong { max_length, .. } => {
-                format!("more than {max_length} tokens; see --max-length, --on-overflow; ")
-            }
-            Skip::PromptFillsMaxLength { max_length, .. } => format!("{max_length} tokens; see --max-length; "),
-            Skip::EmptyPrompt => "no token comes before the completion; ".to_string(),
-            Skip::EmptyCompletion | Skip::EmptyText => String::new(),
-        }
-    }
-}
-
-/// How rows become sequences.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct EncodeOptions {
-    /// The longest sequence, prompt and completion, in tokens; at least 2.
-    pub max_length: Option<usize>,
-    pub on_overflow: Overflow,
-}
-
 /// A prompt whose tokens change when its completion follows.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merge {
+    /// Index of the row, as in [`Example`].
     pub row: usize,
     /// The last tokens of the prompt alone, which the sequence does not have.
     pub prompt: String,
@@ -126,6 +55,12 @@ pub struct Dataset {
     pub merged_boundaries: usize,
     /// The first of them.
     pub first_merge: Option<Merge>,
+    /// Examples that are probably not what was meant, in order.
+    pub lints: Vec<(usize, Lint)>,
+    /// Rows hold messages: a chat template writes the text.
+    pub conversational: bool,
+    /// The chat template reads today's date.
+    reads_clock: bool,
     /// The tokenizer has an EOS token, so completions end with one.
     pub has_eos: bool,
     pub options: EncodeOptions,
@@ -138,13 +73,17 @@ impl Dataset {
     ///
     /// # Errors
     /// Those of [`read_rows`](super::read_rows); a row that cannot be encoded, or that is too long with
-    /// `Overflow::Error` (the first such line); `max_length` below 2. See also [`Dataset::not_empty`].
+    /// `Overflow::Error` (the first such line); messages and no chat template; `max_length` below 2. See also
+    /// [`Dataset::not_empty`].
     pub fn load(path: &Path, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
         if let Some(max_length @ ..2) = options.max_length {
             return Err(Error::option("--max-length", format!("{max_length} leaves no token to score; use 2 or more")));
         }
         let (form, numbered) = read_numbered(path)?;
-        let encoded: Vec<_> = numbered.par_iter().map(|(_, row)| encode(row, tokenizer, options)).collect();
+        let conversational = numbered.iter().any(|(_, row)| row.has_messages());
+        let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
+        let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
+        let encoded: Vec<_> = numbered.par_iter().map(|(_, row)| encoder.encode(row)).collect();
         let mut dataset = Self {
             path: path.to_path_buf(),
             form,
@@ -154,6 +93,9 @@ impl Dataset {
             truncated: 0,
             merged_boundaries: 0,
             first_merge: None,
+            lints: Vec::new(),
+            conversational,
+            reads_clock: chat.is_some_and(|chat| chat.reads_clock()),
             has_eos: tokenizer.eos().is_some(),
             options: *options,
             lines: numbered.iter().map(|(line, _)| *line).collect(),
@@ -185,7 +127,8 @@ impl Dataset {
     }
 
     fn keep(&mut self, row: usize, encoded: Encoded, tokenizer: &Tokenizer) {
-        let Encoded { sequences, parting, prompt_rest, cut } = encoded;
+        let Encoded { sequences, parting, prompt_rest, cut, lints } = encoded;
+        self.lints.extend(lints.into_iter().map(|lint| (row, lint)));
         self.truncated += usize::from(cut);
         if let Some(&expected) = prompt_rest.first() {
             self.merged_boundaries += 1;
@@ -205,6 +148,11 @@ impl Dataset {
         self.lines[row]
     }
 
+    /// The row at a line of the file, from 1.
+    pub fn row_at(&self, line: usize) -> Option<usize> {
+        self.lines.binary_search(&line).ok()
+    }
+
     fn error_at(&self, row: usize, detail: String) -> Error {
         Error::Row { path: self.path.clone(), line: self.line(row), detail }
     }
@@ -221,10 +169,14 @@ impl Dataset {
             ));
         }
         if let Some(Merge { row, prompt, instead }) = &self.first_merge {
+            let remedy = match self.conversational {
+                true => "the chat template writes a prompt alone differently, or the answer merges with its end",
+                false => "end prompts on a token boundary to avoid it",
+            };
             lines.push(format!(
                 "{path}: in {} of {rows} rows the last tokens of the prompt change when the completion follows; the \
                  completion is scored from there on (first at line {}: the prompt alone ends in {prompt:?}, the row \
-                 goes on with {instead:?}); end prompts on a token boundary to avoid it",
+                 goes on with {instead:?}); {remedy}",
                 self.merged_boundaries,
                 self.line(*row)
             ));
@@ -238,7 +190,20 @@ impl Dataset {
                 self.line(first.row)
             ));
         }
-        if !self.has_eos {
+        for lint in Lint::ALL {
+            let found = || self.lints.iter().filter(|(_, other)| *other == lint);
+            if let Some((first, _)) = found().next() {
+                let (count, line) = (found().count(), self.line(*first));
+                lines.push(format!("{path}: {count} of {rows} rows {lint} (first at line {line})"));
+            }
+        }
+        if self.reads_clock {
+            lines.push(format!(
+                "{path}: the chat template reads today's date (strftime_now): tomorrow the tokens may be others, and a \
+                 run cannot be resumed; fix the date in the template, or in a column chat_template_kwargs if it reads one"
+            ));
+        }
+        if !self.has_eos && !self.conversational {
             lines.push(format!("{path}: the tokenizer names no EOS token; rows do not end with one"));
         }
         lines
@@ -275,82 +240,11 @@ impl Dataset {
     }
 }
 
-/// A row's sequences, all with the same `first`.
-struct Encoded {
-    sequences: Vec<Sequence>,
-    /// Where prompt and sequences part: `first`, or 0 where a whole prompt merges into the first token.
-    parting: usize,
-    /// Tokens of the prompt alone from there on.
-    prompt_rest: Vec<u32>,
-    cut: bool,
-}
-
-/// Encodes one row; the inner error says why it is not trained on.
-fn encode(row: &Row, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Result<Encoded, Skip>> {
-    let (prompt, texts, empty) = match row {
-        Row::Pair { prompt, chosen, rejected } => (prompt.as_str(), vec![chosen, rejected], Skip::EmptyCompletion),
-        Row::Completion { prompt, completion } => (prompt.as_str(), vec![completion], Skip::EmptyCompletion),
-        Row::Text { text } => ("", vec![text], Skip::EmptyText),
-    };
-    if texts.iter().any(|text| text.is_empty()) {
-        return Ok(Err(empty));
-    }
-    let eos = tokenizer.eos().map_or("", |(_, text)| text);
-    let sequences: Vec<Vec<u32>> = texts
-        .into_iter()
-        .map(|text| tokenizer.encode(&[prompt, text, if text.ends_with(eos) { "" } else { eos }].concat()))
-        .collect::<Result<_>>()?;
-
-    let (parting, prompt_rest) = if let Row::Text { .. } = row {
-        (0, Vec::new())
-    } else {
-        let mut ids = tokenizer.encode(prompt)?;
-        let first = sequences.iter().map(|sequence| common_prefix(&ids, sequence)).min().unwrap_or(0);
-        if first == 0 && prompt.is_empty() {
-            return Ok(Err(Skip::EmptyPrompt));
-        }
-        (first, ids.split_off(first))
-    };
-    // Nothing comes before the first token of a text, nor before a completion into which its whole prompt merges:
-    // that one token is not scored.
-    let first = parting.max(1);
-    let fitted = fit(sequences, first, empty, options);
-    Ok(fitted.map(|(sequences, cut)| Encoded { sequences, parting, prompt_rest, cut }))
-}
-
-/// Checks that every sequence has a token to score and one before it, and brings them to `max_length`. Says whether
-/// anything was cut.
-fn fit(
-    mut sequences: Vec<Vec<u32>>,
-    first: usize,
-    empty: Skip,
-    options: &EncodeOptions,
-) -> Result<(Vec<Sequence>, bool), Skip> {
-    if sequences.iter().any(|ids| ids.len() <= first) {
-        return Err(empty);
-    }
-    let tokens = sequences.iter().map(Vec::len).max().unwrap_or(0);
-    let max_length = options.max_length.unwrap_or(tokens);
-    let cut = tokens > max_length;
-    if cut && options.on_overflow != Overflow::Truncate {
-        return Err(Skip::TooLong { tokens, max_length });
-    }
-    if first >= max_length {
-        return Err(Skip::PromptFillsMaxLength { tokens: first, max_length });
-    }
-    sequences.iter_mut().for_each(|ids| ids.truncate(max_length));
-    Ok((sequences.into_iter().map(|ids| Sequence { ids, first }).collect(), cut))
-}
-
-fn common_prefix(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::tokenizer::tests::{folder, load, toy};
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     // Ids of the toy tokenizer: <s> 0, </s> 1, a 3, b 4, c 5, d 6, space 7, ab 8.
 
@@ -531,6 +425,112 @@ mod tests {
         assert_eq!(data.rows, 999);
         assert!(data.examples.iter().all(|example| example.sequences[0].ids.len() == example.row % 7 + 2));
         assert!(data.examples.is_sorted_by(|a, b| a.row < b.row));
+    }
+
+    // ---- conversations: "d" before a user's words and a space behind, "c" before an answer and EOS behind ------------
+
+    const TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ 'd' + m.content + ' ' }}{% else %}\
+        {{ 'c' + m.content + eos_token }}{% endif %}{% endfor %}{{ 'c' if add_generation_prompt }}";
+
+    fn chat(template: &str, rows: &[Value], options: EncodeOptions) -> Result<Dataset> {
+        let config = json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+        let dir = folder(&[("tokenizer.json", toy(true)), ("tokenizer_config.json", config)]);
+        let content: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        dataset_of(&Tokenizer::load(dir.path()).unwrap(), &content, options)
+    }
+
+    fn turns(texts: &[&str]) -> Value {
+        let role = |i: usize| if i.is_multiple_of(2) { "user" } else { "assistant" };
+        texts.iter().enumerate().map(|(i, text)| json!({"role": role(i), "content": text})).collect()
+    }
+
+    fn answer(text: &str) -> Value {
+        json!([{"role": "assistant", "content": text}])
+    }
+
+    #[test]
+    fn conversations_are_what_the_template_writes_and_nothing_else() {
+        let pair = json!({"prompt": turns(&["a"]), "chosen": answer("b"), "rejected": answer("bd")});
+        let data = chat(TEMPLATE, &[pair], EncodeOptions::default()).unwrap();
+        // The tokenizer adds no BOS, and nobody a second EOS.
+        let expected = [sequence(&[6, 3, 7, 5, 4, 1], 4), sequence(&[6, 3, 7, 5, 4, 6, 1], 4)];
+        assert_eq!((data.form, data.examples[0].sequences.as_slice()), (Form::Pairs, &expected[..]));
+        assert_eq!(data.report(), [""; 0]);
+
+        let implicit = json!({"chosen": turns(&["a", "b"]), "rejected": turns(&["a", "bd"])});
+        assert_eq!(chat(TEMPLATE, &[implicit], EncodeOptions::default()).unwrap().examples[0].sequences, expected);
+
+        let messages = json!({"messages": turns(&["a", "b", "a"])});
+        let data = chat(TEMPLATE, &[messages], limit(7, Overflow::Truncate)).unwrap();
+        assert_eq!(data.examples[0].sequences, [sequence(&[6, 3, 7, 5, 4, 1, 6], 1)]);
+        assert_eq!((data.form, data.truncated), (Form::Text, 1));
+    }
+
+    #[test]
+    fn conversations_without_a_prompt_or_an_answer_are_skipped() {
+        let rows = [
+            json!({"prompt": [], "chosen": answer("b"), "rejected": answer("d")}),
+            json!({"prompt": turns(&["a"]), "chosen": answer("b"), "rejected": []}),
+            json!({"prompt": turns(&["a"]), "chosen": answer("b"), "rejected": answer("d")}),
+        ];
+        let data = chat(TEMPLATE, &rows, EncodeOptions::default()).unwrap();
+        assert_eq!(data.skipped, [(0, Skip::EmptyPrompt), (1, Skip::EmptyCompletion)]);
+        let apart = json!({"chosen": answer("b"), "rejected": answer("d")});
+        assert_eq!(chat(TEMPLATE, &[apart], EncodeOptions::default()).unwrap().skipped, [(0, Skip::EmptyPrompt)]);
+    }
+
+    #[test]
+    fn a_conversation_that_cannot_be_rendered_is_named() {
+        let rows = [json!({"messages": turns(&["a", "b"])}), json!({"messages": turns(&["a"])})];
+        let picky = "{% if messages|length < 2 %}{{ raise_exception('needs an answer') }}{% endif %}a</s>";
+        let message = chat(picky, &rows, EncodeOptions::default()).unwrap_err().to_string();
+        assert!(
+            message.contains("train.jsonl, line 2: ") && message.ends_with("conversation: needs an answer"),
+            "{message}"
+        );
+
+        let dir = folder(&[("tokenizer.json", toy(true))]);
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let message = dataset_of(&tokenizer, &rows[0].to_string(), EncodeOptions::default()).unwrap_err().to_string();
+        assert!(message.contains("has no chat template") && message.contains("instruct"), "{message}");
+        // A template that is not needed may be broken.
+        let config = json!({"chat_template": "{%"});
+        let dir = folder(&[("tokenizer.json", toy(true)), ("tokenizer_config.json", config)]);
+        dataset_of(&Tokenizer::load(dir.path()).unwrap(), &text("a"), EncodeOptions::default()).unwrap();
+    }
+
+    #[track_caller]
+    fn lints(template: &str, rows: &[Value], expected: &[(usize, Lint)], words: &str) {
+        let data = chat(template, rows, EncodeOptions::default()).unwrap();
+        assert_eq!(data.lints, expected);
+        let report = data.report().join("\n");
+        assert!(report.contains(words), "{report}");
+    }
+
+    #[test]
+    fn what_is_probably_not_meant_is_counted() {
+        let pair = |chosen: &str| json!({"prompt": turns(&["a"]), "chosen": answer(chosen), "rejected": answer("d")});
+        lints(
+            TEMPLATE,
+            &[pair("b"), pair(" ")],
+            &[(1, Lint::EmptyTurn)],
+            "1 of 2 rows have an empty assistant message",
+        );
+        let endless = TEMPLATE.replace(" + eos_token", "");
+        lints(&endless, &[pair("b")], &[(0, Lint::NoStop)], "will not learn to stop");
+        // Blanks may follow the token that stops.
+        lints(&TEMPLATE.replace("eos_token", "eos_token + '  '"), &[pair("b")], &[], "");
+        let headless = TEMPLATE.replace("{{ 'c' if add_generation_prompt }}", "");
+        let words = "1 of 1 rows score the start of the assistant's turn";
+        lints(&headless, &[pair("b")], &[(0, Lint::NoGenerationPrompt)], words);
+        // Where the answer follows the prompt at once, there is nothing to add.
+        lints(&headless.replace("'c' + ", ""), &[pair("b")], &[], "");
+        lints(&format!("{TEMPLATE}{{# strftime_now #}}"), &[pair("b")], &[], "reads today's date");
+
+        let texts = ["c", "<s>c"].map(|text| json!({ "text": text }));
+        let data = chat(TEMPLATE, &texts, EncodeOptions::default()).unwrap();
+        assert_eq!(data.lints, [(1, Lint::DoubledBos)]);
+        assert!(data.report()[0].ends_with("the tokenizer adds it (first at line 2)"), "{:?}", data.report());
     }
 
     #[test]

@@ -7,50 +7,63 @@ use std::path::Path;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
+use super::conversation::{Content, extract_prompt, kind};
 use crate::error::{At, Error, Result};
 
 /// What kind of rows a file has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Form {
-    /// Columns `prompt`, `chosen`, `rejected`.
+    /// A prompt with a chosen and a rejected completion.
     Pairs,
-    /// Columns `prompt`, `completion`.
+    /// A prompt with a completion.
     Completions,
-    /// Column `text`.
+    /// One text or conversation.
     Text,
 }
 
-/// One raw row. Columns that the form does not name are ignored.
+/// One raw row. The parts of a row are all text or all messages.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Row {
+    pub parts: Parts,
+    /// What the row gives the chat template besides messages: `tools`, and what is in `chat_template_kwargs`.
+    pub variables: Object,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Row {
-    Pair { prompt: String, chosen: String, rejected: String },
-    Completion { prompt: String, completion: String },
-    Text { text: String },
+pub enum Parts {
+    Pair { prompt: Content, chosen: Content, rejected: Content },
+    Completion { prompt: Content, completion: Content },
+    Text { text: Content },
+}
+
+impl Row {
+    pub fn has_messages(&self) -> bool {
+        let (Parts::Pair { chosen: part, .. }
+        | Parts::Completion { completion: part, .. }
+        | Parts::Text { text: part }) = &self.parts;
+        !part.is_text()
+    }
 }
 
 type Object = Map<String, Value>;
 
-const ACCEPTED: &str =
-    "accepted are pairs (prompt, chosen, rejected), completions (prompt, completion) and text (text)";
+/// The columns of each form; a row is of the first whose columns it has. Further columns are ignored. Pairs without
+/// a prompt have it as the common start of both completions.
+const COLUMNS: &[(Form, &[&str])] = &[
+    (Form::Pairs, &["prompt", "chosen", "rejected"]),
+    (Form::Pairs, &["chosen", "rejected"]),
+    (Form::Completions, &["prompt", "completion"]),
+    (Form::Text, &["text"]),
+    (Form::Text, &["messages"]),
+    (Form::Text, &["conversations"]),
+];
 
-impl Form {
-    /// The columns a row of this form must have.
-    pub fn columns(self) -> &'static [&'static str] {
-        match self {
-            Form::Pairs => &["prompt", "chosen", "rejected"],
-            Form::Completions => &["prompt", "completion"],
-            Form::Text => &["text"],
-        }
-    }
+const ACCEPTED: &str = "accepted are pairs (prompt, chosen, rejected, or the last two alone), completions \
+                        (prompt, completion), text (text) and conversations (messages)";
 
-    /// The first form, in order of the number of columns it needs, that the object satisfies.
-    fn of(object: &Object) -> Option<Form> {
-        [Form::Pairs, Form::Completions, Form::Text].into_iter().find(|form| form.missing(object).is_none())
-    }
-
-    fn missing(self, object: &Object) -> Option<&'static str> {
-        self.columns().iter().copied().find(|column| !object.contains_key(*column))
-    }
+/// Of `COLUMNS`, the first that the object has.
+fn columns_of(object: &Object) -> Option<(Form, &'static [&'static str])> {
+    COLUMNS.iter().copied().find(|(_, columns)| columns.iter().all(|column| object.contains_key(*column)))
 }
 
 impl fmt::Display for Form {
@@ -64,7 +77,7 @@ impl fmt::Display for Form {
 }
 
 /// Reads JSON lines, plain or gzip (told by content, not by name). Blank lines are ignored. All rows have the
-/// form of the first.
+/// columns of the first.
 ///
 /// # Errors
 /// Names the file, the line (from 1) and what is wrong there: the first bad line, whatever the number of threads.
@@ -86,10 +99,10 @@ pub(super) fn read_numbered(path: &Path) -> Result<(Form, Vec<(usize, Row)>)> {
         return Err(Error::file(path, "has no rows; every line must be one JSON object"));
     };
     let first = parse_object(text).map_err(|detail| at(line, detail))?;
-    let form = Form::of(&first).ok_or_else(|| at(line, unfit(&first)))?;
+    let (form, columns) = columns_of(&first).ok_or_else(|| at(line, unfit(&first)))?;
 
     let rows: Vec<_> =
-        lines.par_iter().map(|(_, text)| parse_object(text).and_then(|object| to_row(form, object))).collect();
+        lines.par_iter().map(|(_, text)| parse_object(text).and_then(|object| to_row(form, columns, object))).collect();
     lines
         .iter()
         .zip(rows)
@@ -133,68 +146,90 @@ fn parse_object(text: &[u8]) -> Result<Object, String> {
     }
 }
 
-fn to_row(form: Form, mut object: Object) -> Result<Row, String> {
-    if let Some(missing) = form.missing(&object) {
-        return Err(match Form::of(&object) {
-            Some(other) => {
+fn to_row(form: Form, columns: &[&str], mut object: Object) -> Result<Row, String> {
+    if let Some(missing) = columns.iter().find(|column| !object.contains_key(**column)) {
+        return Err(match columns_of(&object) {
+            Some((other, _)) if other != form => {
                 format!("has the form {other}, the first row has the form {form}; keep them in separate files")
             }
-            None => format!("column {missing:?} is missing; {}", unfit(&object)),
+            _ => format!("column {missing:?} is missing; {}", unfit(&object)),
         });
     }
-    let mut take = |column| take_string(&mut object, column);
-    Ok(match form {
-        Form::Pairs => Row::Pair { prompt: take("prompt")?, chosen: take("chosen")?, rejected: take("rejected")? },
-        Form::Completions => Row::Completion { prompt: take("prompt")?, completion: take("completion")? },
-        Form::Text => Row::Text { text: take("text")? },
-    })
+    let mut take = |column: &str| Content::read(column, object.remove(column).unwrap_or_default());
+    let parts = match columns {
+        ["prompt", "chosen", "rejected"] => pair(take("prompt")?, take("chosen")?, take("rejected")?)?,
+        ["prompt", "completion"] => Parts::Completion { prompt: take("prompt")?, completion: take("completion")? },
+        ["chosen", "rejected"] => implicit_pair(take("chosen")?, take("rejected")?)?,
+        ["text"] => text("text", take("text")?, true)?,
+        [column] => text(column, take(column)?, false)?,
+        _ => unreachable!("these are all of COLUMNS"),
+    };
+    if let Parts::Completion { prompt, completion } = &parts
+        && prompt.is_text() != completion.is_text()
+    {
+        return Err("of the columns \"prompt\" and \"completion\" one is a string, the other a list of messages".into());
+    }
+    Ok(Row { parts, variables: variables(&mut object)? })
 }
 
-fn take_string(object: &mut Object, column: &str) -> Result<String, String> {
-    match object.remove(column) {
-        Some(Value::String(text)) => Ok(text),
-        Some(value) if is_conversation(&value) => Err(conversational(column)),
-        value => Err(format!("column {column:?} is {}, expected a string", kind(&value.unwrap_or_default()))),
+/// A prompt as text beside completions as messages repeats what their first messages say, as TRL's
+/// `maybe_extract_prompt` takes it.
+fn pair(prompt: Content, chosen: Content, rejected: Content) -> Result<Parts, String> {
+    match (prompt.is_text(), chosen.is_text(), rejected.is_text()) {
+        (true, false, false) => implicit_pair(chosen, rejected),
+        (p, c, r) if p == c && c == r => Ok(Parts::Pair { prompt, chosen, rejected }),
+        _ => {
+            Err("of the columns \"prompt\", \"chosen\", \"rejected\" some are strings, others lists of messages".into())
+        }
     }
+}
+
+fn implicit_pair(chosen: Content, rejected: Content) -> Result<Parts, String> {
+    let [prompt, chosen, rejected] = extract_prompt(chosen, rejected)
+        .ok_or("of the columns \"chosen\" and \"rejected\" one is a string, the other a list of messages")?;
+    Ok(Parts::Pair { prompt, chosen, rejected })
+}
+
+fn text(column: &str, text: Content, is_text: bool) -> Result<Parts, String> {
+    match text.is_text() == is_text {
+        true => Ok(Parts::Text { text }),
+        false if is_text => {
+            Err(format!("column {column:?} is a list of messages, expected a string; call it \"messages\""))
+        }
+        false => Err(format!("column {column:?} is a string, expected a list of messages; call it \"text\"")),
+    }
+}
+
+fn variables(object: &mut Object) -> Result<Object, String> {
+    let mut variables = match object.remove("chat_template_kwargs") {
+        Some(Value::Object(given)) => given,
+        None | Some(Value::Null) => Object::new(),
+        Some(other) => {
+            return Err(format!("column \"chat_template_kwargs\" is {}, expected an object", kind(&other)));
+        }
+    };
+    let tools = match object.remove("tools") {
+        // As TRL: tools may be JSON within JSON.
+        Some(Value::String(json)) => serde_json::from_str(&json).map_err(|e| format!("column \"tools\": {e}"))?,
+        other => other.unwrap_or_default(),
+    };
+    if !tools.is_null() {
+        variables.entry("tools").or_insert(tools);
+    }
+    Ok(variables)
 }
 
 /// Why a row that has the columns of no form cannot be used.
 fn unfit(object: &Object) -> String {
-    if let Some((column, _)) = object.iter().find(|(_, value)| is_conversation(value)) {
-        return conversational(column);
-    }
     let found: Vec<&str> = object.keys().map(String::as_str).collect();
     format!("found the columns [{}]; {ACCEPTED}", found.join(", "))
-}
-
-/// A list of messages: `[{"role": .., "content": ..}, ..]`, or the older `{"from": .., "value": ..}`.
-fn is_conversation(value: &Value) -> bool {
-    let is_message = |item: &Value| item.get("role").or(item.get("from")).is_some_and(Value::is_string);
-    value.as_array().is_some_and(|items| !items.is_empty() && items.iter().all(is_message))
-}
-
-fn conversational(column: &str) -> String {
-    format!(
-        "conversational rows are not supported yet; column {column:?} is a list of messages, expected a string: \
-         apply the chat template beforehand and store the text"
-    )
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use flate2::{Compression, write::GzEncoder};
+    use serde_json::json;
     use std::io::Write;
 
     fn read(content: impl AsRef<[u8]>) -> Result<(Form, Vec<Row>)> {
@@ -223,16 +258,43 @@ mod tests {
 
     const PAIR: &str = r#"{"prompt": "p", "chosen": "c", "rejected": "r", "rating": [1]}"#;
 
+    fn row(parts: Parts) -> Row {
+        Row { parts, variables: Object::new() }
+    }
+
+    fn of(text: &str) -> Content {
+        Content::Text(text.into())
+    }
+
+    fn turns(roles_and_texts: &[(&str, &str)]) -> Content {
+        let message = |(role, text): &(&str, &str)| match json!({"role": role, "content": text}) {
+            Value::Object(message) => message,
+            _ => unreachable!(),
+        };
+        Content::Messages(roles_and_texts.iter().map(message).collect())
+    }
+
     fn pair() -> Row {
-        Row::Pair { prompt: "p".into(), chosen: "c".into(), rejected: "r".into() }
+        row(Parts::Pair { prompt: of("p"), chosen: of("c"), rejected: of("r") })
+    }
+
+    /// The prompt, chosen and rejected of the one row.
+    fn split(content: Value) -> [Content; 3] {
+        match read(content.to_string()).unwrap().1.remove(0).parts {
+            Parts::Pair { prompt, chosen, rejected } => [prompt, chosen, rejected],
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
     fn reads_each_form() {
         assert_eq!(read(PAIR).unwrap(), (Form::Pairs, vec![pair()]));
-        let row = Row::Completion { prompt: "p".into(), completion: "é\n".into() };
-        assert_eq!(read(r#"{"completion": "\u00e9\n", "prompt": "p"}"#).unwrap(), (Form::Completions, vec![row]));
-        assert_eq!(read(r#"{"text": ""}"#).unwrap(), (Form::Text, vec![Row::Text { text: String::new() }]));
+        let completion = row(Parts::Completion { prompt: of("p"), completion: of("é\n") });
+        assert_eq!(
+            read(r#"{"completion": "\u00e9\n", "prompt": "p"}"#).unwrap(),
+            (Form::Completions, vec![completion])
+        );
+        assert_eq!(read(r#"{"text": ""}"#).unwrap(), (Form::Text, vec![row(Parts::Text { text: of("") })]));
     }
 
     #[test]
@@ -288,19 +350,103 @@ mod tests {
             format!("{PAIR}\n{{\"text\": \"t\"}}"),
             &["line 2: has the form text, the first row has the form pairs; keep them in separate files"],
         );
-        fails(r#"{"text": null}"#, &["column \"text\" is null, expected a string"]);
-        fails(r#"{"prompt": "p", "completion": 3}"#, &["column \"completion\" is a number, expected a string"]);
-        fails(r#"{"text": ["a"]}"#, &["column \"text\" is a list, expected a string"]);
+        fails(r#"{"text": null}"#, &["column \"text\" is null, expected a string or a list of messages"]);
+        fails(
+            r#"{"prompt": "p", "completion": 3}"#,
+            &["column \"completion\" is a number, expected a string or a list"],
+        );
+        fails(r#"{"text": ["a"]}"#, &["column \"text\", message 1: is a string, expected an object"]);
+        fails(
+            format!("{PAIR}\n{{\"chosen\": \"c\", \"rejected\": \"r\"}}"),
+            &["line 2: column \"prompt\" is missing; found the columns [chosen, rejected]"],
+        );
     }
 
     #[test]
-    fn conversations_are_called_by_their_name() {
+    fn reads_conversations_in_both_spellings() {
+        let (user, bot) = (json!({"role": "user", "content": "hi"}), json!({"role": "assistant", "content": "ho"}));
+        let text = turns(&[("user", "hi"), ("assistant", "ho")]);
+        let expected = (Form::Text, vec![row(Parts::Text { text })]);
+        assert_eq!(read(json!({"messages": [user, bot]}).to_string()).unwrap(), expected);
+        let older = json!({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]});
+        assert_eq!(read(older.to_string()).unwrap(), expected);
+        let nulls = json!({"messages": [{"role": "user", "content": "hi", "tool_calls": null}, bot]});
+        assert_eq!(read(nulls.to_string()).unwrap(), expected);
+
+        let parts = Parts::Completion { prompt: turns(&[("user", "hi")]), completion: turns(&[("assistant", "ho")]) };
+        let completion = json!({"prompt": [user], "completion": [bot]});
+        assert_eq!(read(completion.to_string()).unwrap(), (Form::Completions, vec![row(parts)]));
+    }
+
+    #[test]
+    fn a_message_keeps_its_keys_in_order() {
+        let line = r#"{"messages": [{"z": [1], "from": "human", "b": {}, "value": "hi", "a": 1.0}]}"#;
+        let Parts::Text { text: Content::Messages(messages) } = &read(line).unwrap().1[0].parts else { panic!() };
+        let kept = r#"{"z":[1],"role":"user","b":{},"content":"hi","a":1.0}"#;
+        assert_eq!(Value::Object(messages[0].clone()).to_string(), kept);
+    }
+
+    #[test]
+    fn pairs_without_a_prompt_have_it_as_their_common_start() {
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let (user, good, bad) = (message("user", "hi"), message("assistant", "ho"), message("assistant", "no"));
+        let expected = [turns(&[("user", "hi")]), turns(&[("assistant", "ho")]), turns(&[("assistant", "no")])];
+        assert_eq!(split(json!({"chosen": [user, good], "rejected": [user, bad]})), expected);
+        // A prompt as text repeats the first message.
+        assert_eq!(split(json!({"prompt": "hi", "chosen": [user, good], "rejected": [user, bad]})), expected);
+        // The last common message is an answer where nothing differs.
+        let same = split(json!({"chosen": [user, good], "rejected": [user, good]}));
+        assert_eq!(same, [turns(&[("user", "hi")]), turns(&[("assistant", "ho")]), turns(&[("assistant", "ho")])]);
+        let longer = split(json!({"chosen": [user], "rejected": [user, bad]}));
+        assert_eq!(longer[..2], [turns(&[]), turns(&[("user", "hi")])]);
+
+        let texts = |chosen: &str, rejected: &str| split(json!({"chosen": chosen, "rejected": rejected}));
+        assert_eq!(texts("Say: é yes", "Say: é no"), ["Say: é", " yes", " no"].map(of));
+        assert_eq!(texts("A.Yes", "A.No"), ["A.", "Yes", "No"].map(of));
+        assert_eq!(texts("ab", "abc"), ["a", "b", "bc"].map(of));
+        assert_eq!(texts("x ", "y "), ["", "x ", "y "].map(of));
+        assert_eq!(texts("", "y"), ["", "", "y"].map(of));
+    }
+
+    #[test]
+    fn tools_and_template_variables_are_kept() {
+        let messages = json!([{"role": "user"}]);
+        let tools = r#"[{"name": "f"}]"#;
+        let line = json!({"messages": messages, "tools": tools, "chat_template_kwargs": {"think": false}});
+        let variables = read(line.to_string()).unwrap().1.remove(0).variables;
+        assert_eq!(Value::Object(variables), json!({"think": false, "tools": [{"name": "f"}]}));
+        fails(r#"{"text": "t", "tools": "["}"#, &["column \"tools\": EOF"]);
+        fails(
+            r#"{"text": "t", "chat_template_kwargs": 1}"#,
+            &["\"chat_template_kwargs\" is a number, expected an object"],
+        );
+    }
+
+    #[test]
+    fn broken_conversations_are_named() {
         let messages = r#"[{"role": "user", "content": "hi"}]"#;
-        let expected = "conversational rows are not supported yet";
-        fails(format!("{{\"messages\": {messages}}}"), &[expected, "\"messages\" is a list of messages"]);
-        fails(format!("{{\"chosen\": {messages}, \"rejected\": {messages}}}"), &[expected, "\"chosen\""]);
-        fails(format!("{{\"prompt\": \"p\", \"completion\": {messages}}}"), &[expected, "\"completion\""]);
-        fails(r#"{"conversations": [{"from": "human", "value": "hi"}]}"#, &[expected, "\"conversations\""]);
+        fails(format!("{{\"prompt\": \"p\", \"completion\": {messages}}}"), &["one is a string, the other a list"]);
+        fails(format!("{{\"chosen\": \"c\", \"rejected\": {messages}}}"), &["one is a string, the other a list"]);
+        fails(
+            format!("{{\"prompt\": {messages}, \"chosen\": \"c\", \"rejected\": \"r\"}}"),
+            &["some are strings, others lists of messages"],
+        );
+        fails(
+            format!("{{\"text\": {messages}}}"),
+            &["\"text\" is a list of messages, expected a string; call it \"messages\""],
+        );
+        fails(r#"{"messages": "hi"}"#, &["\"messages\" is a string, expected a list of messages; call it \"text\""]);
+        fails(r#"{"messages": [{"content": "hi"}]}"#, &["message 1: found the keys [content], expected \"role\""]);
+        fails(r#"{"messages": [{"role": 3}]}"#, &["message 1: \"role\" is a number, expected a string"]);
+        fails(
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]}"#,
+            &["message 2: \"from\" is \"observation\", known are system, human"],
+        );
+        // The file's rows have the columns of the first.
+        fails(
+            format!("{{\"text\": \"t\"}}\n{{\"messages\": {messages}}}"),
+            &["line 2: column \"text\" is missing; found the columns [messages]"],
+        );
     }
 
     #[test]

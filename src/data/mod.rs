@@ -6,15 +6,23 @@
 //! ```
 
 mod batch;
+mod chat;
+mod conversation;
 mod dataset;
+mod encode;
 mod jsonl;
+mod lint;
 mod order;
 mod packing;
 mod tokenizer;
 
 pub use batch::{Batch, Extent, Segment, Sharing, extent_of, pack, rows_of};
-pub use dataset::{Dataset, EncodeOptions, Example, Merge, Overflow, Sequence, Skip};
-pub use jsonl::{Form, Row, read_rows};
+pub use chat::ChatTemplate;
+pub use conversation::{Content, Message};
+pub use dataset::{Dataset, Example, Merge, Sequence};
+pub use encode::{EncodeOptions, Overflow, Skip};
+pub use jsonl::{Form, Parts, Row, read_rows};
+pub use lint::Lint;
 pub use order::epoch_order;
 pub use packing::Packing;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Piece, Tokenizer};

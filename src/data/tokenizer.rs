@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::models::ModelWrapper;
 use tokenizers::{AddedToken, Tokenizer as Encoder};
 
+use super::chat::ChatTemplate;
 use crate::error::{At, Error, Result};
 
 /// A tokenizer that gives the ids that transformers' fast tokenizer of the same folder gives. `tokenizer.json` has
@@ -15,8 +16,19 @@ use crate::error::{At, Error, Result};
 pub struct Tokenizer {
     encoder: Encoder,
     path: PathBuf,
+    bos: Option<u32>,
     eos: Option<(u32, String)>,
     stops: Vec<u32>,
+    /// `bos_token`, `eos_token`, .. with their texts, for the chat template.
+    special_tokens: Map<String, Value>,
+}
+
+/// A token as a reader may see it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// What the token adds to the text; empty where it ends within a character, which the next one completes.
+    pub text: String,
+    pub special: bool,
 }
 
 impl Tokenizer {
@@ -43,8 +55,10 @@ impl Tokenizer {
         let configs = Configs::read(dir)?;
         add_special_tokens(&mut encoder, &configs).at(&path)?;
         let eos = configs.special(&encoder, "eos")?;
+        let bos = configs.special(&encoder, "bos").ok().flatten().map(|(id, _)| id);
         let stops = configs.stops(eos.as_ref().map(|(id, _)| *id));
-        Ok(Self { encoder, path, eos, stops })
+        let special_tokens = configs.special_tokens(&encoder);
+        Ok(Self { encoder, path, bos, eos, stops, special_tokens })
     }
 
     /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
@@ -65,6 +79,45 @@ impl Tokenizer {
     /// The text of `ids`, special tokens skipped.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.encoder.decode(ids, true).map_err(|e| format!("cannot decode {} tokens: {e}", ids.len())).at(&self.path)
+    }
+
+    /// The text of `ids`, special tokens included.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.encoder.decode(ids, false).map_err(|e| format!("cannot decode {} tokens: {e}", ids.len())).at(&self.path)
+    }
+
+    /// What each token of a sequence adds to its text. Where the decoder cannot say, the vocabulary's entry.
+    pub fn pieces(&self, ids: &[u32]) -> Vec<Piece> {
+        let added = self.encoder.get_added_tokens_decoder();
+        let mut stream = self.encoder.decode_stream(false);
+        let mut piece = |id: &u32| {
+            let special = added.get(id).is_some_and(|token| token.special);
+            let text = match stream.step(*id) {
+                Ok(text) => text.unwrap_or_default(),
+                Err(_) => self.token(*id).unwrap_or_default(),
+            };
+            Piece { text, special }
+        };
+        ids.iter().map(&mut piece).collect()
+    }
+
+    /// The model's own template for conversations.
+    ///
+    /// # Errors
+    /// The folder has none, or one that cannot be used.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        ChatTemplate::load(dir, self.special_tokens.clone())?.ok_or_else(|| {
+            let detail = "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it \
+                          cannot read messages; take the template of the model's instruct version, or write the \
+                          conversation as text";
+            Error::file(dir, detail)
+        })
+    }
+
+    /// The begin-of-text token.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
     }
 
     /// The end-of-text token, id and text.
@@ -96,7 +149,7 @@ impl Tokenizer {
 fn add_special_tokens(encoder: &mut Encoder, configs: &Configs) -> tokenizers::Result<()> {
     let added = encoder.get_added_tokens_decoder();
     let normalized = added.values().filter(|token| token.special && token.normalized).cloned();
-    let plain = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
+    let plain = SPECIAL_TOKENS
         .iter()
         .filter_map(|name| configs.text(name))
         .filter(|(_, text)| encoder.token_to_id(text).is_some())
@@ -105,6 +158,9 @@ fn add_special_tokens(encoder: &mut Encoder, configs: &Configs) -> tokenizers::R
     let tokens: Vec<AddedToken> = normalized.map(|token| token.normalized(false)).chain(plain).collect();
     encoder.add_special_tokens(tokens).map(|_| ())
 }
+
+/// The special tokens that transformers knows by name: `bos_token`, ..
+const SPECIAL_TOKENS: &[&str] = &["bos", "eos", "unk", "sep", "pad", "cls", "mask"];
 
 /// The files of a model folder that may name special tokens, by text or by id; null where there is no such file.
 struct Configs {
@@ -146,6 +202,16 @@ impl Configs {
         }
     }
 
+    /// Text by name, `{"bos_token": "<s>", ..}`: those that the folder has.
+    fn special_tokens(&self, encoder: &Encoder) -> Map<String, Value> {
+        let found = |name: &&str| {
+            let named = self.text(name).map(|(_, text)| text.to_string());
+            let text = named.or_else(|| self.special_by_id(encoder, name).map(|(_, text)| text))?;
+            Some((format!("{name}_token"), Value::from(text)))
+        };
+        SPECIAL_TOKENS.iter().filter_map(found).collect()
+    }
+
     fn stops(&self, eos: Option<u32>) -> Vec<u32> {
         let [_, (_, generation)] = &self.ids;
         let named = generation.get("eos_token_id");
@@ -167,7 +233,7 @@ impl Configs {
     }
 }
 
-fn read_json(path: &Path) -> Result<Value> {
+pub(super) fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read(path).map_err(|e| format!("cannot be read: {e}")).at(path)?;
     serde_json::from_slice(&text).map_err(|e| format!("invalid JSON: {e}")).at(path)
 }
@@ -244,6 +310,15 @@ pub(super) mod tests {
         assert_eq!(load(false, true).encode("cab").unwrap(), [5, 8]);
         assert_eq!(tokenizer.decode(&[0, 8, 5, 1]).unwrap(), "abc");
         assert_eq!(tokenizer.token(8).as_deref(), Some("ab"));
+    }
+
+    #[test]
+    fn pieces_are_the_text_token_by_token() {
+        let tokenizer = load(true, true);
+        let pieces = tokenizer.pieces(&[0, 8, 7, 5, 1]);
+        let texts: Vec<(&str, bool)> = pieces.iter().map(|piece| (piece.text.as_str(), piece.special)).collect();
+        assert_eq!(texts, [("<s>", true), ("ab", false), (" ", false), ("c", false), ("</s>", true)]);
+        assert_eq!(tokenizer.decode_all(&[0, 8, 7, 5, 1]).unwrap(), "<s>ab c</s>");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Numbers of others: golden values, Hugging Face models with the log-probabilities and gradients that
-//! transformers computes for them, TRL's losses, the memory that the system counts. One named test per file or folder.
+//! transformers computes for them, TRL's losses and tokens, the memory that the system counts. One named test per file
+//! or folder.
 
+mod chat;
 mod fixtures;
 mod golden;
 mod memory;
@@ -10,7 +12,7 @@ use std::path::PathBuf;
 fn main() {
     let args = libtest_mimic::Arguments::from_args();
     let root = PathBuf::from(std::env::var_os("CUVEE_TEST_ROOT").unwrap_or_else(|| ".".into()));
-    let trials =
-        golden::trials(&root).into_iter().chain(fixtures::trials(&root)).chain(memory::trials(&root)).collect();
+    let all = [golden::trials(&root), fixtures::trials(&root), chat::trials(&root), memory::trials(&root)];
+    let trials = all.into_iter().flatten().collect();
     libtest_mimic::run(&args, trials).exit();
 }

@@ -115,6 +115,93 @@ fn eval_says_how_often_the_model_prefers_chosen() {
     assert_eq!((&parse(&text)["accuracy"], &parse(&text)["margin"]), (&Value::Null, &Value::Null));
 }
 
+// ---- preview, chat ---------------------------------------------------------------------------------------------
+
+/// A chat template whose parts are easy to see.
+const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' }}\
+    {{ '\n' }}{% endfor %}{{ '[assistant] ' if add_generation_prompt }}";
+
+/// Three conversational pairs; the second has nothing rejected.
+fn conversations(w: &Workspace) {
+    w.copy_model("chat");
+    w.write("chat/chat_template.jinja", TEMPLATE);
+    let says = |text: &str| json!([{"role": "assistant", "content": text}]);
+    let row = |question: &str, rejected: Value| json!({"prompt": [{"role": "user", "content": question}], "chosen": says("A funny film."), "rejected": rejected});
+    let rows = [row("Which film?", says("A dull film.")), row("Why?", json!([])), row("Is it?", says("No."))];
+    w.write_lines("chat.jsonl", &rows);
+}
+
+#[test]
+fn preview_shows_what_training_sees() {
+    let w = Workspace::new();
+    conversations(&w);
+    let done = w.ok("preview --model chat --dataset chat.jsonl --json");
+    let lines: Vec<Value> = done.stdout.lines().map(parse).collect();
+    assert_eq!(lines[1], json!({"row": 1, "line": 2, "skipped": "empty completion"}));
+    assert_eq!(keys(lines[0].as_object().unwrap()), ["row", "line", "sequences", "segments", "positions"]);
+    let [chosen, rejected] = [0, 1].map(|i| &lines[0]["sequences"][i]);
+    assert_eq!(keys(chosen.as_object().unwrap()), ["name", "ids", "first", "text"]);
+    assert_eq!(chosen["text"], "[user] Which film?\n[assistant] A funny film.<|endoftext|>\n");
+    assert_eq!((&rejected["name"], &rejected["first"]), (&json!("rejected"), &chosen["first"]));
+
+    // The batch is the prompt once and both completions as its children.
+    let first = chosen["first"].as_u64().unwrap();
+    let len = |sequence: &Value| sequence["ids"].as_array().unwrap().len() as u64 - first;
+    let segment = |start: u64, len: u64, parent: Value, position: u64| json!({"start": start, "len": len, "parent": parent, "position": position});
+    let children = [(first, len(chosen)), (first + len(chosen), len(rejected))];
+    let [c, r] = children.map(|(start, len)| segment(start, len, json!(0), first));
+    assert_eq!(lines[0]["segments"], json!([segment(0, first, Value::Null, 0), c, r]));
+    let tokenizer = Tokenizer::load(&w.path("chat")).unwrap();
+    let text = tokenizer.encode_plain("[user] Which film?\n[assistant] A funny film.<|endoftext|>\n").unwrap();
+    assert_eq!(chosen["ids"], json!(text));
+    assert!(done.stderr.contains("1 of 3 rows dropped: 1 empty completion (first at line 2)"), "{}", done.stderr);
+}
+
+#[test]
+fn preview_is_readable_with_and_without_colour() {
+    let w = Workspace::new();
+    conversations(&w);
+    let plain = w.ok("preview --model chat --dataset chat.jsonl --line 1").stdout;
+    for part in
+        ["row 0, line 1   ", "prompt      [|", "chosen      ", "|<|endoftext|>|\u{21b5}\n", "ids  ", "mask  ", "batch "]
+    {
+        assert!(plain.contains(part), "{part}: {plain}");
+    }
+    assert!(!plain.contains('\x1b') && plain.lines().all(|line| !line.ends_with(' ')), "{plain}");
+    let colored = w.ok("preview --model chat --dataset chat.jsonl --row 0 --color always").stdout;
+    assert!(colored.contains("\x1b[22;32m") && colored.contains("\x1b[22;31m") && colored.contains("\x1b[4;2m"));
+
+    let skipped = w.ok("preview --model chat --dataset chat.jsonl --row 1").stdout;
+    assert_eq!(skipped, "row 1, line 2   not trained on: empty completion\n\n");
+    let long = w.ok("preview --model chat --dataset chat.jsonl --rows 1 --max-length 8").stdout;
+    assert!(long.contains(" tokens, --max-length 8"), "{long}");
+    w.fails(
+        1,
+        "preview --model chat --dataset chat.jsonl --row 3",
+        &["--row: 3 is past the last row of chat.jsonl, 2"],
+    );
+    w.fails(1, "preview --model chat --dataset chat.jsonl --line 4", &["--line: chat.jsonl has no row at line 4"]);
+    w.fails(2, "preview --model chat --dataset chat.jsonl --row 0 --line 1", &["cannot be used with"]);
+    w.fails(2, "preview --model chat --dataset chat.jsonl --on-overflow drop", &["does nothing without --max-length"]);
+    w.fails(1, "preview --model model --dataset chat.jsonl", &["model: has no chat template"]);
+}
+
+#[test]
+fn conversations_are_trained_scored_and_answered() {
+    let w = Workspace::new();
+    conversations(&w);
+    let train = "train --objective sigmoid --beta 0.1 --model chat --dataset chat.jsonl --eval-dataset chat.jsonl \
+        --samples 1 --max-new-tokens 3 --batch-size 2 --max-steps 1 --output-dir out";
+    w.ok(train);
+    // The result answers as it was trained: its template is there.
+    let answer = w.ok("generate --model out --chat --prompt hi --max-new-tokens 3 --temperature 0").stdout;
+    let ids = |line: &str| parse(&w.ok(line).stdout)["ids"].clone();
+    let raw = ids("generate --model out --prompt hi --max-new-tokens 3 --temperature 0 --json");
+    let chat = ids("generate --model out --chat --prompt hi --max-new-tokens 3 --temperature 0 --json");
+    assert!(raw != chat && !answer.contains("hi\n[assistant]"), "{answer}");
+    w.fails(1, "generate --model model --chat --prompt hi", &["model: has no chat template"]);
+}
+
 // ---- generate --------------------------------------------------------------------------------------------------
 
 #[test]

@@ -1,0 +1,241 @@
+//! One row as token sequences, by the rules of TRL 1.16 (`DPOTrainer` for pairs, `SFTTrainer` for the rest).
+//!
+//! * Text: EOS is appended to `chosen`, `rejected`, `completion` and `text` where they do not end with it (`add_eos` in
+//!   dpo_trainer.py and sft_trainer.py), and the tokenizer adds the special tokens that it adds to any text.
+//! * Messages: the chat template writes everything, special tokens too, and nothing is added. The prompt is rendered
+//!   with a generation prompt. Of `messages` without a prompt every token is scored.
+//! * Prompt and completion are encoded together as one string, and the prompt alone besides. The completion starts
+//!   where the two part (`common_prefix_length` in data_utils.py): a token that merges across the boundary is
+//!   scored, and so is the end of a prompt that the template writes differently before an answer. A pair's sequences
+//!   start at the same token, the smaller of the two.
+//! * `Overflow::Truncate` is TRL's `keep_start`, which also drops the rows whose prompt alone fills the length.
+//!
+//! Where TRL differs: it trains an empty completion or text on EOS alone, and an empty prompt's completion without
+//! its first token; both are skipped here. It fails without an EOS token, and on conversations without a prompt. It
+//! always cuts what is too long; here that is [`Overflow`], and the default is to drop.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use super::chat::ChatTemplate;
+use super::conversation::Content;
+use super::dataset::Sequence;
+use super::jsonl::{Parts, Row};
+use super::lint::{self, Lint};
+use super::tokenizer::Tokenizer;
+use crate::error::Result;
+
+/// What happens to a row with a sequence longer than `max_length`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Overflow {
+    /// The row is not trained on.
+    #[default]
+    Drop,
+    /// Each sequence keeps its first `max_length` tokens.
+    Truncate,
+    /// Loading fails.
+    Error,
+}
+
+/// Why a row is not trained on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Skip {
+    /// `tokens` is the length of the row's longest sequence.
+    TooLong { tokens: usize, max_length: usize },
+    /// The string before EOS is empty, or no token of it is left to score.
+    EmptyCompletion,
+    /// As `EmptyCompletion`, for a text row; its first token is never scored.
+    EmptyText,
+    /// No token before the completion to predict it from: an empty prompt and no BOS.
+    EmptyPrompt,
+    /// With `Overflow::Truncate`: no completion token is left of some sequence.
+    PromptFillsMaxLength { tokens: usize, max_length: usize },
+}
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Skip::TooLong { .. } => "too long",
+            Skip::EmptyCompletion => "empty completion",
+            Skip::EmptyText => "empty text",
+            Skip::EmptyPrompt => "empty prompt",
+            Skip::PromptFillsMaxLength { .. } => "prompt fills max length",
+        })
+    }
+}
+
+impl Skip {
+    /// What a user needs to know beyond the reason.
+    pub fn hint(&self) -> String {
+        match self {
+            Skip::TooLong { max_length, .. } => {
+                format!("more than {max_length} tokens; see --max-length, --on-overflow; ")
+            }
+            Skip::PromptFillsMaxLength { max_length, .. } => format!("{max_length} tokens; see --max-length; "),
+            Skip::EmptyPrompt => "no token comes before the completion; ".to_string(),
+            Skip::EmptyCompletion | Skip::EmptyText => String::new(),
+        }
+    }
+}
+
+/// How rows become sequences.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct EncodeOptions {
+    /// The longest sequence, prompt and completion, in tokens; at least 2.
+    pub max_length: Option<usize>,
+    pub on_overflow: Overflow,
+}
+
+/// A row's sequences, all with the same `first`.
+pub(super) struct Encoded {
+    pub sequences: Vec<Sequence>,
+    /// Where prompt and sequences part: `first`, or 0 where a whole prompt merges into the first token.
+    pub parting: usize,
+    /// Tokens of the prompt alone from there on.
+    pub prompt_rest: Vec<u32>,
+    pub cut: bool,
+    pub lints: Vec<Lint>,
+}
+
+pub(super) struct RowEncoder<'a> {
+    pub tokenizer: &'a Tokenizer,
+    /// Read where a row has messages.
+    pub chat: Option<&'a ChatTemplate>,
+    pub options: &'a EncodeOptions,
+}
+
+/// The strings of a row, ready to be tokenized.
+struct Texts {
+    /// `None` where everything is scored.
+    prompt: Option<String>,
+    /// Prompt and completion together, one for each completion.
+    wholes: Vec<String>,
+    /// The tokenizer has special tokens to add.
+    add_special_tokens: bool,
+    lints: Vec<Lint>,
+}
+
+impl RowEncoder<'_> {
+    /// Encodes one row; the inner error says why it is not trained on.
+    pub fn encode(&self, row: &Row) -> Result<Result<Encoded, Skip>> {
+        let (prompt, completions, empty) = match &row.parts {
+            Parts::Pair { prompt, chosen, rejected } => (Some(prompt), vec![chosen, rejected], Skip::EmptyCompletion),
+            Parts::Completion { prompt, completion } => (Some(prompt), vec![completion], Skip::EmptyCompletion),
+            Parts::Text { text } => (None, vec![text], Skip::EmptyText),
+        };
+        if completions.iter().any(|completion| completion.is_empty()) {
+            return Ok(Err(empty));
+        }
+        let texts = match self.chat.filter(|_| row.has_messages()) {
+            Some(_) if prompt.is_some_and(Content::is_empty) => return Ok(Err(Skip::EmptyPrompt)),
+            Some(chat) => self.conversation(chat, prompt, &completions, &row.variables)?,
+            None => self.strings(prompt, &completions),
+        };
+        self.tokens(texts, empty)
+    }
+
+    fn strings(&self, prompt: Option<&Content>, completions: &[&Content]) -> Texts {
+        let eos = self.tokenizer.eos().map_or("", |(_, text)| text);
+        let start = prompt.map_or("", Content::text);
+        let whole = |completion: &&Content| {
+            let end = if completion.text().ends_with(eos) { "" } else { eos };
+            [start, completion.text(), end].concat()
+        };
+        Texts {
+            prompt: prompt.map(|_| start.to_string()),
+            wholes: completions.iter().map(whole).collect(),
+            add_special_tokens: true,
+            lints: Vec::new(),
+        }
+    }
+
+    fn conversation(
+        &self,
+        chat: &ChatTemplate,
+        prompt: Option<&Content>,
+        completions: &[&Content],
+        variables: &Map<String, Value>,
+    ) -> Result<Texts> {
+        let start = prompt.map_or(&[][..], Content::messages);
+        let whole = |completion: &&Content| chat.render(&[start, completion.messages()].concat(), variables, false);
+        let wholes: Vec<String> = completions.iter().map(whole).collect::<Result<_>>()?;
+        let prompt = prompt.map(|_| chat.render(start, variables, true)).transpose()?;
+
+        let mut lints = Vec::new();
+        if completions.iter().flat_map(|completion| completion.messages()).any(lint::empty_turn) {
+            lints.push(Lint::EmptyTurn);
+        }
+        if let Some(text) = &prompt {
+            let bare = || chat.render(start, variables, false).unwrap_or_default();
+            let lacks = |(whole, completion): (&String, &&Content)| {
+                lint::lacks_generation_prompt(text, whole, &completion.messages()[0], bare)
+            };
+            if wholes.iter().zip(completions).any(lacks) {
+                lints.push(Lint::NoGenerationPrompt);
+            }
+        }
+        Ok(Texts { prompt, wholes, add_special_tokens: false, lints })
+    }
+
+    fn tokens(&self, texts: Texts, empty: Skip) -> Result<Result<Encoded, Skip>> {
+        let Texts { prompt, wholes, add_special_tokens, mut lints } = texts;
+        let ids = |text: &String| match add_special_tokens {
+            true => self.tokenizer.encode(text),
+            false => self.tokenizer.encode_plain(text),
+        };
+        let sequences: Vec<Vec<u32>> = wholes.iter().map(ids).collect::<Result<_>>()?;
+        let (parting, prompt_rest) = match &prompt {
+            None => (0, Vec::new()),
+            Some(prompt) => {
+                let mut ids = ids(prompt)?;
+                let first = sequences.iter().map(|sequence| common_prefix(&ids, sequence)).min().unwrap_or(0);
+                if first == 0 && prompt.is_empty() {
+                    return Ok(Err(Skip::EmptyPrompt));
+                }
+                (first, ids.split_off(first))
+            }
+        };
+        // Nothing comes before the first token of a text, nor before a completion into which its whole prompt merges:
+        // that one token is not scored.
+        let first = parting.max(1);
+        let doubled = |ids: &Vec<u32>| ids.len() > 1 && ids[0] == ids[1] && Some(ids[0]) == self.tokenizer.bos();
+        if sequences.iter().any(doubled) {
+            lints.push(Lint::DoubledBos);
+        }
+        // Texts end with EOS if there is one.
+        if !add_special_tokens && !sequences.iter().all(|ids| lint::stops(ids, self.tokenizer)) {
+            lints.push(Lint::NoStop);
+        }
+        let fitted = fit(sequences, first, empty, self.options);
+        Ok(fitted.map(|(sequences, cut)| Encoded { sequences, parting, prompt_rest, cut, lints }))
+    }
+}
+
+/// Checks that every sequence has a token to score and one before it, and brings them to `max_length`. Says whether
+/// anything was cut.
+fn fit(
+    mut sequences: Vec<Vec<u32>>,
+    first: usize,
+    empty: Skip,
+    options: &EncodeOptions,
+) -> Result<(Vec<Sequence>, bool), Skip> {
+    if sequences.iter().any(|ids| ids.len() <= first) {
+        return Err(empty);
+    }
+    let tokens = sequences.iter().map(Vec::len).max().unwrap_or(0);
+    let max_length = options.max_length.unwrap_or(tokens);
+    let cut = tokens > max_length;
+    if cut && options.on_overflow != Overflow::Truncate {
+        return Err(Skip::TooLong { tokens, max_length });
+    }
+    if first >= max_length {
+        return Err(Skip::PromptFillsMaxLength { tokens: first, max_length });
+    }
+    sequences.iter_mut().for_each(|ids| ids.truncate(max_length));
+    Ok((sequences.into_iter().map(|ids| Sequence { ids, first }).collect(), cut))
+}
+
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
