@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::gemm_fma::Fma;
 use super::simd::Shared;
-use crate::device::{Cpu, Products, Scratch};
+use crate::device::{Cpu, LARGE_PAGE_BYTES, Products, Scratch};
 
 /// A strided operand: element (i, j) at `i * row + j * col`, one of which is 1.
 #[derive(Clone, Copy)]
@@ -107,6 +107,10 @@ pub trait Kernel: Copy + Sync {
 const BLOCK_COLS: usize = 2048;
 /// Rows of a block of A: as many as a core's second cache holds packed.
 const BLOCK_ROWS: usize = 320;
+/// Bytes of packed panels at most: the block of B that threads share, and each thread's block of A. Large pages are taken
+/// whole.
+pub const SHARED_BYTES: usize = 3 * LARGE_PAGE_BYTES;
+pub const THREAD_BYTES: usize = LARGE_PAGE_BYTES;
 /// Below this many multiply-adds a parallel section costs more than it saves.
 const SERIAL_WORK: usize = 1 << 16;
 /// Rows of the largest tile times its columns.

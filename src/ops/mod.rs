@@ -24,6 +24,8 @@ pub mod rows;
 pub mod sum_squares;
 pub mod swiglu;
 
+pub use gemm::{SHARED_BYTES, THREAD_BYTES};
+
 use crate::device::{Cpu, Device, Dry, Reference};
 
 /// A device that has every op.

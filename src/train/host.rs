@@ -8,6 +8,7 @@ use super::settings::Settings;
 use super::task::Task;
 use crate::data::Extent;
 use crate::model::Spec;
+use crate::ops;
 
 /// Pages of the program and its libraries, stacks, file buffers: a run of a tiny model without data has 8 MiB resident.
 const PROGRAM: usize = 9 << 20;
@@ -27,9 +28,6 @@ const PER_EXAMPLE: usize = 120;
 const PER_SEQUENCE: usize = 80;
 /// Vectors of a micro-batch by row: tokens, positions, targets, log-probabilities and their derivatives.
 const PER_ROW: usize = 40;
-/// `PACKED_B` of `ops/gemm.rs` and the thread's `PACKED_A`.
-const GEMM_SHARED: usize = 1 << 20;
-const GEMM_THREAD: usize = 96 << 10;
 /// Vectors of `[longest, head_dim]` that `ops/attention/cpu.rs` gathers for one thread.
 const ATTENTION_VECTORS: usize = 6;
 
@@ -76,8 +74,8 @@ impl Host {
     /// While micro-batches up to `largest` go through the engine.
     pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
         let attention = ATTENTION_VECTORS * largest.longest * spec.head_dim * size_of::<f32>();
-        let threads = self.threads * (GEMM_THREAD + attention);
-        PROGRAM + self.resting() + GEMM_SHARED + threads + largest.rows * PER_ROW
+        let threads = self.threads * (ops::THREAD_BYTES + attention);
+        PROGRAM + self.resting() + ops::SHARED_BYTES + threads + largest.rows * PER_ROW
     }
 }
 
