@@ -5,6 +5,8 @@
 
 use std::marker::PhantomData;
 
+use crate::device::Isa;
+
 /// Lanes of a fixed-order sum: element i goes to lane i % LANES, whatever the registers hold.
 pub const LANES: usize = 16;
 
@@ -68,6 +70,65 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         lanes[i] += tail_lanes[i];
     }
     sum_lanes(lanes)
+}
+
+/// `to[j][i] = from[i][j]`: a `[rows, cols]` matrix, its rows and those of the result `strides` apart. Both sides
+/// must be multiples of 8.
+pub fn transpose(isa: Isa, [rows, cols]: [usize; 2], from: &[f32], to: &mut [f32], strides: [usize; 2]) {
+    const SQUARE: usize = 8;
+    assert!(rows.is_multiple_of(SQUARE) && cols.is_multiple_of(SQUARE), "{rows} x {cols} is not made of squares");
+    let reach = |rows: usize, cols: usize, stride: usize| rows.saturating_sub(1) * stride + cols;
+    assert!(from.len() >= reach(rows, cols, strides[0]) && to.len() >= reach(cols, rows, strides[1]));
+    for i in (0..rows).step_by(SQUARE) {
+        for j in (0..cols).step_by(SQUARE) {
+            let (from, to) = (&from[i * strides[0] + j..], &mut to[j * strides[1] + i..]);
+            match isa {
+                // SAFETY: `Isa::detect` found AVX2; eight rows of eight lie behind both (asserted above).
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 | Isa::Avx512 => unsafe { transpose_square(from.as_ptr(), to.as_mut_ptr(), strides) },
+                Isa::Portable => {
+                    for (i, j) in (0..SQUARE).flat_map(|i| (0..SQUARE).map(move |j| (i, j))) {
+                        to[j * strides[1] + i] = from[i * strides[0] + j];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Eight rows of eight floats must lie behind both pointers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn transpose_square(from: *const f32, to: *mut f32, strides: [usize; 2]) {
+    use std::arch::x86_64::*;
+    let mut rows = [_mm256_setzero_ps(); 8];
+    for i in 0..4 {
+        // Rows i and i + 4 meet in one register, so that only shuffles within halves remain.
+        for half in 0..2 {
+            // SAFETY: promised by the caller.
+            let (low, high) = unsafe {
+                let row = from.add(i * strides[0] + 4 * half);
+                (_mm_loadu_ps(row), _mm_loadu_ps(row.add(4 * strides[0])))
+            };
+            rows[4 * half + i] = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
+        }
+    }
+    for half in 0..2 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * half + i]);
+        let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+        let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+        let columns = [
+            _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),
+            _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd),
+            _mm256_shuffle_ps::<0b01_00_01_00>(ab_high, cd_high),
+            _mm256_shuffle_ps::<0b11_10_11_10>(ab_high, cd_high),
+        ];
+        for (j, column) in columns.into_iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm256_storeu_ps(to.add((4 * half + j) * strides[1]), column) };
+        }
+    }
 }
 
 /// e^x in f32, relative error below 2e-7 (tested); 0 below -87.3, infinity above 88.7, NaN stays NaN.
@@ -141,6 +202,22 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert_eq!((exp(f32::NEG_INFINITY), exp(-1e30), exp(f32::INFINITY)), (0.0, 0.0, f32::INFINITY));
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn transposing_moves_every_element() {
+        for isa in [Isa::Portable, Isa::detect()] {
+            for [rows, cols] in [[8, 8], [64, 16], [24, 40]] {
+                let (strides, from) = ([cols + 3, rows + 5], (0..rows * (cols + 3)).map(|i| i as f32));
+                let (from, mut to) = (from.collect::<Vec<_>>(), vec![-1.0; cols * strides[1]]);
+                transpose(isa, [rows, cols], &from, &mut to, strides);
+                for (at, found) in to.into_iter().enumerate() {
+                    let (j, i) = (at / strides[1], at % strides[1]);
+                    let expected = if i < rows { from[i * strides[0] + j] } else { -1.0 };
+                    assert_eq!(found, expected, "{rows} x {cols} on {isa:?}: ({i}, {j})");
+                }
+            }
+        }
     }
 
     #[test]
