@@ -9,16 +9,17 @@
 //! [keys, rows]   [head_dim, rows]  [keys, rows]     [head_dim, rows]    [keys, head_dim]
 //! ```
 //!
-//! Each is a [`Product`] over a panel of [`PANEL`] rows and the keys that any of them sees. Within it masked weights
-//! are exact zeros, which add nothing to a chain; where what they meet is not finite, the chain leaves them out.
-//! So a chain runs over what its row sees in the order of the absolute position, whatever lies beside it.
+//! Each is a [`Product`] over the keys of a block that any row of the strip sees. Masked weights are exact zeros, which
+//! add nothing to a chain; where what they meet is not finite, the chain leaves them out. So a chain runs over what
+//! its row sees in the order of the absolute position, whatever lies beside it.
 //!
 //! Traffic of a strip: K and V once (twice in the backward, with dK and dV added once), q and o once, all else in
 //! the first- and second-level caches: 3 * STRIP * head_dim + 2 * BLOCK * STRIP floats, twice that in the backward.
 
 use std::cell::RefCell;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
+use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 use super::product::{PAD, Product};
@@ -26,16 +27,16 @@ use super::{Attention, Backward, Dims, Forward, NO_PARENT, Segment, check_segmen
 use crate::device::{Cpu, Isa};
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start};
-use crate::ops::simd::{LANES, Shared, dispatched, exp, transpose};
+use crate::ops::simd::{LANES, Shared, dispatched, exp, exp_of_negative, transpose};
 
 /// Keys of a block of the online softmax; blocks start at multiples of it.
 const BLOCK: usize = 64;
-/// Query rows that are packed together; the depth of the products for dK and dV.
-const STRIP: usize = 64;
-/// Query rows that see about the same keys: what only others see is not computed for them.
-const PANEL: usize = 32;
-/// As `PANEL` for dK and dV: keys that are seen by about the same query rows.
+/// Query rows that are computed together: three vectors of AVX-512, the widest tile of a product.
+const STRIP: usize = 3 * LANES;
+/// Keys whose gradients are summed over the same query rows: those that see any of them.
 const KEY_PANEL: usize = 16;
+/// Rows so many floats apart meet in two sets of a first-level cache: a strip reads a copy of them.
+const ALIASED: usize = 512;
 
 thread_local! {
     /// Grown to the largest head and kept.
@@ -45,30 +46,53 @@ thread_local! {
 #[derive(Default)]
 struct Scratch {
     /// Rows of q and dO, of o and dq at last: `[STRIP, padded head_dim]`
-    rows: [Vec<f32>; 2],
+    rows: [Buffer; 2],
     /// Q^T and dO^T: `[padded head_dim, STRIP]`
-    inputs_t: [Vec<f32>; 2],
+    inputs_t: [Buffer; 2],
     /// O^T or dQ^T: `[padded head_dim, STRIP]`
-    output_t: Vec<f32>,
+    output_t: Buffer,
     /// P^T and dS^T: `[BLOCK, STRIP]`
-    weights: [Vec<f32>; 2],
+    weights: [Buffer; 2],
     /// Keys and values of a block that lies in several segments: `[BLOCK, head_dim]`
-    gathered: [Vec<f32>; 2],
+    gathered: [Buffer; 2],
     /// What one strip and one block add to dK and dV: `[BLOCK, padded head_dim]`
-    gradients: [Vec<f32>; 2],
+    gradients: [Buffer; 2],
 }
 
 impl Scratch {
     fn grow(&mut self, head_dim: usize) {
-        let padded = head_dim.next_multiple_of(PAD);
-        let by_row =
-            [&mut self.rows, &mut self.inputs_t, &mut self.gathered, &mut self.gradients].into_iter().flatten();
-        let by_row = by_row.chain([&mut self.output_t]).map(|x| (x, STRIP.max(BLOCK) * padded));
-        for (x, len) in by_row.chain(self.weights.iter_mut().map(|x| (x, BLOCK * STRIP))) {
-            if x.len() < len {
-                x.resize(len, 0.0);
-            }
+        let all = [&mut self.rows, &mut self.inputs_t, &mut self.weights, &mut self.gathered, &mut self.gradients];
+        let len = STRIP.max(BLOCK) * head_dim.next_multiple_of(PAD).max(STRIP);
+        all.into_iter().flatten().chain([&mut self.output_t]).for_each(|buffer| buffer.grow(len));
+    }
+}
+
+/// Floats that start with a cache line: half of the unaligned vectors would lie in two.
+#[derive(Default)]
+struct Buffer(Vec<Line>);
+
+#[derive(Clone, Copy, Zeroable, Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Buffer {
+    fn grow(&mut self, len: usize) {
+        if self.len() < len {
+            self.0.resize(len.div_ceil(16), Line::zeroed());
         }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.0)
     }
 }
 
@@ -88,28 +112,18 @@ struct Strip<'a> {
     inputs: Inputs<'a>,
     segment: usize,
     kv_head: usize,
-    /// Of the segment's `queries * group` rows.
-    first: usize,
     rows: usize,
+    /// Index of row r in `[query rows, heads]`.
+    at: [usize; STRIP],
     /// Row r sees the positions `from[r]..to[r]`, both ascending; lanes behind the rows see nothing.
     from: [u32; STRIP],
     to: [u32; STRIP],
 }
 
-/// Rows of a strip, and the positions of a block that any of them sees.
-struct Panel {
-    rows: Range<usize>,
-    keys: Range<usize>,
-    /// Whether some row does not see some key.
-    masked: bool,
-}
-
-/// One kv head of the keys and values at positions from `start` on, rows `stride` apart.
+/// One kv head of the keys and values of some positions: `[positions, head_dim]`.
 struct Keys<'a> {
-    k: &'a [f32],
-    v: &'a [f32],
-    start: usize,
-    stride: usize,
+    k: Operand<'a>,
+    v: Operand<'a>,
 }
 
 impl<'a> Inputs<'a> {
@@ -141,12 +155,18 @@ impl<'a> Inputs<'a> {
     fn strip(self, segment: usize, kv_head: usize, number: usize) -> Strip<'a> {
         let (s, group, first) = (&self.segments[segment], self.group(), number * STRIP);
         let rows = STRIP.min(s.queries as usize * group - first);
-        let (mut from, mut to) = ([0; STRIP], [0; STRIP]);
+        let (mut at, mut from, mut to) = ([0; STRIP], [0; STRIP], [0; STRIP]);
+        let (mut query, mut head) = (first / group, first % group);
         for row in 0..rows {
-            let position = (s.position + s.len - s.queries) as usize + (first + row) / group;
+            let position = (s.position + s.len - s.queries) as usize + query;
             (from[row], to[row]) = (self.dims.first_visible(position) as u32, position as u32 + 1);
+            at[row] = (s.query_start as usize + query) * self.dims.heads + kv_head * group + head;
+            head += 1;
+            if head == group {
+                (query, head) = (query + 1, 0);
+            }
         }
-        Strip { inputs: self, segment, kv_head, first, rows, from, to }
+        Strip { inputs: self, segment, kv_head, rows, at, from, to }
     }
 }
 
@@ -161,109 +181,101 @@ impl<'a> Strip<'a> {
         (start / BLOCK..end.div_ceil(BLOCK)).map(move |b| start.max(b * BLOCK)..end.min((b + 1) * BLOCK))
     }
 
-    fn panel(&self, rows: Range<usize>, keys: &Range<usize>) -> Panel {
-        let (first, last) = (rows.start, rows.end - 1);
-        let start = keys.start.max(self.from[first] as usize);
-        let keys = start..keys.end.min(self.to[last] as usize).max(start);
-        let masked = (self.from[last] as usize) > keys.start || (self.to[first] as usize) < keys.end;
-        Panel { rows, keys, masked }
+    /// Whether some of `rows` does not see some of these positions.
+    fn masks(&self, rows: Range<usize>, positions: &Range<usize>) -> bool {
+        self.from[rows.end - 1] as usize > positions.start || (self.to[rows.start] as usize) < positions.end
     }
 
-    fn panels(&self, keys: Range<usize>) -> impl Iterator<Item = Panel> {
-        let rows = (0..self.rows).step_by(PANEL).map(|first| first..self.rows.min(first + PANEL));
-        rows.map(move |rows| self.panel(rows, &keys))
+    /// The vectors of its rows: each one's first lane, and what of `positions` any of its rows sees.
+    fn vectors(&self, positions: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        (0..self.rows).step_by(LANES).map(move |lane| {
+            let last = self.rows.min(lane + LANES) - 1;
+            let start = positions.start.max(self.from[lane] as usize).min(positions.end);
+            (lane, start..positions.end.min(self.to[last] as usize).max(start))
+        })
     }
 
-    /// The keys of part of a block, read in place where they lie in one segment.
-    fn keys<'s>(&self, positions: &Range<usize>, gathered: &'s mut [Vec<f32>; 2]) -> Keys<'s>
+    /// The keys of part of a block, read in place where they lie in one segment and not too far apart.
+    fn keys<'s>(&self, positions: &Range<usize>, gathered: &'s mut [Buffer; 2]) -> Keys<'s>
     where
         'a: 's,
     {
         let Inputs { dims: d, k, v, .. } = self.inputs;
-        let (start, stride) = (positions.start, d.kv_heads * d.head_dim);
+        let stride = d.kv_heads * d.head_dim;
         let at = |row: usize| (row * d.kv_heads + self.kv_head) * d.head_dim;
         for (position, row, len) in self.inputs.runs(self.segment, positions.clone()) {
-            if len == positions.len() {
-                return Keys { k: &k[at(row)..], v: &v[at(row)..], start, stride };
+            if len == positions.len() && (!stride.is_multiple_of(ALIASED) || self.rows <= LANES) {
+                let rows = |x: &'s [f32]| Operand { data: &x[at(row)..], row: stride, col: 1 };
+                return Keys { k: rows(k), v: rows(v) };
             }
             for i in 0..len {
-                let to = (position + i - start) * d.head_dim;
+                let to = (position + i - positions.start) * d.head_dim;
                 gathered[0][to..to + d.head_dim].copy_from_slice(&k[at(row + i)..][..d.head_dim]);
                 gathered[1][to..to + d.head_dim].copy_from_slice(&v[at(row + i)..][..d.head_dim]);
             }
         }
-        Keys { k: &gathered[0], v: &gathered[1], start, stride: d.head_dim }
+        let [k, v] = gathered;
+        Keys { k: Operand::new(k, d.head_dim), v: Operand::new(v, d.head_dim) }
     }
 
-    /// Index of a row in `[query rows, heads]`.
-    fn at(&self, row: usize) -> usize {
-        let (group, d) = (self.inputs.group(), self.inputs.dims);
-        let (query, head) = ((self.first + row) / group, (self.first + row) % group);
-        (self.inputs.segments[self.segment].query_start as usize + query) * d.heads + self.kv_head * group + head
+    /// What a vector of rows sees, if not all of `positions`.
+    fn mask(&self, lane: usize, positions: &Range<usize>) -> Option<Mask<'_>> {
+        let mask = || Mask { key: positions.start as u32, from: vector(&self.from, lane), to: vector(&self.to, lane) };
+        self.masks(lane..self.rows.min(lane + LANES), positions).then(mask)
+    }
+
+    /// Its rows, rounded up to what `transpose` takes.
+    fn squares(&self) -> usize {
+        self.rows.next_multiple_of(8)
     }
 
     /// Copies the strip's rows of `[query rows, heads, head_dim]`, and transposes them to `[head_dim, STRIP]`.
     fn pack(&self, from: &[f32], rows: &mut [f32], columns: &mut [f32]) {
         let (head_dim, padded) = (self.inputs.dims.head_dim, self.inputs.padded());
         for (row, to) in rows.chunks_exact_mut(padded).enumerate().take(self.rows) {
-            to[..head_dim].copy_from_slice(&from[self.at(row) * head_dim..][..head_dim]);
+            to[..head_dim].copy_from_slice(&from[self.at[row] * head_dim..][..head_dim]);
         }
-        transpose(self.inputs.isa, [STRIP, padded], rows, columns, [padded, STRIP]);
+        transpose(self.inputs.isa, [self.squares(), padded], rows, columns, [padded, STRIP]);
     }
 
     /// Writes the columns of `[head_dim, STRIP]` to the strip's rows of `[query rows, heads, head_dim]`.
     fn write_columns(&self, from: &[f32], rows: &mut [f32], to: &Shared<f32>) {
         let (head_dim, padded) = (self.inputs.dims.head_dim, self.inputs.padded());
-        transpose(self.inputs.isa, [padded, STRIP], from, rows, [STRIP, padded]);
+        transpose(self.inputs.isa, [padded, self.squares()], from, rows, [STRIP, padded]);
         for (row, from) in rows.chunks_exact(padded).enumerate().take(self.rows) {
             // SAFETY: (query row, head) belongs to this strip alone.
-            let to = unsafe { to.slice(self.at(row) * head_dim, head_dim) };
-            // A masked term leaves the sign of a zero open: there is one zero.
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from + 0.0);
+            let to = unsafe { to.slice(self.at[row] * head_dim, head_dim) };
+            copy_row(self.inputs.isa, from, to);
         }
     }
-}
 
-impl Panel {
-    /// From where on a `[BLOCK, STRIP]` matrix holds the panel.
-    fn at(&self) -> usize {
-        self.keys.start % BLOCK * STRIP + self.rows.start
+    /// `scores = x inputs_t` for the rows `x` of keys or values at some positions of a block.
+    fn scores(&self, positions: &Range<usize>, x: Operand, inputs_t: &[f32], scores: &mut [f32]) {
+        let shape = [positions.len(), self.rows, self.inputs.dims.head_dim];
+        let c = &mut scores[positions.start % BLOCK * STRIP..];
+        Product { shape, a: x, b: inputs_t, c, stride: STRIP, start: Start::Zero }.run(self.inputs.isa);
     }
 
-    /// First lanes of the vectors that hold its rows.
-    fn lanes(&self) -> impl Iterator<Item = usize> + use<> {
-        self.rows.clone().step_by(LANES)
-    }
-
-    /// What a vector of rows from lane `at` on sees, if not all keys.
-    fn mask<'s>(&self, strip: &'s Strip, at: usize) -> Option<Mask<'s>> {
-        let mask = || Mask { key: self.keys.start as u32, from: vector(&strip.from, at), to: vector(&strip.to, at) };
-        self.masked.then(mask)
-    }
-
-    /// `[keys, head_dim]` of the panel.
-    fn rows_of<'s>(&self, x: &'s [f32], keys: &Keys) -> Operand<'s> {
-        Operand { data: &x[(self.keys.start - keys.start) * keys.stride..], row: keys.stride, col: 1 }
-    }
-
-    /// `scores = x inputs_t` for the rows `x` of keys or values.
-    fn scores(&self, strip: &Strip, x: Operand, inputs_t: &[f32], scores: &mut [f32]) {
-        let shape = [self.keys.len(), self.rows.len(), strip.inputs.dims.head_dim];
-        let (b, c) = (&inputs_t[self.rows.start..], &mut scores[self.at()..]);
-        Product { shape, a: x, b, c, stride: STRIP, start: Start::Zero }.run(strip.inputs.isa);
-    }
-
-    /// `output_t += x^T weights` for the rows `x` of keys or values.
-    fn accumulate(&self, strip: &Strip, x: Operand, weights: &[f32], output_t: &mut [f32]) {
-        let (isa, head_dim) = (strip.inputs.isa, strip.inputs.dims.head_dim);
-        let shape = [head_dim, self.rows.len(), self.keys.len()];
-        let (b, c) = (&weights[self.at()..], &mut output_t[self.rows.start..]);
+    /// `output_t += x^T weights` for the rows `x` of keys or values at some positions of a block.
+    fn accumulate(&self, positions: &Range<usize>, x: Operand, weights: &[f32], output_t: &mut [f32]) {
+        let shape = [self.inputs.dims.head_dim, self.rows, positions.len()];
+        let b = &weights[positions.start % BLOCK * STRIP..];
         let a = Operand { data: x.data, row: 1, col: x.row };
-        let product = Product { shape, a, b, c, stride: STRIP, start: Start::Output };
-        if self.masked && !finite(isa, x.data, [self.keys.len(), head_dim], x.row) {
-            return product.run_where(|_, key, row| strip.sees(self.rows.start + row, self.keys.start + key));
+        let product = Product { shape, a, b, c: output_t, stride: STRIP, start: Start::Output };
+        match self.hides_only_numbers(positions, x) {
+            true => product.run(self.inputs.isa),
+            false => product.run_where(|_, key, row| self.sees(row, positions.start + key)),
         }
-        product.run(isa);
+    }
+
+    /// Whether zeros times what some row does not see of `x` are zeros.
+    fn hides_only_numbers(&self, positions: &Range<usize>, x: Operand) -> bool {
+        let (first, last) = (self.from[self.rows - 1] as usize, self.to[0] as usize);
+        let hidden = [positions.start..first.min(positions.end), last.max(positions.start)..positions.end];
+        hidden.into_iter().filter(|keys| !keys.is_empty()).all(|keys| {
+            let data = &x.data[(keys.start - positions.start) * x.row..];
+            finite(self.inputs.isa, data, [keys.len(), self.inputs.dims.head_dim], x.row)
+        })
     }
 }
 
@@ -337,19 +349,20 @@ fn forward(strip: &Strip, scratch: &mut Scratch, o: &Shared<f32>, lse: &Shared<f
     let (mut max, mut total) = ([f32::NEG_INFINITY; STRIP], [0.0; STRIP]);
     for positions in strip.blocks() {
         let keys = strip.keys(&positions, gathered);
-        for panel in strip.panels(positions).filter(|panel| !panel.keys.is_empty()) {
-            panel.scores(strip, panel.rows_of(keys.k, &keys), q_t, p);
-            for at in panel.lanes() {
-                let first = panel.at() + at - panel.rows.start;
-                let scores = &mut p[first..first + (panel.keys.len() - 1) * STRIP + LANES];
-                let (max, total) = (vector_mut(&mut max, at), vector_mut(&mut total, at));
-                let shrink = softmax(isa, scale, panel.mask(strip, at), scores, max, total);
-                if shrink != [1.0; LANES] {
-                    scale_columns(isa, &shrink, &mut o_t[at..][..(d.head_dim - 1) * STRIP + LANES]);
-                }
+        strip.scores(&positions, keys.k, q_t, p);
+        for (lane, seen) in strip.vectors(positions.clone()) {
+            clear_outside(p, lane, &positions, &seen);
+            if seen.is_empty() {
+                continue;
             }
-            panel.accumulate(strip, panel.rows_of(keys.v, &keys), p, o_t);
+            let (max, total) = (vector_mut(&mut max, lane), vector_mut(&mut total, lane));
+            let (mask, scores) = (strip.mask(lane, &seen), &mut p[column(lane, &seen)]);
+            let shrink = softmax(isa, scale, mask, scores, max, total);
+            if shrink != [1.0; LANES] {
+                scale_columns(isa, &shrink, &mut o_t[lane..][..(d.head_dim - 1) * STRIP + LANES]);
+            }
         }
+        strip.accumulate(&positions, keys.v, p, o_t);
     }
     for at in (0..strip.rows).step_by(LANES) {
         let inverse = vector(&total, at).map(|total| 1.0 / total);
@@ -358,7 +371,7 @@ fn forward(strip: &Strip, scratch: &mut Scratch, o: &Shared<f32>, lse: &Shared<f
     strip.write_columns(o_t, rows, o);
     for row in 0..strip.rows {
         // SAFETY: (query row, head) belongs to this strip alone.
-        unsafe { lse.slice(strip.at(row), 1)[0] = max[row] + total[row].ln() };
+        unsafe { lse.slice(strip.at[row], 1)[0] = max[row] + total[row].ln() };
     }
 }
 
@@ -377,7 +390,7 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
     let (padded, scale) = (strip.inputs.padded(), d.scale() as f32);
     scratch.grow(d.head_dim);
     let (mut delta, mut lse) = ([0.0; STRIP], [0.0; STRIP]);
-    (0..strip.rows).for_each(|row| lse[row] = g.lse[strip.at(row)]);
+    (0..strip.rows).for_each(|row| lse[row] = g.lse[strip.at[row]]);
     let Scratch { rows: [q, d_o], inputs_t: [q_t, d_o_t], output_t: dq_t, .. } = &mut *scratch;
     // o passes through the places of q and dq.
     strip.pack(g.o, q, dq_t);
@@ -391,33 +404,34 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
     for positions in strip.blocks() {
         let Scratch { inputs_t: [q_t, d_o_t], output_t: dq_t, weights: [p, ds], gathered, .. } = &mut *scratch;
         let keys = strip.keys(&positions, gathered);
-        for panel in strip.panels(positions.clone()) {
-            for x in [&mut *p, &mut *ds] {
-                clear_outside(x, &positions, &panel);
-            }
-            if panel.keys.is_empty() {
+        strip.scores(&positions, keys.k, q_t, p);
+        strip.scores(&positions, keys.v, d_o_t, ds);
+        for (lane, seen) in strip.vectors(positions.clone()) {
+            [&mut *p, &mut *ds].into_iter().for_each(|x| clear_outside(x, lane, &positions, &seen));
+            if seen.is_empty() {
                 continue;
             }
-            panel.scores(strip, panel.rows_of(keys.k, &keys), q_t, p);
-            panel.scores(strip, panel.rows_of(keys.v, &keys), d_o_t, ds);
-            for at in panel.lanes() {
-                let first = panel.at() + at - panel.rows.start;
-                let all = first..first + (panel.keys.len() - 1) * STRIP + LANES;
-                let (lse, delta) = (vector(&lse, at), vector(&delta, at));
-                softmax_backward(isa, scale, panel.mask(strip, at), lse, delta, &mut p[all.clone()], &mut ds[all]);
-            }
-            panel.accumulate(strip, panel.rows_of(keys.k, &keys), ds, dq_t);
+            let (lse, delta, mask) = (vector(&lse, lane), vector(&delta, lane), strip.mask(lane, &seen));
+            let (scores, dp) = (&mut p[column(lane, &seen)], &mut ds[column(lane, &seen)]);
+            softmax_backward(isa, scale, mask, lse, delta, scores, dp);
         }
+        strip.accumulate(&positions, keys.k, ds, dq_t);
         add_key_gradients(strip, positions, scratch, g);
     }
     let Scratch { rows: [rows, _], output_t: dq_t, .. } = scratch;
     strip.write_columns(dq_t, rows, &g.dq);
 }
 
-/// Zeros in a panel's columns where `positions` are not its keys.
-fn clear_outside(weights: &mut [f32], positions: &Range<usize>, panel: &Panel) {
-    for position in (positions.start..panel.keys.start).chain(panel.keys.end..positions.end) {
-        weights[position % BLOCK * STRIP + panel.rows.start..][..panel.rows.len()].fill(0.0);
+/// A vector of columns of a `[BLOCK, STRIP]` matrix, from the first to the last of `positions`.
+fn column(lane: usize, positions: &Range<usize>) -> Range<usize> {
+    let start = positions.start % BLOCK * STRIP + lane;
+    start..start + (positions.len() - 1) * STRIP + LANES
+}
+
+/// Zeros in a vector of columns where `positions` are not `seen`.
+fn clear_outside(weights: &mut [f32], lane: usize, positions: &Range<usize>, seen: &Range<usize>) {
+    for position in (positions.start..seen.start).chain(seen.end..positions.end) {
+        vector_mut(weights, position % BLOCK * STRIP + lane).fill(0.0);
     }
 }
 
@@ -426,7 +440,8 @@ fn add_key_gradients(strip: &Strip, positions: Range<usize>, scratch: &mut Scrat
     let Inputs { isa, dims: d, .. } = strip.inputs;
     let padded = strip.inputs.padded();
     let Scratch { rows: [q, d_o], weights: [p, ds], gradients: [dk, dv], .. } = scratch;
-    let masked = strip.panel(0..strip.rows, &positions).masked;
+    let finite = |rows: &[f32]| finite(isa, rows, [strip.rows, d.head_dim], padded);
+    let broken = strip.masks(0..strip.rows, &positions) && !(finite(q) && finite(d_o));
     for start in positions.clone().step_by(KEY_PANEL) {
         let end = positions.end.min(start + KEY_PANEL);
         // The rows that see any of these keys.
@@ -437,7 +452,7 @@ fn add_key_gradients(strip: &Strip, positions: Range<usize>, scratch: &mut Scrat
             let a = Operand { data: &weights[start % BLOCK * STRIP + first..], row: STRIP, col: 1 };
             let (b, c) = (&rows[first * padded..], &mut sum[start % BLOCK * padded..]);
             let product = Product { shape, a, b, c, stride: padded, start: Start::Zero };
-            if masked && !finite(isa, b, [last - first, d.head_dim], padded) {
+            if broken {
                 product.run_where(|key, row, _| strip.sees(first + row, start + key));
             } else {
                 product.run(isa);
@@ -450,8 +465,7 @@ fn add_key_gradients(strip: &Strip, positions: Range<usize>, scratch: &mut Scrat
             for (sum, to) in [(&*dk, &g.dk), (&*dv, &g.dv)] {
                 // SAFETY: a key row lies in one tree, and (tree, kv head) belongs to this task alone.
                 let to = unsafe { to.slice(at, d.head_dim) };
-                let from = &sum[(position + i) % BLOCK * padded..];
-                to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+                add_row(isa, &sum[(position + i) % BLOCK * padded..], to);
             }
         }
     }
@@ -505,18 +519,18 @@ fn softmax_where(
         for i in 0..LANES {
             let s = if sees(key, i) { row[i] } else { f32::NEG_INFINITY };
             // NaN is passed over here; the sum below keeps it visible.
-            top[i] = if s > top[i] { s } else { top[i] };
+            top[i] = top[i].max(s);
         }
     }
     let (mut shrink, mut sum) = ([0.0; LANES], [0.0f32; LANES]);
     for i in 0..LANES {
         top[i] = max[i].max(top[i] * scale);
-        shrink[i] = if max[i] == f32::NEG_INFINITY { 0.0 } else { exp(max[i] - top[i]) };
+        shrink[i] = if max[i] == f32::NEG_INFINITY { 0.0 } else { exp_of_negative(max[i] - top[i]) };
     }
     for (key, row) in scores.chunks_mut(STRIP).enumerate() {
         let row = vector_mut(row, 0);
         for i in 0..LANES {
-            let p = exp(row[i].mul_add(scale, -top[i]));
+            let p = exp_of_negative(row[i] * scale - top[i]);
             let p = if sees(key, i) { p } else { 0.0 };
             sum[i] += p;
             row[i] = p;
@@ -593,10 +607,32 @@ dispatched! {
 }
 
 dispatched! {
+    /// Masked terms leave the sign of a zero open: here it becomes plus.
+    fn copy_row(from: &[f32], to: &mut [f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from + 0.0);
+    }
+}
+
+dispatched! {
+    fn add_row(from: &[f32], to: &mut [f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    }
+}
+
+dispatched! {
     /// Whether a `[rows, cols]` matrix, its rows `stride` apart, holds neither NaN nor infinity.
     fn finite(x: &[f32], shape: [usize; 2], stride: usize) -> bool {
         let [rows, cols] = shape;
-        let largest = |row: &[f32]| row.iter().map(|x| x.abs().to_bits()).fold(0, u32::max);
-        x.chunks(stride).take(rows).map(|row| largest(&row[..cols])).fold(0, u32::max) < f32::INFINITY.to_bits()
+        let mut largest = [0u32; LANES];
+        for row in x.chunks(stride).take(rows) {
+            let (vectors, tail) = row[..cols].as_chunks::<LANES>();
+            for x in vectors {
+                for i in 0..LANES {
+                    largest[i] = largest[i].max(x[i].abs().to_bits());
+                }
+            }
+            tail.iter().for_each(|x| largest[0] = largest[0].max(x.abs().to_bits()));
+        }
+        largest.into_iter().all(|bits| bits < f32::INFINITY.to_bits())
     }
 }

@@ -69,7 +69,7 @@ impl Product<'_> {
 /// Floats side by side. An implementation may be used only where its instruction set was detected.
 trait Vector: Copy {
     const LANES: usize;
-    /// Rows of the tallest tile of two vectors whose sums stay in registers.
+    /// Rows of the tallest tile of three vectors whose sums stay in registers.
     const ROWS: usize;
     fn splat(x: f32) -> Self;
     /// # Safety
@@ -178,28 +178,30 @@ unsafe fn avx2(p: Product) {
     unsafe { panels::<std::arch::x86_64::__m256>(p) }
 }
 
-/// Panels of two vectors of columns, the last of one if that is enough.
+/// Panels of three vectors of columns; what is left makes two, as one alone would wait for itself.
 ///
 /// # Safety
 /// The operands must reach as far as the shape says.
 #[inline(always)]
 unsafe fn panels<V: Vector>(mut p: Product) {
-    let cols = p.shape[1];
-    for col in (0..cols).step_by(2 * V::LANES) {
+    let (vectors, mut vector) = (p.shape[1].div_ceil(V::LANES), 0);
+    while vector < vectors {
+        let col = vector * V::LANES;
         // SAFETY: promised by the caller.
-        unsafe {
-            match cols - col > V::LANES {
-                true => panel::<V, 2>(&mut p, col),
-                false => panel::<V, 1>(&mut p, col),
+        vector += unsafe {
+            match vectors - vector {
+                1 => panel::<V, 1>(&mut p, col),
+                2 | 4 => panel::<V, 2>(&mut p, col),
+                _ => panel::<V, 3>(&mut p, col),
             }
-        }
+        };
     }
 }
 
 /// # Safety
-/// As `panels`, and `col` must be a column.
+/// As `panels`, and VECTORS vectors of columns must begin at `col`.
 #[inline(always)]
-unsafe fn panel<V: Vector, const VECTORS: usize>(p: &mut Product, col: usize) {
+unsafe fn panel<V: Vector, const VECTORS: usize>(p: &mut Product, col: usize) -> usize {
     let (rows, mut row) = (p.shape[0], 0);
     while row < rows {
         // SAFETY: promised by the caller; as many rows are left.
@@ -212,6 +214,7 @@ unsafe fn panel<V: Vector, const VECTORS: usize>(p: &mut Product, col: usize) {
             }
         };
     }
+    VECTORS
 }
 
 /// One tile, whose sums stay in registers; returns its rows.
@@ -221,8 +224,9 @@ unsafe fn panel<V: Vector, const VECTORS: usize>(p: &mut Product, col: usize) {
 #[inline(always)]
 unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(p: &mut Product, row: usize, col: usize) -> usize {
     let (stride, depth) = (p.stride, p.shape[2]);
-    let (a_row, a_col) = (p.a.row, p.a.col);
-    let mut a = p.a.data.as_ptr().wrapping_add(row * a_row);
+    // A pointer for each row: stepping from row to row would be a chain of additions as long as the products.
+    let a: [*const f32; ROWS] = std::array::from_fn(|i| p.a.data.as_ptr().wrapping_add((row + i) * p.a.row));
+    let (mut at, a_col) = (0, p.a.col);
     let mut b = p.b.as_ptr().wrapping_add(col);
     let c = p.c.as_mut_ptr().wrapping_add(row * stride + col);
     let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
@@ -241,12 +245,12 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(p: &mut Produ
                 terms[v] = V::load(b.add(v * V::LANES));
             }
             for i in 0..ROWS {
-                let factor = V::splat(*a.add(i * a_row));
+                let factor = V::splat(*a[i].add(at));
                 for v in 0..VECTORS {
                     sums[i][v] = factor.mul_add(terms[v], sums[i][v]);
                 }
             }
-            a = a.wrapping_add(a_col);
+            at += a_col;
             b = b.wrapping_add(stride);
         }
         for i in 0..ROWS {
