@@ -144,18 +144,7 @@ unsafe fn transpose_square(from: *const f32, to: *mut f32, strides: [usize; 2]) 
 /// Branch-free, so that loops over it become vector code (Cephes' polynomial).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
-    let p = 1.987_569_1e-4_f32;
-    let p = p.mul_add(r, 1.398_199_9e-3);
-    let p = p.mul_add(r, 8.333_452e-3);
-    let p = p.mul_add(r, 4.166_579_6e-2);
-    let p = p.mul_add(r, 1.666_666_5e-1);
-    let p = p.mul_add(r, 5e-1);
-    let y = p.mul_add(r * r, r) + 1.0;
-    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let (y, exponent) = exp_parts(x);
     let scale = f32::from_bits((exponent.wrapping_add(127) as u32).wrapping_shl(23));
     // 2^128 is no f32: the last binade is reached through 2^127 * 2.
     let high = f32::from_bits((exponent.wrapping_add(126) as u32).wrapping_shl(23));
@@ -167,7 +156,15 @@ pub fn exp(x: f32) -> f32 {
 /// `exp(x)`, bit for bit, where x is not positive: two thirds of the work.
 #[inline(always)]
 pub fn exp_of_negative(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
+    let (y, exponent) = exp_parts(x);
+    let scale = f32::from_bits((exponent.wrapping_add(127) as u32).wrapping_shl(23));
+    if x < -87.3 { 0.0 } else { y * scale }
+}
+
+/// (y, n) with e^x = y 2^n.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
@@ -178,9 +175,7 @@ pub fn exp_of_negative(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 5e-1);
     let y = p.mul_add(r * r, r) + 1.0;
-    // 127 + n in the exponent's place; what n added to the bits of ROUND above its low byte is shifted out.
-    let scale = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
-    if x < -87.3 { 0.0 } else { y * scale }
+    (y, (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
 }
 
 /// A slice that several tasks write, each its own elements.

@@ -396,6 +396,7 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
     strip.pack(g.o, q, dq_t);
     strip.pack(strip.inputs.q, q, q_t);
     strip.pack(g.d_o, d_o, d_o_t);
+    let numbers = [q, d_o].into_iter().all(|rows| finite(isa, rows, [strip.rows, d.head_dim], padded));
     for at in (0..strip.rows).step_by(LANES) {
         let all = at..at + (d.head_dim - 1) * STRIP + LANES;
         column_dots(isa, &d_o_t[all.clone()], &dq_t[all], vector_mut(&mut delta, at));
@@ -416,7 +417,7 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
             softmax_backward(isa, scale, mask, lse, delta, scores, dp);
         }
         strip.accumulate(&positions, keys.k, ds, dq_t);
-        add_key_gradients(strip, positions, scratch, g);
+        add_key_gradients(strip, positions, numbers, scratch, g);
     }
     let Scratch { rows: [rows, _], output_t: dq_t, .. } = scratch;
     strip.write_columns(dq_t, rows, &g.dq);
@@ -435,13 +436,11 @@ fn clear_outside(weights: &mut [f32], lane: usize, positions: &Range<usize>, see
     }
 }
 
-/// `dk += dS Q` and `dv += P dO` of a strip for some positions of a block.
-fn add_key_gradients(strip: &Strip, positions: Range<usize>, scratch: &mut Scratch, g: &Gradients) {
+/// `dk += dS Q` and `dv += P dO` of a strip for some positions of a block; `numbers`: Q and dO are finite.
+fn add_key_gradients(strip: &Strip, positions: Range<usize>, numbers: bool, scratch: &mut Scratch, g: &Gradients) {
     let Inputs { isa, dims: d, .. } = strip.inputs;
     let padded = strip.inputs.padded();
     let Scratch { rows: [q, d_o], weights: [p, ds], gradients: [dk, dv], .. } = scratch;
-    let finite = |rows: &[f32]| finite(isa, rows, [strip.rows, d.head_dim], padded);
-    let broken = strip.masks(0..strip.rows, &positions) && !(finite(q) && finite(d_o));
     for start in positions.clone().step_by(KEY_PANEL) {
         let end = positions.end.min(start + KEY_PANEL);
         // The rows that see any of these keys.
@@ -452,7 +451,7 @@ fn add_key_gradients(strip: &Strip, positions: Range<usize>, scratch: &mut Scrat
             let a = Operand { data: &weights[start % BLOCK * STRIP + first..], row: STRIP, col: 1 };
             let (b, c) = (&rows[first * padded..], &mut sum[start % BLOCK * padded..]);
             let product = Product { shape, a, b, c, stride: padded, start: Start::Zero };
-            if broken {
+            if !numbers && strip.masks(0..strip.rows, &positions) {
                 product.run_where(|key, row, _| strip.sees(first + row, start + key));
             } else {
                 product.run(isa);
@@ -513,25 +512,27 @@ fn softmax_where(
     max: &mut [f32; LANES],
     total: &mut [f32; LANES],
 ) -> [f32; LANES] {
-    let mut top = [f32::NEG_INFINITY; LANES];
-    for (key, row) in scores.chunks(STRIP).enumerate() {
-        let row = vector(row, 0);
-        for i in 0..LANES {
-            let s = if sees(key, i) { row[i] } else { f32::NEG_INFINITY };
-            // NaN is passed over here; the sum below keeps it visible.
-            top[i] = top[i].max(s);
-        }
-    }
-    let (mut shrink, mut sum) = ([0.0; LANES], [0.0f32; LANES]);
-    for i in 0..LANES {
-        top[i] = max[i].max(top[i] * scale);
-        shrink[i] = if max[i] == f32::NEG_INFINITY { 0.0 } else { exp_of_negative(max[i] - top[i]) };
-    }
+    let mut top = *max;
     for (key, row) in scores.chunks_mut(STRIP).enumerate() {
         let row = vector_mut(row, 0);
         for i in 0..LANES {
-            let p = exp_of_negative(row[i] * scale - top[i]);
-            let p = if sees(key, i) { p } else { 0.0 };
+            let s = row[i] * scale;
+            let s = if sees(key, i) { s } else { f32::NEG_INFINITY };
+            row[i] = s;
+            // NaN is passed over here; the sum below keeps it visible.
+            top[i] = if s > top[i] { s } else { top[i] };
+        }
+    }
+    let (mut shrink, mut base, mut sum) = ([0.0; LANES], [0.0; LANES], [0.0f32; LANES]);
+    for i in 0..LANES {
+        // A row that has seen nothing yet stays where it is: e^(-inf - 0) = 0.
+        base[i] = if top[i] == f32::NEG_INFINITY { 0.0 } else { top[i] };
+        shrink[i] = exp_of_negative(max[i] - base[i]);
+    }
+    for row in scores.chunks_mut(STRIP) {
+        let row = vector_mut(row, 0);
+        for i in 0..LANES {
+            let p = exp_of_negative(row[i] - base[i]);
             sum[i] += p;
             row[i] = p;
         }
