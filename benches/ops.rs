@@ -15,8 +15,9 @@ use cuvee::ops::linear::Linear;
 use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
 use cuvee::ops::merged_update::{MergedUpdate, Rule, Step};
 use cuvee::ops::rms_norm::RmsNorm;
+use cuvee::ops::rope::Rope;
 use cuvee::ops::swiglu::SwiGlu;
-use cuvee::ops::{attention, linear, logprob_head, merged_update, rms_norm, swiglu};
+use cuvee::ops::{attention, linear, logprob_head, merged_update, rms_norm, rope, swiglu};
 use rayon::prelude::*;
 
 #[derive(Clone, Copy)]
@@ -29,8 +30,6 @@ struct Shape {
     kv_heads: usize,
     head_dim: usize,
     vocab: usize,
-    /// Tokens of a prompt and of each of its two completions; rows / (prompt + 2 completion) such pairs.
-    pair: [usize; 2],
 }
 
 const SHAPES: [Shape; 2] = [
@@ -43,19 +42,8 @@ const SHAPES: [Shape; 2] = [
         kv_heads: 3,
         head_dim: 64,
         vocab: 49_152,
-        pair: [128, 64],
     },
-    Shape {
-        name: "quickstart",
-        rows: 960,
-        hidden: 128,
-        mlp: 384,
-        heads: 8,
-        kv_heads: 4,
-        head_dim: 16,
-        vocab: 2048,
-        pair: [64, 28],
-    },
+    Shape { name: "quickstart", rows: 960, hidden: 128, mlp: 384, heads: 8, kv_heads: 4, head_dim: 16, vocab: 2048 },
 ];
 
 struct Bench {
@@ -229,32 +217,58 @@ fn bench_head(c: &mut Criterion) {
     }
 }
 
-/// Prompts with two completions each, as preference pairs come.
-fn pairs(s: &Shape) -> Vec<Segment> {
-    let [prompt, completion] = s.pair.map(|len| len as u32);
-    let mut table: Vec<Segment> = Vec::new();
-    for first in (0..s.rows as u32).step_by((prompt + 2 * completion) as usize) {
-        let parent = table.len() as u32;
-        let children = [0, 1].map(|i| (first + prompt + i * completion, completion, parent, prompt));
-        for (start, len, parent, position) in [(first, prompt, NO_PARENT, 0)].into_iter().chain(children) {
-            table.push(Segment { start, len, parent, position, query_start: start, queries: len });
+/// One attention call: sequences, or pairs of completions behind a shared prompt.
+struct Attend {
+    name: &'static str,
+    /// Heads, key/value heads, head size.
+    heads: [usize; 3],
+    /// Tokens of a prompt and of its completions.
+    trees: &'static [&'static [u32]],
+    /// How often all of them come.
+    times: usize,
+}
+
+const ATTENDS: [Attend; 5] = [
+    Attend {
+        name: "smollm2-135m pairs",
+        heads: [9, 3, 64],
+        trees: &[&[100, 30, 60], &[200, 200, 120], &[300, 90, 150], &[400, 45, 75]],
+        times: 1,
+    },
+    Attend { name: "smollm2-135m 512", heads: [9, 3, 64], trees: &[&[512]], times: 1 },
+    Attend { name: "qwen3-0.6b 2048", heads: [16, 8, 128], trees: &[&[2048]], times: 1 },
+    Attend { name: "quickstart pairs", heads: [8, 4, 16], trees: &[&[24, 16, 12]], times: 16 },
+    Attend { name: "tiny 40", heads: [4, 2, 8], trees: &[&[40]], times: 16 },
+];
+
+impl Attend {
+    /// A table that queries every row.
+    fn table(&self) -> Vec<Segment> {
+        let (mut table, mut start): (Vec<Segment>, u32) = (Vec::new(), 0);
+        for tree in (0..self.times).flat_map(|_| self.trees) {
+            let (root, prompt) = (table.len() as u32, tree[0]);
+            for (i, len) in tree.iter().enumerate() {
+                let (parent, position) = if i == 0 { (NO_PARENT, 0) } else { (root, prompt) };
+                table.push(Segment { start, len: *len, parent, position, query_start: start, queries: *len });
+                start += len;
+            }
         }
+        table
     }
-    table
 }
 
 fn bench_attention(c: &mut Criterion) {
-    for s in SHAPES {
+    for s in ATTENDS {
         let mut group = c.benchmark_group(format!("attention/{}", s.name));
-        let (mut b, table) = (Bench::new(), pairs(&s));
-        let longest = s.pair[0] + s.pair[1];
-        let dims = Dims { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, window: None, longest };
+        let (mut b, table, [heads, kv_heads, head_dim]) = (Bench::new(), s.table(), s.heads);
+        let rows = table.iter().map(|s| s.len as usize).sum();
+        let longest = table.iter().map(|s| (s.position + s.len) as usize).max().unwrap_or(0);
+        let dims = Dims { heads, kv_heads, head_dim, window: None, longest };
         let segments = b.indices(Segment::WORDS, bytemuck::cast_slice(&table));
-        let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-        let (q, k, v) = (b.random(s.rows, wide), b.random(s.rows, narrow), b.random(s.rows, narrow));
-        let (mut o, mut lse) = (b.random(s.rows, wide), b.random(s.rows, s.heads));
-        let (mut dq, mut dk, mut dv) = (b.random(s.rows, wide), b.random(s.rows, narrow), b.random(s.rows, narrow));
-        let d_o = b.random(s.rows, wide);
+        let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
+        let [q, mut o, mut dq, d_o] = [(); 4].map(|()| b.random(rows, wide));
+        let [k, v, mut dk, mut dv] = [(); 4].map(|()| b.random(rows, narrow));
+        let mut lse = b.random(rows, heads);
         // What the mask leaves, exactly: each query meets the keys up to its own position.
         let seen = |s: &Segment| (0..s.len).map(|i| (s.position + i + 1) as usize).sum::<usize>();
         let product = 2 * wide * table.iter().map(seen).sum::<usize>();
@@ -274,6 +288,26 @@ fn bench_attention(c: &mut Criterion) {
     }
 }
 
+/// One new token against a cache: every key and value is read once.
+fn bench_decoding(c: &mut Criterion) {
+    for (s, len) in SHAPES.into_iter().flat_map(|s| [256, 4096].map(|len| (s, len))) {
+        let mut group = c.benchmark_group(format!("decoding/{}", s.name));
+        let (mut b, rows) = (Bench::new(), len as usize);
+        let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let (q, k, v) = (b.random(1, wide), b.random(rows, narrow), b.random(rows, narrow));
+        let (mut o, mut lse) = (b.random(1, wide), b.random(1, s.heads));
+        let dims = Dims { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, window: None, longest: rows };
+        let last = Segment { start: 0, len, parent: NO_PARENT, position: 0, query_start: 0, queries: 1 };
+        let segments = b.indices(Segment::WORDS, bytemuck::cast_slice(&[last]));
+        measure(&mut group, format!("attention 1x{len}"), floats(2 * rows * narrow), || {
+            let (q, k, v, o, lse) = (q.view(), k.view(), v.view(), o.view_mut(), lse.view_mut());
+            let segments = segments.view();
+            b.cpu.attention(attention::Forward { dims, segments, q, k, v, o, lse }).expect("shapes fit");
+        });
+        group.finish();
+    }
+}
+
 fn bench_memory_bound(c: &mut Criterion) {
     for s in SHAPES {
         let mut group = c.benchmark_group(format!("memory/{}", s.name));
@@ -288,6 +322,14 @@ fn bench_memory_bound(c: &mut Criterion) {
             let (dy, x, weight, rstd) = (y.view(), x.view(), weight.view(), rstd.view());
             let (dx, dweight) = (dx.view_mut(), Some(dweight.view_mut()));
             b.cpu.rms_norm_backward(rms_norm::Backward { dy, x, weight, rstd, dx, dweight }).expect("shapes fit");
+        });
+        let (half, mut heads) = (s.head_dim / 2, b.random(rows, s.heads * s.head_dim));
+        let (cos, sin, positions) = (b.random(rows, half), b.random(rows, half), (0..rows as u32).collect::<Vec<_>>());
+        let positions = b.indices(1, &positions);
+        measure(&mut group, format!("rope {rows}x{}", heads.cols()), floats(2 * rows * heads.cols()), || {
+            let (x, positions, cos, sin) = (heads.view_mut(), positions.view(), cos.view(), sin.view());
+            let (head_dim, direction) = (s.head_dim, rope::Direction::Forward);
+            b.cpu.rope(rope::Rotate { x, positions, cos, sin, head_dim, direction }).expect("shapes fit");
         });
         let (gate, up, mut y) = (b.random(rows, mlp), b.random(rows, mlp), b.random(rows, mlp));
         let (mut dgate, mut dup) = (b.random(rows, mlp), b.random(rows, mlp));
@@ -326,6 +368,6 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_millis(1200))
         .without_plots();
-    targets = peak, bench_linear, bench_head, bench_attention, bench_memory_bound
+    targets = peak, bench_linear, bench_head, bench_attention, bench_decoding, bench_memory_bound
 }
 criterion_main!(benches);

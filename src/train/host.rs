@@ -28,8 +28,8 @@ const PER_EXAMPLE: usize = 120;
 const PER_SEQUENCE: usize = 80;
 /// Vectors of a micro-batch by row: tokens, positions, targets, log-probabilities and their derivatives.
 const PER_ROW: usize = 40;
-/// Vectors of `[longest, head_dim]` that `ops/attention/cpu.rs` gathers for one thread.
-const ATTENTION_VECTORS: usize = 6;
+/// Vectors of a head that a thread keeps in `ops/attention/cpu.rs`: eleven buffers of 64.
+const ATTENTION_VECTORS: usize = 11 * 64;
 
 /// Sizes that the host's memory follows from.
 pub struct Host {
@@ -73,7 +73,7 @@ impl Host {
 
     /// While micro-batches up to `largest` go through the engine.
     pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
-        let attention = ATTENTION_VECTORS * largest.longest * spec.head_dim * size_of::<f32>();
+        let attention = ATTENTION_VECTORS * spec.head_dim * size_of::<f32>();
         let threads = self.threads * (ops::THREAD_BYTES + attention);
         PROGRAM + self.resting() + ops::SHARED_BYTES + threads + largest.rows * PER_ROW
     }

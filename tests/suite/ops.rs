@@ -1839,6 +1839,64 @@ fn attention_takes_extreme_scores() {
     assert!(lse.iter().any(|x| *x > 1e4) && o.iter().chain(&lse).all(|x| x.is_finite()));
 }
 
+/// NaN and infinity in a token's q, k, v and dO stay with those who see it or are seen by it: everyone else's results
+/// have the bits that they have without.
+#[test]
+fn attention_keeps_what_is_broken_to_those_who_see_it() {
+    const BROKEN: usize = 60;
+    let segments = forest(&[(70, None), (40, Some(0)), (9, Some(0)), (131, None)]);
+    for dims in all_dims() {
+        let case = AttentionBackward(Attention { dims, segments: segments.clone() });
+        let sees =
+            |row: usize, key: usize| case.0.queries().iter().any(|(r, _, keys)| *r == row && keys.contains(&key));
+        let rows = case.0.key_rows();
+        let sees: Vec<(bool, bool)> = (0..rows).map(|row| (sees(row, BROKEN), sees(BROKEN, row))).collect();
+        for value in [f64::NAN, f64::INFINITY] {
+            let broken = |specs: &[Spec], names: &[&str]| {
+                let mut specs = specs.to_vec();
+                for name in names {
+                    let (mut values, cols) = (output(&specs, name), output(&specs, name).len() / rows);
+                    values[BROKEN * cols..(BROKEN + 1) * cols].fill(value);
+                    put(&mut specs, name, &values);
+                }
+                specs
+            };
+            let check = |name: &str, found: &[f64], expected: &[f64], touched: &dyn Fn(usize) -> bool| {
+                let cols = found.len() / rows;
+                for row in (0..rows).filter(|row| !touched(*row)) {
+                    let at = row * cols..(row + 1) * cols;
+                    assert!(found[at.clone()] == expected[at], "{name} of row {row}, {value}, {dims:?}");
+                }
+                assert!(found[BROKEN * cols..(BROKEN + 1) * cols].iter().any(|x| x.is_nan()), "{name}: no NaN");
+            };
+            let specs = case.0.specs();
+            let (whole, found) = (run(&cpu(), &case.0, &specs), run(&cpu(), &case.0, &broken(&specs, &["k", "v"])));
+            check("o", &found[4], &whole[4], &|row| sees[row].0);
+            let specs = case.specs();
+            let whole = run(&cpu(), &case, &specs);
+            let found = run(&cpu(), &case, &broken(&specs, &["k", "v"]));
+            check("dq", &found[7], &whole[7], &|row| sees[row].0);
+            let found = run(&cpu(), &case, &broken(&specs, &["q", "d_o"]));
+            check("dk", &found[8], &whole[8], &|row| sees[row].1);
+            check("dv", &found[9], &whole[9], &|row| sees[row].1);
+        }
+    }
+}
+
+/// What a table says twice must agree: a position is the length of the path before it.
+#[test]
+fn attention_refuses_positions_that_do_not_follow_their_parents() {
+    let good = forest(&[(5, None), (3, Some(0)), (2, None)]);
+    for (index, position) in [(0, 1), (1, 4), (2, 8)] {
+        let mut segments = good.clone();
+        segments[index].position = position;
+        let case = Attention { dims: dims(2, 1, 4, None), segments };
+        let error = std::panic::catch_unwind(|| run(&cpu(), &case, &case.specs())).unwrap_err();
+        let message = error.downcast_ref::<String>().unwrap();
+        assert!(message.contains(&format!("segment {index} does not fit those before it")), "{message}");
+    }
+}
+
 // ---- all ------------------------------------------------------------------------------------------------------
 
 /// A micro-batch may be empty: nothing is written, nothing panics.

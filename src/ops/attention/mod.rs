@@ -12,6 +12,7 @@
 //! shared prefix, an unshared one and a KV cache give the same bits. Saved for the backward: q, k, v, o, lse.
 
 mod cpu;
+mod product;
 mod reference;
 
 use bytemuck::{Pod, Zeroable};
@@ -157,30 +158,15 @@ fn check_segments(op: &'static str, segments: &[Segment], every_row_is_queried: 
     let (mut queries, mut keys) = (0, 0);
     for (index, s) in segments.iter().enumerate() {
         let parent = s.parent == NO_PARENT || (s.parent as usize) < index;
+        let behind = |p: &Segment| p.position + p.len == s.position;
+        let placed = parent && segments.get(s.parent as usize).map_or(s.position == 0, behind);
         let whole = s.queries == s.len && s.query_start == s.start && s.start >= keys;
-        if !parent || s.queries > s.len || s.query_start < queries || (every_row_is_queried && !whole) {
+        if !placed || s.queries > s.len || s.query_start < queries || (every_row_is_queried && !whole) {
             return Err(Error::op(op, format!("segment {index} does not fit those before it: {s:?}")));
         }
         (queries, keys) = (s.query_start + s.queries, s.start + s.len);
     }
     Ok(())
-}
-
-/// The path root -> segment as indices into the table.
-fn path(segments: &[Segment], mut index: usize) -> Vec<usize> {
-    let mut path = vec![index];
-    while segments[index].parent != NO_PARENT {
-        index = segments[index].parent as usize;
-        path.push(index);
-    }
-    path.reverse();
-    path
-}
-
-/// Key rows of the path root -> segment, by position.
-fn path_rows(segments: &[Segment], index: usize) -> impl Iterator<Item = usize> {
-    let rows = |s: usize| segments[s].start as usize..(segments[s].start + segments[s].len) as usize;
-    path(segments, index).into_iter().flat_map(rows)
 }
 
 /// How many (query, key) pairs the masks leave; without a table half of `rows x longest`, as if no prefix were shared.

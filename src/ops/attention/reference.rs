@@ -1,4 +1,4 @@
-use super::{Attention, Backward, Dims, Forward, Segment, path_rows};
+use super::{Attention, Backward, Dims, Forward, NO_PARENT, Segment};
 use crate::device::Reference;
 use crate::error::Result;
 
@@ -7,6 +7,23 @@ struct Query {
     row: usize,
     head: usize,
     keys: Vec<usize>,
+}
+
+/// The path root -> segment as indices into the table.
+fn path(segments: &[Segment], mut index: usize) -> Vec<usize> {
+    let mut path = vec![index];
+    while segments[index].parent != NO_PARENT {
+        index = segments[index].parent as usize;
+        path.push(index);
+    }
+    path.reverse();
+    path
+}
+
+/// Key rows of the path root -> segment, by position.
+fn path_rows(segments: &[Segment], index: usize) -> impl Iterator<Item = usize> {
+    let rows = |s: usize| segments[s].start as usize..(segments[s].start + segments[s].len) as usize;
+    path(segments, index).into_iter().flat_map(rows)
 }
 
 fn queries(segments: &[Segment], dims: &Dims) -> Vec<Query> {
