@@ -24,22 +24,25 @@ fn map(bytes: usize) -> Result<MmapMut> {
     Ok(mapping)
 }
 
-/// A large page of the systems that have them.
-pub const LARGE_PAGE_BYTES: usize = 2 << 20;
-
 /// Memory of one thread that grows to the largest size it was asked for and stays.
 #[derive(Default)]
 pub struct Scratch(Option<MmapMut>);
 
 impl Scratch {
+    /// Memory of `len` floats: large pages are taken whole.
+    pub fn bytes(len: usize) -> usize {
+        const LARGE_PAGE: usize = 2 << 20;
+        (len * size_of::<f32>()).next_multiple_of(LARGE_PAGE)
+    }
+
     /// At least `len` floats with contents of no meaning; they begin at a cache line.
     ///
     /// # Panics
     /// Where the system has no such memory left: scratch is a few megabytes.
     pub fn grown(&mut self, len: usize) -> &mut [f32] {
-        let bytes = len * size_of::<f32>();
+        let bytes = Self::bytes(len);
         let old = self.0.take().filter(|mapping| mapping.len() >= bytes);
-        let mapping = old.unwrap_or_else(|| map(bytes.next_multiple_of(LARGE_PAGE_BYTES)).unwrap_or_else(|e| panic!("{e}")));
+        let mapping = old.unwrap_or_else(|| map(bytes).unwrap_or_else(|e| panic!("{e}")));
         bytemuck::cast_slice_mut(self.0.insert(mapping))
     }
 }

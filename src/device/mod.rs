@@ -18,7 +18,7 @@ mod tensor;
 pub use arena::{Arena, Kind, Ledger};
 pub use cpu::{Cpu, Isa, Products};
 pub use dry::Dry;
-pub use host::{HostSpan, LARGE_PAGE_BYTES, Scratch};
+pub use host::{HostSpan, Scratch};
 pub use philox::Philox;
 pub use reference::Reference;
 pub use tensor::{DType, Tensor, View, ViewMut};

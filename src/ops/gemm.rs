@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::gemm_fma::Fma;
 use super::simd::Shared;
-use crate::device::{Cpu, LARGE_PAGE_BYTES, Products, Scratch};
+use crate::device::{Cpu, Products, Scratch};
 
 /// A strided operand: element (i, j) at `i * row + j * col`, one of which is 1.
 #[derive(Clone, Copy)]
@@ -36,6 +36,10 @@ impl<'a> Operand<'a> {
 
     pub fn transposed(data: &'a [f32], cols: usize) -> Self {
         Self { data, row: 1, col: cols }
+    }
+
+    fn turned(self) -> Self {
+        Self { row: self.col, col: self.row, ..self }
     }
 }
 
@@ -81,10 +85,9 @@ pub trait Kernel: Copy + Sync {
     /// Rows and columns of a tile.
     const ROWS: usize;
     const COLS: usize;
-    /// Blocks of k end at multiples of it.
-    const DEPTH_STEP: usize;
-    /// Depth of a block: its packed panels stay in the caches next to the core.
-    const BLOCK_DEPTH: usize;
+    /// Depth of a pass: a panel of B of that depth stays in the first-level cache. Panels are laid out in order of depth,
+    /// so that a pass is a part of each.
+    const DEPTH: usize;
 
     /// Floats of a packed panel.
     fn panel_a(depth: usize) -> usize;
@@ -103,14 +106,12 @@ pub trait Kernel: Copy + Sync {
     fn session(self, work: impl FnOnce());
 }
 
-/// Columns of a block of B.
-const BLOCK_COLS: usize = 2048;
-/// Rows of a block of A: as many as a core's second cache holds packed.
-const BLOCK_ROWS: usize = 320;
-/// Bytes of packed panels at most: the block of B that threads share, and each thread's block of A. Large pages are taken
-/// whole.
-pub const SHARED_BYTES: usize = 3 * LARGE_PAGE_BYTES;
-pub const THREAD_BYTES: usize = LARGE_PAGE_BYTES;
+/// The part of a product that is packed at a time: rows of A, columns of B and depth of both at most.
+const BLOCK: [usize; 3] = [1536, 1536, 1536];
+/// Bytes of packed A that one task multiplies: they stay in the core's second-level cache.
+const TASK_BYTES: usize = 5 << 18;
+/// Rows of a task at least.
+const TASK_ROWS: usize = 128;
 /// Below this many multiply-adds a parallel section costs more than it saves.
 const SERIAL_WORK: usize = 1 << 16;
 /// Rows of the largest tile times its columns.
@@ -123,6 +124,34 @@ pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], 
         #[cfg(target_arch = "x86_64")]
         Products::Tiles => blocked(cpu, super::gemm_amx::Amx, dims, a, b, c, start),
     }
+}
+
+/// Bytes of packed A and of packed B that a product of these dimensions needs.
+pub fn packed_bytes(dims: [usize; 3]) -> [usize; 2] {
+    match Products::detect() {
+        Products::Chains => packed_floats::<Fma>(dims),
+        #[cfg(target_arch = "x86_64")]
+        Products::Tiles => packed_floats::<super::gemm_amx::Amx>(dims),
+    }
+    .map(Scratch::bytes)
+}
+
+fn packed_floats<K: Kernel>(dims: [usize; 3]) -> [usize; 2] {
+    let [rows, cols, depth] = block_dims::<K>(dims);
+    [rows.div_ceil(K::ROWS) * K::panel_a(depth), cols.div_ceil(K::COLS) * K::panel_b(depth)]
+}
+
+/// The fewest blocks of about equal size.
+fn block_dims<K: Kernel>(dims: [usize; 3]) -> [usize; 3] {
+    let steps = [K::ROWS, K::COLS, K::DEPTH];
+    std::array::from_fn(|i| match dims[i].div_ceil(BLOCK[i]) {
+        0 | 1 => dims[i],
+        parts => dims[i].div_ceil(parts).next_multiple_of(steps[i]),
+    })
+}
+
+thread_local! {
+    static PACKED: RefCell<[Scratch; 2]> = RefCell::default();
 }
 
 fn blocked<K: Kernel>(
@@ -142,48 +171,35 @@ fn blocked<K: Kernel>(
         return;
     }
     let shared = Shared::new(c);
-    let mut scratch = PACKED_B.take();
-    let block_depth = even_parts(k, K::BLOCK_DEPTH, K::DEPTH_STEP);
-    let block_cols = even_parts(n, BLOCK_COLS, K::COLS);
-    for first_col in (0..n).step_by(block_cols) {
-        let cols = block_cols.min(n - first_col);
-        for first_k in (0..k).step_by(block_depth) {
-            let depth = block_depth.min(k - first_k);
-            let fresh = first_k == 0 && start == Start::Zero;
-            let block = Block { m, n, first_col, cols, first_k, depth, fresh };
-            let packed_b = scratch.grown(cols.div_ceil(K::COLS) * K::panel_b(depth));
-            pack_b(cpu, kernel, &block, b, packed_b);
-            multiply_block(cpu, kernel, &block, a, packed_b, &shared);
+    let mut scratch = PACKED.take();
+    let [a_len, b_len] = packed_floats::<K>([m, n, k]);
+    let [packed_a, packed_b] = scratch.each_mut();
+    let (packed_a, packed_b) = (packed_a.grown(a_len), packed_b.grown(b_len));
+    let [most_rows, most_cols, most_depth] = block_dims::<K>([m, n, k]);
+    for first_col in (0..n).step_by(most_cols) {
+        for first_k in (0..k).step_by(most_depth) {
+            let (cols, depth) = (most_cols.min(n - first_col), most_depth.min(k - first_k));
+            let columns = Side { operand: b.turned(), first: first_col, len: cols, first_k, depth };
+            pack(cpu, &columns, K::COLS, K::panel_b(depth), |panel, out| kernel.pack_b(panel, out), packed_b);
+            for first_row in (0..m).step_by(most_rows) {
+                let rows = Side { operand: a, first: first_row, len: most_rows.min(m - first_row), first_k, depth };
+                pack(cpu, &rows, K::ROWS, K::panel_a(depth), |panel, out| kernel.pack_a(panel, out), packed_a);
+                let fresh = first_k == 0 && start == Start::Zero;
+                let block = Block { rows: [first_row, rows.len], cols: [first_col, cols], depth, n, fresh };
+                multiply_block(cpu, kernel, &block, packed_a, packed_b, &shared);
+            }
         }
     }
-    PACKED_B.set(scratch);
+    PACKED.set(scratch);
 }
 
-/// The size of the fewest parts of at most `most`, a multiple of `step` and about equal.
-fn even_parts(len: usize, most: usize, step: usize) -> usize {
-    len.div_ceil(len.div_ceil(most)).next_multiple_of(step)
-}
-
-thread_local! {
-    static PACKED_B: RefCell<Scratch> = RefCell::default();
-    static PACKED_A: RefCell<Scratch> = RefCell::default();
-}
-
-/// One `[m, cols]` stripe of C and the slice of k that is being added to it.
-struct Block {
-    m: usize,
-    n: usize,
-    first_col: usize,
-    cols: usize,
+/// Rows of A, or columns of B seen as rows, that are packed together.
+struct Side<'a> {
+    operand: Operand<'a>,
+    first: usize,
+    len: usize,
     first_k: usize,
     depth: usize,
-    fresh: bool,
-}
-
-impl Block {
-    fn serial(&self) -> bool {
-        self.m * self.cols * self.depth < SERIAL_WORK
-    }
 }
 
 fn for_each(cpu: &Cpu, serial: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
@@ -194,78 +210,78 @@ fn for_each(cpu: &Cpu, serial: bool, tasks: usize, task: impl Fn(usize) + Send +
     }
 }
 
-fn pack_b<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, b: Operand, packed: &mut [f32]) {
-    let (panels, len) = (block.cols.div_ceil(K::COLS), K::panel_b(block.depth));
+fn pack(
+    cpu: &Cpu,
+    side: &Side,
+    width: usize,
+    panel_len: usize,
+    pack: impl Fn(Panel, &mut [f32]) + Sync,
+    packed: &mut [f32],
+) {
     let shared = Shared::new(packed);
-    for_each(cpu, block.serial(), panels, |panel| {
+    for_each(cpu, side.len * side.depth < SERIAL_WORK, side.len.div_ceil(width), |panel| {
         // SAFETY: each task writes its own panel.
-        let out = unsafe { shared.slice(panel * len, len) };
-        let first = panel * K::COLS;
-        let data = &b.data[block.first_k * b.row + (block.first_col + first) * b.col..];
-        let width = K::COLS.min(block.cols - first);
-        kernel.pack_b(Panel { data, by_depth: b.row, by_width: b.col, depth: block.depth, width }, out);
+        let out = unsafe { shared.slice(panel * panel_len, panel_len) };
+        let Operand { data, row, col } = side.operand;
+        let first = panel * width;
+        let data = &data[(side.first + first) * row + side.first_k * col..];
+        let width = width.min(side.len - first);
+        pack(Panel { data, by_depth: col, by_width: row, depth: side.depth, width }, out);
     });
 }
 
-fn pack_a<K: Kernel>(kernel: K, block: &Block, a: Operand, first_row: usize, rows: usize, packed: &mut [f32]) {
-    let (panels, len) = (rows.div_ceil(K::ROWS), K::panel_a(block.depth));
-    for (panel, out) in packed.chunks_exact_mut(len).take(panels).enumerate() {
-        let first = panel * K::ROWS;
-        let data = &a.data[(first_row + first) * a.row + block.first_k * a.col..];
-        let width = K::ROWS.min(rows - first);
-        kernel.pack_a(Panel { data, by_depth: a.col, by_width: a.row, depth: block.depth, width }, out);
-    }
+/// A part of C and the slice of k that is being added to it; `[first, count]`.
+struct Block {
+    rows: [usize; 2],
+    cols: [usize; 2],
+    depth: usize,
+    /// Row stride of C.
+    n: usize,
+    fresh: bool,
 }
 
-fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: Operand, packed_b: &[f32], c: &Shared<f32>) {
-    // Enough tasks for every thread: first by rows, then, for a few rows (decoding), by groups of columns.
-    let wanted = 4 * cpu.threads();
-    let rows = block.m.div_ceil(wanted).min(BLOCK_ROWS).next_multiple_of(K::ROWS);
-    let row_blocks = block.m.div_ceil(rows);
-    let panels = block.cols.div_ceil(K::COLS);
-    let groups = wanted.div_ceil(row_blocks).min(panels);
-    let group = panels.div_ceil(groups);
-    let groups = panels.div_ceil(group);
+fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: &[f32], b: &[f32], c: &Shared<f32>) {
     let (panel_a, panel_b) = (K::panel_a(block.depth), K::panel_b(block.depth));
-    for_each(cpu, block.serial(), row_blocks * groups, |task| {
-        let (row_block, group_index) = (task / groups, task % groups);
-        let first_row = row_block * rows;
-        let panels = group_index * group..((group_index + 1) * group).min(panels);
-        let height = rows.min(block.m - first_row);
-        PACKED_A.with_borrow_mut(|packed_a| {
-            let packed_a = packed_a.grown(height.div_ceil(K::ROWS) * panel_a);
-            pack_a(kernel, block, a, first_row, height, packed_a);
-            kernel.session(|| {
-                for panel in panels {
-                    for first in (0..height).step_by(K::ROWS) {
-                        let tile = Tile {
-                            row: first_row + first,
-                            rows: K::ROWS.min(height - first),
-                            col: block.first_col + panel * K::COLS,
-                            cols: K::COLS.min(block.cols - panel * K::COLS),
-                        };
-                        let a = &packed_a[first / K::ROWS * panel_a..][..panel_a];
-                        multiply_tile(kernel, block, &tile, a, &packed_b[panel * panel_b..][..panel_b], c);
+    let tiles = [block.rows[1].div_ceil(K::ROWS), block.cols[1].div_ceil(K::COLS)];
+    // Enough tasks for every thread: by rows as long as each has so many that B need not be fetched too often, then by
+    // columns.
+    let wanted = 4 * cpu.threads();
+    let in_cache = TASK_BYTES / (panel_a * size_of::<f32>());
+    let height = tiles[0].div_ceil(wanted).max(TASK_ROWS / K::ROWS).min(in_cache).max(1);
+    let row_tasks = tiles[0].div_ceil(height);
+    let width = tiles[1].div_ceil(wanted.div_ceil(row_tasks).min(tiles[1]));
+    let col_tasks = tiles[1].div_ceil(width);
+    let serial = block.rows[1] * block.cols[1] * block.depth < SERIAL_WORK;
+    for_each(cpu, serial, row_tasks * col_tasks, |task| {
+        let (first_row, first_col) = (task / col_tasks * height, task % col_tasks * width);
+        kernel.session(|| {
+            for col in first_col..tiles[1].min(first_col + width) {
+                // The panel of B goes by in pieces that stay in the first-level cache for all rows.
+                for first_k in (0..block.depth).step_by(K::DEPTH) {
+                    let piece = Block {
+                        depth: K::DEPTH.min(block.depth - first_k),
+                        fresh: block.fresh && first_k == 0,
+                        ..*block
+                    };
+                    let b = &b[col * panel_b + K::panel_b(first_k)..][..K::panel_b(piece.depth)];
+                    for row in first_row..tiles[0].min(first_row + height) {
+                        let a = &a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(piece.depth)];
+                        multiply_tile(kernel, &piece, [row, col], a, b, c);
                     }
                 }
-            });
+            }
         });
     });
 }
 
-struct Tile {
-    row: usize,
-    rows: usize,
-    col: usize,
-    cols: usize,
-}
-
 /// Continues the sums of one tile by `block.depth` terms.
-fn multiply_tile<K: Kernel>(kernel: K, block: &Block, tile: &Tile, a: &[f32], b: &[f32], c: &Shared<f32>) {
+fn multiply_tile<K: Kernel>(kernel: K, block: &Block, [row, col]: [usize; 2], a: &[f32], b: &[f32], c: &Shared<f32>) {
     let (fresh, depth) = (block.fresh, block.depth);
-    let at = tile.row * block.n + tile.col;
-    let rows = K::height(tile.rows);
-    if tile.rows == rows && tile.cols == K::COLS {
+    let at = (block.rows[0] + row * K::ROWS) * block.n + block.cols[0] + col * K::COLS;
+    let (tile_rows, tile_cols) =
+        (K::ROWS.min(block.rows[1] - row * K::ROWS), K::COLS.min(block.cols[1] - col * K::COLS));
+    let rows = K::height(tile_rows);
+    if tile_rows == rows && tile_cols == K::COLS {
         let sums = Sums { start: c.block(at, block.n, rows, K::COLS), stride: block.n, fresh };
         // SAFETY: the block of C is this task's own: tiles are disjoint.
         return unsafe { kernel.multiply(rows, depth, a, b, sums) };
@@ -273,14 +289,14 @@ fn multiply_tile<K: Kernel>(kernel: K, block: &Block, tile: &Tile, a: &[f32], b:
     const { assert!(K::ROWS * K::COLS <= TILE_LEN) };
     let mut buffer = [0.0f32; TILE_LEN];
     // SAFETY: as above.
-    let row_of = |i: usize| unsafe { c.slice(at + i * block.n, tile.cols) };
+    let row_of = |i: usize| unsafe { c.slice(at + i * block.n, tile_cols) };
     if !fresh {
-        (0..tile.rows).for_each(|i| buffer[i * K::COLS..][..tile.cols].copy_from_slice(row_of(i)));
+        (0..tile_rows).for_each(|i| buffer[i * K::COLS..][..tile_cols].copy_from_slice(row_of(i)));
     }
     let sums = Sums { start: buffer.as_mut_ptr(), stride: K::COLS, fresh };
     // SAFETY: the buffer has ROWS rows of COLS.
     unsafe { kernel.multiply(rows, depth, a, b, sums) };
-    (0..tile.rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * K::COLS..][..tile.cols]));
+    (0..tile_rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * K::COLS..][..tile_cols]));
 }
 
 #[cfg(test)]

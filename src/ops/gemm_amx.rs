@@ -35,8 +35,8 @@ pub struct Amx;
 impl Kernel for Amx {
     const ROWS: usize = TILE;
     const COLS: usize = TILE;
-    const DEPTH_STEP: usize = STEP;
-    const BLOCK_DEPTH: usize = 384;
+    /// 36 KiB of a panel of B.
+    const DEPTH: usize = 18 * STEP;
 
     fn panel_a(depth: usize) -> usize {
         depth.div_ceil(STEP) * STEP_LEN

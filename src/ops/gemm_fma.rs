@@ -17,9 +17,8 @@ pub struct Fma(pub Isa);
 impl Kernel for Fma {
     const ROWS: usize = TILE_ROWS;
     const COLS: usize = COLS;
-    const DEPTH_STEP: usize = 1;
-    /// A panel of B, 32 KiB, stays in the first-level cache.
-    const BLOCK_DEPTH: usize = 256;
+    /// 32 KiB of a panel of B.
+    const DEPTH: usize = 256;
 
     fn panel_a(depth: usize) -> usize {
         depth * TILE_ROWS

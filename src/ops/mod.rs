@@ -24,7 +24,7 @@ pub mod rows;
 pub mod sum_squares;
 pub mod swiglu;
 
-pub use gemm::{SHARED_BYTES, THREAD_BYTES};
+pub use gemm::packed_bytes;
 
 use crate::device::{Cpu, Device, Dry, Reference};
 

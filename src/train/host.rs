@@ -8,7 +8,7 @@ use super::settings::Settings;
 use super::task::Task;
 use crate::data::Extent;
 use crate::model::Spec;
-use crate::ops;
+use crate::ops::{self, logprob_head};
 
 /// Pages of the program and its libraries, stacks, file buffers: a run of a tiny model without data has 8 MiB resident.
 const PROGRAM: usize = 9 << 20;
@@ -73,10 +73,23 @@ impl Host {
 
     /// While micro-batches up to `largest` go through the engine.
     pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
-        let attention = ATTENTION_VECTORS * spec.head_dim * size_of::<f32>();
-        let threads = self.threads * (ops::THREAD_BYTES + attention);
-        PROGRAM + self.resting() + ops::SHARED_BYTES + threads + largest.rows * PER_ROW
+        let threads = self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>();
+        PROGRAM + self.resting() + packed(spec, largest) + threads + largest.rows * PER_ROW
     }
+}
+
+/// What the largest products of a step need for their packed operands.
+fn packed(spec: &Spec, largest: &Extent) -> usize {
+    let (rows, top) = (largest.rows, largest.targets.min(logprob_head::TILE_ROWS));
+    let wide = spec.heads * spec.head_dim;
+    let layers =
+        [(rows, wide, spec.hidden), (rows, spec.mlp_dim, spec.hidden), (top, logprob_head::TILE_VOCAB, spec.hidden)];
+    // y = x W^T, dx = dy W and dW = dy^T x, of a layer and of one that leads back.
+    let products = layers.into_iter().flat_map(|(rows, outputs, inputs)| {
+        [[rows, outputs, inputs], [rows, inputs, outputs], [outputs, inputs, rows], [inputs, outputs, rows]]
+    });
+    let [a, b] = products.map(ops::packed_bytes).fold([0, 0], |[a, b], [c, d]| [a.max(c), b.max(d)]);
+    a + b
 }
 
 #[cfg(test)]
