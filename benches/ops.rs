@@ -1,8 +1,8 @@
 //! Time of the ops at the shapes of two models. Products and attention report FLOP/s (as elements per second, a
 //! multiply-add is two), the others bytes per second of what must be read and written once.
 //!
-//! `cargo bench --bench ops` takes under two minutes; a filter such as `linear` or `quickstart` less. The group
-//! `peak` is the yardstick: fused multiply-adds on registers alone, on as many threads.
+//! `cargo bench --bench ops` takes three minutes; a filter such as `linear` or `quickstart` less. The group `peak` is
+//! the yardstick: fused multiply-adds on registers alone, on as many threads. RAYON_NUM_THREADS=1 measures one core.
 
 use std::collections::BTreeSet;
 use std::hint::black_box;

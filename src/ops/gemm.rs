@@ -8,10 +8,11 @@
 //!   instruction set;
 //! * [`super::gemm_amx`]: matrix tiles of bfloat16, six partial products for each 32 values of k.
 //!
-//! A block of columns of B is packed once and shared by all threads; each task packs the rows of A that it
-//! multiplies with it. Weights are not kept packed between calls: a training step multiplies each with hundreds of
-//! rows, which packing costs a few percent of, and a packed copy of every weight in two layouts would cost three times
-//! the weights' memory.
+//! Both operands are packed once a product into panels that all threads share. A task multiplies rows of A that its core's
+//! second-level cache holds with one panel of B after the other, in passes over k that fit the first-level cache.
+//! Weights are not kept packed between calls: packing one costs as much as eight to sixteen rows of the product, a
+//! training step multiplies each with hundreds, and a packed copy of every weight in two layouts would cost three times the
+//! weights' memory.
 
 use std::cell::RefCell;
 

@@ -13,8 +13,9 @@
 //! add nothing to a chain; where what they meet is not finite, the chain leaves them out. So a chain runs over what
 //! its row sees in the order of the absolute position, whatever lies beside it.
 //!
-//! Traffic of a strip: K and V once (twice in the backward, with dK and dV added once), q and o once, all else in
-//! the first- and second-level caches: 3 * STRIP * head_dim + 2 * BLOCK * STRIP floats, twice that in the backward.
+//! Traffic of a strip: every K and V that it sees once, q and o once; in the backward K twice, and dK and dV once to
+//! read and once to write. The rest stays in the first- and second-level caches: 3 * STRIP * head_dim + BLOCK * STRIP
+//! floats (48 KiB at head_dim 64), in the backward 5 * STRIP * head_dim + 2 * BLOCK * (STRIP + head_dim) (116 KiB).
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut, Range};
@@ -45,7 +46,7 @@ thread_local! {
 
 #[derive(Default)]
 struct Scratch {
-    /// Rows of q and dO, of o and dq at last: `[STRIP, padded head_dim]`
+    /// Rows of q and dO; those of o and dq pass through: `[STRIP, padded head_dim]`
     rows: [Buffer; 2],
     /// Q^T and dO^T: `[padded head_dim, STRIP]`
     inputs_t: [Buffer; 2],
@@ -323,7 +324,8 @@ impl Attention for Cpu {
             dk: Shared::new(dk),
             dv: Shared::new(dv),
         };
-        // A tree's keys collect gradients from its whole subtree: the task of its root sums them, strip after strip.
+        // A tree's keys collect gradients from its whole subtree: the task of its root sums them, strip after strip;
+        // the tasks of its other segments find nothing to do.
         let kv_heads = a.dims.kv_heads;
         let task = |task: usize| {
             let (root, kv_head) = (task / kv_heads, task % kv_heads);

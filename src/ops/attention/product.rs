@@ -4,8 +4,8 @@
 //! C is one chain of fused multiply-adds in the order of the depth, as in `ops/gemm.rs`: tile shapes, tails and
 //! instruction sets give the same bits.
 //!
-//! Traffic of a tile of R rows and V vectors: R + V loads for R * V multiply-adds, so operands may come from the
-//! second-level cache.
+//! Traffic of a tile of R rows and V vectors: R + V loads for R * V multiply-adds (11 for 24 with AVX-512, 8 for 12
+//! with AVX2), so operands may come from the second-level cache.
 
 use crate::device::Isa;
 use crate::ops::gemm::{Operand, Start};
@@ -32,12 +32,13 @@ impl Product<'_> {
         if rows == 0 || cols == 0 {
             return;
         }
-        let last = |rows: usize| (rows - 1) * self.stride + cols.next_multiple_of(PAD);
-        assert!(cols <= self.stride && last(rows) <= self.c.len(), "C has no room for {rows} x {cols}");
+        let padded = cols.next_multiple_of(PAD);
+        let last = |rows: usize| (rows - 1) * self.stride + padded;
+        assert!(padded <= self.stride && last(rows) <= self.c.len(), "C has no room for {rows} x {padded}");
         if depth > 0 {
             let end = (rows - 1) * self.a.row + (depth - 1) * self.a.col;
             assert!(end < self.a.data.len(), "A is smaller than {rows} x {depth}");
-            assert!(last(depth) <= self.b.len(), "B is smaller than {depth} x {cols}");
+            assert!(last(depth) <= self.b.len(), "B is smaller than {depth} x {padded}");
         }
         // SAFETY: the operands reach as far as the shape says (just asserted); `Isa::detect` found the features.
         unsafe {
@@ -69,8 +70,9 @@ impl Product<'_> {
 /// Floats side by side. An implementation may be used only where its instruction set was detected.
 trait Vector: Copy {
     const LANES: usize;
-    /// Rows of the tallest tile of three vectors whose sums stay in registers.
+    /// Rows and vectors of the largest tile whose sums stay in registers.
     const ROWS: usize;
+    const VECTORS: usize;
     fn splat(x: f32) -> Self;
     /// # Safety
     /// `at` must point to `LANES` floats.
@@ -84,6 +86,7 @@ trait Vector: Copy {
 impl Vector for [f32; 4] {
     const LANES: usize = 4;
     const ROWS: usize = 4;
+    const VECTORS: usize = 2;
     #[inline(always)]
     fn splat(x: f32) -> Self {
         [x; 4]
@@ -111,7 +114,8 @@ mod x86 {
 
     impl Vector for __m256 {
         const LANES: usize = 8;
-        const ROWS: usize = 4;
+        const ROWS: usize = 6;
+        const VECTORS: usize = 2;
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: used only where AVX2 was detected, as are the functions below.
@@ -137,6 +141,7 @@ mod x86 {
     impl Vector for __m512 {
         const LANES: usize = 16;
         const ROWS: usize = 8;
+        const VECTORS: usize = 3;
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: used only where AVX-512 was detected, as are the functions below.
@@ -178,7 +183,7 @@ unsafe fn avx2(p: Product) {
     unsafe { panels::<std::arch::x86_64::__m256>(p) }
 }
 
-/// Panels of three vectors of columns; what is left makes two, as one alone would wait for itself.
+/// Panels of two or three vectors of columns: four are two and two, as one alone would wait for itself.
 ///
 /// # Safety
 /// The operands must reach as far as the shape says.
@@ -191,8 +196,8 @@ unsafe fn panels<V: Vector>(mut p: Product) {
         vector += unsafe {
             match vectors - vector {
                 1 => panel::<V, 1>(&mut p, col),
-                2 | 4 => panel::<V, 2>(&mut p, col),
-                _ => panel::<V, 3>(&mut p, col),
+                3 | 5.. if V::VECTORS == 3 => panel::<V, 3>(&mut p, col),
+                _ => panel::<V, 2>(&mut p, col),
             }
         };
     }
@@ -208,6 +213,7 @@ unsafe fn panel<V: Vector, const VECTORS: usize>(p: &mut Product, col: usize) ->
         row += unsafe {
             match (rows - row).min(V::ROWS) {
                 8.. => tile::<V, 8, VECTORS>(p, row, col),
+                6.. => tile::<V, 6, VECTORS>(p, row, col),
                 4.. => tile::<V, 4, VECTORS>(p, row, col),
                 2.. => tile::<V, 2, VECTORS>(p, row, col),
                 _ => tile::<V, 1, VECTORS>(p, row, col),
