@@ -289,6 +289,9 @@ pub struct EngineArgs {
     /// Where to compute; auto takes the fastest there is
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: Device,
+    /// Leave the processor's matrix unit (AMX) alone: slower, but the bits of processors without one
+    #[arg(long)]
+    pub no_amx: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]

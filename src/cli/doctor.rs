@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::args::{DoctorArgs, cache_dir};
-use crate::device::{Cpu, Isa};
+use crate::device::{Cpu, Isa, Products};
 use crate::error::{Error, Result};
 use crate::machine::{self, Memory, Processor, human};
 use crate::ops::simd::dispatched;
@@ -22,6 +22,7 @@ const COPIED: usize = 128 << 20;
 struct Findings {
     processor: Processor,
     isa: Isa,
+    products: Products,
     sets: Vec<&'static str>,
     threads: usize,
     /// f32 FLOPs a second of all threads in registers.
@@ -57,6 +58,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let findings = Findings {
         processor: machine::processor(),
         isa: cpu.isa(),
+        products: cpu.products(),
         sets: instruction_sets(),
         threads: cpu.threads(),
         peak_flops: peak_flops(&cpu),
@@ -96,12 +98,14 @@ impl Findings {
     }
 
     fn kernels(&self) -> &'static str {
-        match self.isa {
-            Isa::Portable => "portable",
+        match (self.isa, self.products) {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => "AVX2",
+            (_, Products::Tiles) => "AVX-512, for products AMX",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => "AVX-512",
+            (Isa::Avx512, _) => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, _) => "AVX2",
+            (Isa::Portable, _) => "portable code",
         }
     }
 
@@ -186,6 +190,7 @@ fn instruction_sets() -> Vec<&'static str> {
             ("avx512dq", has!("avx512dq")),
             ("avx512bf16", has!("avx512bf16")),
             ("avx512vnni", has!("avx512vnni")),
+            ("amx", Products::detect() == Products::Tiles),
         ];
         sets.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
     }
@@ -309,6 +314,7 @@ mod tests {
         Findings {
             processor: Processor { name: None, logical: 8, physical: 4, allowed: 8, quota: None },
             isa: Isa::detect(),
+            products: Products::Chains,
             sets: vec!["avx2"],
             threads: 8,
             peak_flops: 1e11,

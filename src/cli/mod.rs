@@ -20,6 +20,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use crate::Error;
+use crate::device::{Cpu, Isa};
 use crate::progress::say;
 pub use args::{Cli, Command};
 
@@ -90,11 +91,13 @@ fn print(text: &str) -> Result<(), Error> {
 }
 
 /// The one device there is; `auto` takes it. What runs beside it, such as tokenization, gets as many threads.
-fn device(engine: &args::EngineArgs) -> Result<crate::device::Cpu, Error> {
+fn device(engine: &args::EngineArgs) -> Result<Cpu, Error> {
     // Fails only where a pool is there already, as in a test that calls this twice.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(engine.threads.unwrap_or(0)).build_global();
+    let threads = engine.threads.unwrap_or(0);
     match engine.device {
-        args::Device::Auto | args::Device::Cpu => crate::device::Cpu::new(engine.threads.unwrap_or(0)),
+        args::Device::Auto | args::Device::Cpu if engine.no_amx => Cpu::with_isa(threads, Isa::detect()),
+        args::Device::Auto | args::Device::Cpu => Cpu::new(threads),
     }
 }
 
@@ -244,7 +247,7 @@ mod tests {
         assert_eq!(*save, SaveArgs { eval_steps: None, save_steps: None });
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
-        assert_eq!(args.run.engine, EngineArgs { threads: None, device: Device::Auto });
+        assert_eq!(args.run.engine, EngineArgs { threads: None, device: Device::Auto, no_amx: false });
         assert!(args.run.ref_model.is_empty());
     }
 

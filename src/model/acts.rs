@@ -20,7 +20,6 @@ pub enum Keep {
 
 /// One block's activations, all `[rows, ...]`.
 pub struct BlockActs<D: Device> {
-    pub normed: Tensor<D>,
     /// What the norm's backward needs of each row.
     pub stats: Tensor<D>,
     pub q: Tensor<D>,
@@ -32,13 +31,26 @@ pub struct BlockActs<D: Device> {
     pub lse: Tensor<D>,
     /// The residual stream with attention's part.
     pub mid: Tensor<D>,
-    /// What the MLP reads.
-    pub mid_normed: Tensor<D>,
     pub mid_stats: Tensor<D>,
     /// Where the MLP has a gate.
     pub gate: Option<Tensor<D>>,
     pub up: Tensor<D>,
+}
+
+/// What a block's backward computes again rather than keep: a third of the block's numbers for a hundredth of its
+/// arithmetic. All blocks share it.
+pub struct Work<D: Device> {
+    /// `[rows, hidden]`: what attention reads, then what the MLP reads.
+    pub normed: Tensor<D>,
+    /// `[rows, mlp_dim]`
     pub activated: Tensor<D>,
+}
+
+impl<D: Device> Work<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
+        let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
+        Self { normed: take(spec.hidden), activated: take(spec.mlp_dim) }
+    }
 }
 
 pub struct RawHeads<D: Device> {
@@ -63,7 +75,6 @@ impl<D: Device> BlockActs<D> {
         });
         Self {
             raw,
-            normed: take(spec.hidden),
             stats: take(stats),
             q: take(wide),
             k: take(narrow),
@@ -71,11 +82,9 @@ impl<D: Device> BlockActs<D> {
             o: take(wide),
             lse: take(spec.heads),
             mid: take(spec.hidden),
-            mid_normed: take(spec.hidden),
             mid_stats: take(stats),
             gate: spec.mlp.gated().then(|| take(spec.mlp_dim)),
             up: take(spec.mlp_dim),
-            activated: take(spec.mlp_dim),
         }
     }
 }
@@ -154,6 +163,7 @@ pub struct Acts<D: Device> {
     residual: Vec<Tensor<D>>,
     /// One per layer, or one that all share.
     blocks: Vec<BlockActs<D>>,
+    work: Work<D>,
     pub top: Top<D>,
     /// Only where there is a backward.
     scratch: Option<Scratch<D>>,
@@ -168,9 +178,10 @@ impl<D: Device> Acts<D> {
         };
         let residual = (0..residuals).map(|_| arena.floats(Kind::Activations, largest.rows, spec.hidden)).collect();
         let blocks = (0..blocks).map(|_| BlockActs::new(arena, spec, largest.rows)).collect();
+        let work = Work::new(arena, spec, largest.rows);
         let top = Top::new(arena, spec, largest.targets);
         let scratch = (keep != Keep::Nothing).then(|| Scratch::new(arena, spec, largest));
-        Self { keep, residual, blocks, top, scratch }
+        Self { keep, residual, blocks, work, top, scratch }
     }
 
     pub fn keep(&self) -> Keep {
@@ -193,22 +204,18 @@ impl<D: Device> Acts<D> {
     }
 
     /// Input, output and activations of one layer.
-    pub fn layer(&mut self, layer: usize) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>) {
+    pub fn layer(&mut self, layer: usize) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>, &mut Work<D>) {
         let slots = [self.slot(layer), self.slot(layer + 1)];
         let block = if self.keep == Keep::Everything { layer } else { 0 };
         let [input, output] = self.residual.get_disjoint_mut(slots).expect("two slots or more");
-        (input, output, &mut self.blocks[block])
+        (input, output, &mut self.blocks[block], &mut self.work)
     }
 
-    /// The same with the gradients of activations. Panics without a backward.
-    pub fn layer_and_scratch(
-        &mut self,
-        layer: usize,
-    ) -> (&Tensor<D>, &mut Tensor<D>, &mut BlockActs<D>, &mut Scratch<D>) {
-        let slots = [self.slot(layer), self.slot(layer + 1)];
+    /// Input, activations and the gradients of activations. Panics without a backward.
+    pub fn layer_backward(&mut self, layer: usize) -> (&Tensor<D>, &mut BlockActs<D>, &mut Work<D>, &mut Scratch<D>) {
         let block = if self.keep == Keep::Everything { layer } else { 0 };
-        let [input, output] = self.residual.get_disjoint_mut(slots).expect("two slots or more");
-        (input, output, &mut self.blocks[block], self.scratch.as_mut().expect(NO_BACKWARD))
+        let input = &self.residual[self.slot(layer)];
+        (input, &mut self.blocks[block], &mut self.work, self.scratch.as_mut().expect(NO_BACKWARD))
     }
 
     /// The residual stream above the last of `layers` layers, and where it goes.

@@ -1,7 +1,7 @@
 //! The attention half of a block: `mid = x + O(attention(rope(norm(Q n)), rope(norm(K n)), V n))`, `n = norm(x)`.
 //! Norms of queries and keys and the rotation are there where the spec has them.
 
-use super::acts::{BlockActs, RawHeads, Scratch};
+use super::acts::{BlockActs, RawHeads, Scratch, Work};
 use super::arch::Slot;
 use super::block::Context;
 use super::kv::KvLayer;
@@ -61,14 +61,22 @@ impl<D: Device> Attention<D> {
 
 impl<B: Backend> Attention<B> {
     /// From `x` to `a.mid`.
-    pub fn forward(&self, c: &Context<B>, x: &Tensor<B>, a: &mut BlockActs<B>, kv: Option<KvLayer<B>>) -> Result<()> {
+    pub fn forward(
+        &self,
+        c: &Context<B>,
+        x: &Tensor<B>,
+        a: &mut BlockActs<B>,
+        w: &mut Work<B>,
+        kv: Option<KvLayer<B>>,
+    ) -> Result<()> {
         let (device, size) = (c.device, c.batch.size());
         let rows = size.rows;
-        self.norm.forward(device, x.top(rows), a.normed.top_mut(rows), a.stats.top_mut(rows))?;
+        self.norm.forward(device, x.top(rows), w.normed.top_mut(rows), a.stats.top_mut(rows))?;
+        let normed = w.normed.top(rows);
         match (&self.qk_norm, &mut a.raw) {
             (Some((q_norm, k_norm)), Some(raw)) => {
-                self.q.forward(device, a.normed.top(rows), None, raw.q.top_mut(rows))?;
-                self.k.forward(device, a.normed.top(rows), None, raw.k.top_mut(rows))?;
+                self.q.forward(device, normed, None, raw.q.top_mut(rows))?;
+                self.k.forward(device, normed, None, raw.k.top_mut(rows))?;
                 let heads =
                     [(q_norm, &raw.q, &mut a.q, &mut raw.q_stats), (k_norm, &raw.k, &mut a.k, &mut raw.k_stats)];
                 for (norm, raw, out, stats) in heads {
@@ -80,11 +88,11 @@ impl<B: Backend> Attention<B> {
                 }
             }
             _ => {
-                self.q.forward(device, a.normed.top(rows), None, a.q.top_mut(rows))?;
-                self.k.forward(device, a.normed.top(rows), None, a.k.top_mut(rows))?;
+                self.q.forward(device, normed, None, a.q.top_mut(rows))?;
+                self.k.forward(device, normed, None, a.k.top_mut(rows))?;
             }
         }
-        self.v.forward(device, a.normed.top(rows), None, a.v.top_mut(rows))?;
+        self.v.forward(device, normed, None, a.v.top_mut(rows))?;
         for heads in [&mut a.q, &mut a.k] {
             c.rotate(heads.top_mut(rows), Direction::Forward)?;
         }
@@ -111,7 +119,14 @@ impl<B: Backend> Attention<B> {
     }
 
     /// From `scratch.d_o` on; adds to `scratch.d_residual`.
-    pub fn backward(&mut self, c: &Context<B>, x: &Tensor<B>, a: &BlockActs<B>, s: &mut Scratch<B>) -> Result<()> {
+    pub fn backward(
+        &mut self,
+        c: &Context<B>,
+        x: &Tensor<B>,
+        a: &mut BlockActs<B>,
+        w: &mut Work<B>,
+        s: &mut Scratch<B>,
+    ) -> Result<()> {
         let (device, size) = (c.device, c.batch.size());
         let rows = size.rows;
         device.attention_backward(attention::Backward {
@@ -148,8 +163,9 @@ impl<B: Backend> Attention<B> {
             }
             (d_q, d_k) = (d_raw_q, d_raw_k);
         }
+        self.norm.forward(device, x.top(rows), w.normed.top_mut(rows), a.stats.top_mut(rows))?;
         for (layer, dy) in [(&mut self.q, d_q), (&mut self.k, d_k), (&mut self.v, &s.d_v)] {
-            layer.backward(device, dy.top(rows), a.normed.top(rows), s.d_normed.top_mut(rows))?;
+            layer.backward(device, dy.top(rows), w.normed.top(rows), s.d_normed.top_mut(rows))?;
         }
         let (dy, x, stats) = (s.d_normed.top(rows), x.top(rows), a.stats.top(rows));
         self.norm.backward(device, dy, x, stats, s.d_residual.top_mut(rows))

@@ -5,7 +5,7 @@
 //! side by side           mid = x + attention(norm(x))     y = mid + mlp(norm(x))
 //! ```
 
-use super::acts::{BlockActs, Scratch};
+use super::acts::{BlockActs, Scratch, Work};
 use super::attention::Attention;
 use super::batch::Batch;
 use super::kv::KvLayer;
@@ -55,23 +55,31 @@ impl<B: Backend> Block<B> {
         c: &Context<B>,
         x: &Tensor<B>,
         y: &mut Tensor<B>,
-        acts: &mut BlockActs<B>,
+        a: &mut BlockActs<B>,
+        w: &mut Work<B>,
         kv: Option<KvLayer<B>>,
     ) -> Result<()> {
-        self.attention.forward(c, x, acts, kv)?;
-        self.mlp.forward(c, self.parallel.then_some(x), acts, y)
+        self.attention.forward(c, x, a, w, kv)?;
+        self.mlp.forward(c, self.parallel.then_some(x), a, w, y)
     }
 
     /// `scratch.d_residual` holds the gradient by the block's output and becomes that by its input. Side by side,
     /// attention takes it before the MLP has added its part.
-    pub fn backward(&mut self, c: &Context<B>, x: &Tensor<B>, a: &BlockActs<B>, s: &mut Scratch<B>) -> Result<()> {
+    pub fn backward(
+        &mut self,
+        c: &Context<B>,
+        x: &Tensor<B>,
+        a: &mut BlockActs<B>,
+        w: &mut Work<B>,
+        s: &mut Scratch<B>,
+    ) -> Result<()> {
         if self.parallel {
             self.attention.backward_output(c, a, s)?;
-            self.mlp.backward(c, Some(x), a, s)?;
+            self.mlp.backward(c, Some(x), a, w, s)?;
         } else {
-            self.mlp.backward(c, None, a, s)?;
+            self.mlp.backward(c, None, a, w, s)?;
             self.attention.backward_output(c, a, s)?;
         }
-        self.attention.backward(c, x, a, s)
+        self.attention.backward(c, x, a, w, s)
     }
 }

@@ -1,7 +1,7 @@
 //! The other half of a block: `y = mid + Down(silu(Gate n) * Up n)` or `y = mid + Down(gelu(Up n))`, where `n` is the
 //! norm of `mid`, or of the block's input where the two halves run side by side.
 
-use super::acts::{BlockActs, Scratch};
+use super::acts::{BlockActs, Scratch, Work};
 use super::arch::Slot;
 use super::block::Context;
 use super::layers::{Build, Linear, NormLayer};
@@ -47,23 +47,36 @@ impl<B: Backend> Mlp<B> {
         c: &Context<B>,
         x: Option<&Tensor<B>>,
         a: &mut BlockActs<B>,
+        w: &mut Work<B>,
         y: &mut Tensor<B>,
     ) -> Result<()> {
         let (device, rows) = (c.device, c.batch.size().rows);
-        let x = x.unwrap_or(&a.mid).top(rows);
-        self.norm.forward(device, x, a.mid_normed.top_mut(rows), a.mid_stats.top_mut(rows))?;
-        let normed = a.mid_normed.top(rows);
+        self.normalize(c, x, a, w)?;
+        let normed = w.normed.top(rows);
         self.up.forward(device, normed, None, a.up.top_mut(rows))?;
-        let activated = a.activated.top_mut(rows);
+        if let Some((layer, gate)) = self.gate.as_ref().zip(a.gate.as_mut()) {
+            layer.forward(device, normed, None, gate.top_mut(rows))?;
+        }
+        self.activate(c, a, w)?;
+        self.down.forward(device, w.activated.top(rows), Some(a.mid.top(rows)), y.top_mut(rows))
+    }
+
+    fn normalize(&self, c: &Context<B>, x: Option<&Tensor<B>>, a: &mut BlockActs<B>, w: &mut Work<B>) -> Result<()> {
+        let rows = c.batch.size().rows;
+        let x = x.unwrap_or(&a.mid).top(rows);
+        self.norm.forward(c.device, x, w.normed.top_mut(rows), a.mid_stats.top_mut(rows))
+    }
+
+    fn activate(&self, c: &Context<B>, a: &BlockActs<B>, w: &mut Work<B>) -> Result<()> {
+        let rows = c.batch.size().rows;
+        let (up, y) = (a.up.top(rows), w.activated.top_mut(rows));
         match self.kind {
             spec::Mlp::SwiGlu => {
-                let (layer, gate) = self.gate.as_ref().zip(a.gate.as_mut()).expect(NO_GATE);
-                layer.forward(device, normed, None, gate.top_mut(rows))?;
-                device.swiglu(swiglu::Forward { gate: gate.top(rows), up: a.up.top(rows), y: activated })?;
+                let gate = a.gate.as_ref().expect(NO_GATE).top(rows);
+                c.device.swiglu(swiglu::Forward { gate, up, y })
             }
-            spec::Mlp::Gelu(curve) => device.gelu(gelu::Forward { curve, x: a.up.top(rows), y: activated })?,
+            spec::Mlp::Gelu(curve) => c.device.gelu(gelu::Forward { curve, x: up, y }),
         }
-        self.down.forward(device, a.activated.top(rows), Some(a.mid.top(rows)), y.top_mut(rows))
     }
 
     /// Adds the gradient by what was normalized to `scratch.d_residual`, the gradient by the block's output.
@@ -71,15 +84,18 @@ impl<B: Backend> Mlp<B> {
         &mut self,
         c: &Context<B>,
         x: Option<&Tensor<B>>,
-        a: &BlockActs<B>,
+        a: &mut BlockActs<B>,
+        w: &mut Work<B>,
         s: &mut Scratch<B>,
     ) -> Result<()> {
         let (device, rows) = (c.device, c.batch.size().rows);
+        self.activate(c, a, w)?;
         device.zero(s.d_activated.top_mut(rows))?;
-        let (dy, activated) = (s.d_residual.top(rows), a.activated.top(rows));
+        let (dy, activated) = (s.d_residual.top(rows), w.activated.top(rows));
         self.down.backward(device, dy, activated, s.d_activated.top_mut(rows))?;
+        self.normalize(c, x, a, w)?;
         device.zero(s.d_normed.top_mut(rows))?;
-        let (dy, up, normed) = (s.d_activated.top(rows), a.up.top(rows), a.mid_normed.top(rows));
+        let (dy, up, normed) = (s.d_activated.top(rows), a.up.top(rows), w.normed.top(rows));
         match self.kind {
             spec::Mlp::SwiGlu => {
                 let layer = self.gate.as_mut().expect(NO_GATE);

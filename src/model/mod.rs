@@ -148,8 +148,8 @@ impl<B: Backend> Model<B> {
             device.gather_add(rows::GatherAdd { x: positions.view(), index: batch.positions(), y })?;
         }
         for (layer, block) in self.blocks.iter().enumerate() {
-            let (x, y, block_acts) = acts.layer(layer);
-            block.forward(&context, x, y, block_acts, kv.as_mut().map(|kv| kv.layer(layer)))?;
+            let (x, y, block_acts, work) = acts.layer(layer);
+            block.forward(&context, x, y, block_acts, work, kv.as_mut().map(|kv| kv.layer(layer)))?;
         }
         let read = size.targets;
         let (residual, top) = acts.last_residual(self.blocks.len());
@@ -166,11 +166,12 @@ impl<B: Backend> Model<B> {
         let context = Context { device, batch, rope: self.rope.as_ref() };
         for (layer, block) in self.blocks.iter_mut().enumerate().rev() {
             let recompute = acts.keep() == Keep::Inputs;
-            let (x, y, block_acts, scratch) = acts.layer_and_scratch(layer);
             if recompute {
-                block.forward(&context, x, y, block_acts, None)?;
+                let (x, y, block_acts, work) = acts.layer(layer);
+                block.forward(&context, x, y, block_acts, work, None)?;
             }
-            block.backward(&context, x, block_acts, scratch)?;
+            let (x, block_acts, work, scratch) = acts.layer_backward(layer);
+            block.backward(&context, x, block_acts, work, scratch)?;
         }
         let tables = [(Some(&mut self.embed), batch.tokens()), (self.positions.as_mut(), batch.positions())];
         for (table, index) in tables {
