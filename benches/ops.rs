@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use cuvee::device::{Arena, Cpu, Device, Isa, Kind, Philox, Tensor};
+use cuvee::device::{Arena, Cpu, Device, Isa, Kind, Philox, Products, Tensor};
 use cuvee::ops::attention::{Attention, Dims, NO_PARENT, Segment};
 use cuvee::ops::linear::Linear;
 use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
@@ -151,33 +151,39 @@ fn peak(c: &mut Criterion) {
     group.finish();
 }
 
+/// Rows, inputs, outputs: a layer of SmolLM2 up and down, one of Qwen2 0.5B, one of the quickstart, and decoding.
+const LINEAR: [[usize; 3]; 5] =
+    [[1200, 576, 1536], [1200, 1536, 576], [2048, 896, 4864], [960, 128, 384], [1, 576, 1536]];
+
+/// Chains, then what the machine multiplies with if that is something else; on one thread and on all.
 fn bench_linear(c: &mut Criterion) {
-    for s in SHAPES {
-        let mut group = c.benchmark_group(format!("linear/{}", s.name));
-        for (rows, inputs, outputs) in [(s.rows, s.hidden, s.mlp), (s.rows, s.mlp, s.hidden), (1, s.hidden, s.mlp)] {
+    let fastest = Cpu::new(1).expect("threads start");
+    let mut devices = vec![Cpu::with_isa(1, Isa::detect()).expect("threads start")];
+    if fastest.products() != Products::Chains {
+        devices.push(fastest);
+    }
+    devices.push(Cpu::new(0).expect("threads start"));
+    for [rows, inputs, outputs] in LINEAR {
+        let mut group = c.benchmark_group(format!("linear/{rows}x{inputs}x{outputs}"));
+        for cpu in &devices {
             let mut b = Bench::new();
             let (x, weight, mut y) = (b.random(rows, inputs), b.random(outputs, inputs), b.random(rows, outputs));
             let (mut dx, mut dweight) = (b.random(rows, inputs), b.random(outputs, inputs));
-            let (shape, product) = (format!("{rows}x{inputs}x{outputs}"), 2 * rows * inputs * outputs);
-            measure(&mut group, format!("forward {shape}"), flop(product), || {
+            let (on, product) =
+                (format!("{:?}, {} threads", cpu.products(), cpu.threads()), 2 * rows * inputs * outputs);
+            measure(&mut group, format!("forward, {on}"), flop(product), || {
                 let (x, weight, y) = (x.view(), weight.view(), y.view_mut());
-                b.cpu.linear(linear::Forward { x, weight, bias: None, residual: None, y }).expect("shapes fit");
+                cpu.linear(linear::Forward { x, weight, bias: None, residual: None, y }).expect("shapes fit");
             });
-            if rows == 1 {
-                continue;
-            }
-            let mut backward = |which: &str, wanted: [bool; 2]| {
-                let products = wanted.iter().filter(|w| **w).count();
-                measure(&mut group, format!("{which} {shape}"), flop(products * product), || {
+            for (which, wanted) in [("dx", [true, false]), ("dweight", [false, true])] {
+                measure(&mut group, format!("{which}, {on}"), flop(product), || {
                     let dx = wanted[0].then(|| dx.view_mut());
                     let dweight = wanted[1].then(|| dweight.view_mut());
                     let (dy, x, weight) = (y.view(), x.view(), weight.view());
                     let arguments = linear::Backward { dy, x, weight, dx, dweight, dbias: None };
-                    b.cpu.linear_backward(arguments).expect("shapes fit");
+                    cpu.linear_backward(arguments).expect("shapes fit");
                 });
-            };
-            backward("dx", [true, false]);
-            backward("dweight", [false, true]);
+            }
         }
         group.finish();
     }

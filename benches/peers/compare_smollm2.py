@@ -1,6 +1,6 @@
 """cuvee beside TRL on SmolLM2-135M-Instruct, alternating in one run: seconds, memory, losses and gradient norms.
 
-    python benches/peers/compare_smollm2.py CUVEE MODEL_DIR PAIRS.jsonl OUT_DIR [--steps 5] [--modes live precomputed bf16]
+    python benches/peers/compare_smollm2.py CUVEE MODEL_DIR PAIRS.jsonl OUT_DIR [--steps 5] [--modes live precomputed]
 
 Each round runs `CUVEE train` with an empty reference cache (so that scoring the reference is part of it) and then one mode of
 trl_smollm2.py, with the same pairs in the same order. Prints a table; OUT_DIR keeps the logs of both.
@@ -23,7 +23,7 @@ parser.add_argument("model")
 parser.add_argument("pairs")
 parser.add_argument("out")
 parser.add_argument("--steps", type=int, default=5)
-parser.add_argument("--modes", nargs="+", default=["live", "precomputed", "bf16"])
+parser.add_argument("--modes", nargs="+", default=["live", "precomputed"])
 a = parser.parse_args()
 out = pathlib.Path(a.out)
 out.mkdir(parents=True, exist_ok=True)
