@@ -10,7 +10,7 @@ use super::task::Task;
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
 use crate::device::{Dry, Kind, Ledger};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
 use crate::optim;
 use crate::references::{Reference, largest_shard};
@@ -268,8 +268,14 @@ impl Assumed {
         let objective = super::task::objective(settings)?;
         let sequences = if objective.needs().pairs { 2 } else { 1 };
         let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
+        let checkpoint = Checkpoint::open(&settings.model)?;
+        if let Some(most) = checkpoint.spec.most_positions().filter(|most| *most < max_length) {
+            let model = checkpoint.dir.display();
+            let detail = format!("{max_length}, but {model} has learned positions for {most}; give {most} or less");
+            return Err(Error::option("--max-length", detail));
+        }
         Ok(Self {
-            checkpoint: Checkpoint::open(&settings.model)?,
+            checkpoint,
             optimizer: optim::find(&settings.optimizer)?,
             references: super::task::references(settings, objective.as_ref())?,
             example: Example { row: 0, sequences: vec![sequence; sequences] },

@@ -131,6 +131,8 @@ fn a_sequence_longer_than_the_learned_positions_is_refused() {
         &long,
         &["--max-length: row ", "tokens, own has learned positions for 46; give --max-length 46 or less"],
     );
+    let plan = "plan --objective sigmoid --beta 0.1 --model own --max-length 90";
+    w.fails(1, plan, &["--max-length: 90, but own has learned positions for 46; give 46 or less"]);
     let samples = line.replace("--max-new-tokens 6", "--max-new-tokens 50");
     w.fails(1, &samples, &["--max-new-tokens: 50 tokens after a prompt of ", "learned positions for 46"]);
     assert!(!w.exists("run") && w.cache_file().is_none(), "refused before anything is made");
