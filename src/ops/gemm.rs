@@ -9,7 +9,7 @@
 //! * [`super::gemm_amx`]: matrix tiles of bfloat16, six partial products for each 32 values of k.
 //!
 //! Both operands are packed once a product into panels that all threads share. A task multiplies rows of A that its core's
-//! second-level cache holds with one panel of B after the other, in passes over k that fit the first-level cache.
+//! second-level cache holds with one panel of B after the other, in passes over k that fit the caches before it.
 //! Weights are not kept packed between calls: packing one costs as much as eight to sixteen rows of the product, a
 //! training step multiplies each with hundreds, and a packed copy of every weight in two layouts would cost three times the
 //! weights' memory.
@@ -86,8 +86,8 @@ pub trait Kernel: Copy + Sync {
     /// Rows and columns of a tile.
     const ROWS: usize;
     const COLS: usize;
-    /// Depth of a pass: a panel of B of that depth stays in the first-level cache. Panels are laid out in order of depth,
-    /// so that a pass is a part of each.
+    /// Depth of a pass: so much of a panel of B stays in the nearest caches for all rows of a task. Panels are laid out in
+    /// order of depth, so that a pass is a part of each.
     const DEPTH: usize;
 
     /// Floats of a packed panel.
