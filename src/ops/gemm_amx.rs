@@ -56,11 +56,12 @@ impl Kernel for Amx {
         unsafe { pack(panel, Operand::B, out) }
     }
 
-    fn height(rows: usize) -> usize {
-        rows.next_multiple_of(HALF)
+    /// Few rows cost as much as all: packing B for them costs several times more.
+    fn height(_: usize) -> usize {
+        TILE
     }
 
-    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
+    unsafe fn multiply(self, _: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
         let steps = depth.div_ceil(STEP);
         assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
         // SAFETY: panels of `steps` steps (just asserted); the sums as promised by the caller; a prefetch may name any
@@ -72,10 +73,7 @@ impl Kernel for Amx {
                 _mm_prefetch::<_MM_HINT_T0>(line);
                 _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(64));
             }
-            match rows {
-                HALF => multiply_half(steps, a.as_ptr(), b.as_ptr(), sums),
-                _ => multiply_whole(steps, a.as_ptr(), b.as_ptr(), sums),
-            }
+            multiply(steps, a.as_ptr(), b.as_ptr(), sums);
         }
     }
 
@@ -118,16 +116,10 @@ macro_rules! load {
     };
 }
 
-/// Adds the products of one or two registers of A with two of B.
+/// Adds the products of the two loaded registers of A with the two of B.
 macro_rules! products {
-    ($a:literal; $left:literal, $right:literal) => {
-        concat!("tdpbf16ps tmm0, tmm", $a, ", tmm", $left, "\ntdpbf16ps tmm1, tmm", $a, ", tmm", $right)
-    };
-    ($upper:literal, $lower:literal; $left:literal, $right:literal) => {
-        concat!(
-            products!($upper; $left, $right),
-            "\ntdpbf16ps tmm2, tmm", $lower, ", tmm", $left, "\ntdpbf16ps tmm3, tmm", $lower, ", tmm", $right
-        )
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
     };
 }
 
@@ -135,7 +127,7 @@ macro_rules! products {
 ///
 /// # Safety
 /// `a` and `b` are panels of `steps` steps, `sums` has 32 rows of 32, and a session is open.
-unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
+unsafe fn multiply(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
     // SAFETY: reads the panels and reads and writes the sums, as promised by the caller.
     unsafe {
         asm!(
@@ -157,24 +149,24 @@ unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums)
             load!(5, "a", 1024),
             load!(6, "b", 4096),
             load!(7, "b", 5120),
-            products!(4, 5; 6, 7),
+            products!(),
             load!(6, "b", 2048),
             load!(7, "b", 3072),
-            products!(4, 5; 6, 7),
+            products!(),
             load!(6, "b", 0),
             load!(7, "b", 1024),
-            products!(4, 5; 6, 7),
+            products!(),
             // x2 and x1 with y0
             load!(4, "a", 4096),
             load!(5, "a", 5120),
-            products!(4, 5; 6, 7),
+            products!(),
             load!(4, "a", 2048),
             load!(5, "a", 3072),
-            products!(4, 5; 6, 7),
+            products!(),
             // x1 with y1
             load!(6, "b", 2048),
             load!(7, "b", 3072),
-            products!(4, 5; 6, 7),
+            products!(),
             "add {a}, 6144",
             "add {b}, 6144",
             "dec {steps}",
@@ -186,58 +178,6 @@ unsafe fn multiply_whole(steps: usize, a: *const f32, b: *const f32, sums: Sums)
             fresh = in(reg) usize::from(sums.fresh),
             c = in(reg) sums.start,
             low = in(reg) sums.row(HALF),
-            stride = in(reg) sums.stride * size_of::<f32>(),
-            line = in(reg) 64usize,
-            a = inout(reg) a => _,
-            b = inout(reg) b => _,
-            steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
-
-/// The upper half of a tile: the same products of the same elements in the same order.
-///
-/// # Safety
-/// As `multiply_whole` with 16 rows of sums.
-unsafe fn multiply_half(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
-    // SAFETY: as in `multiply_whole`.
-    unsafe {
-        asm!(
-            "test {fresh}, {fresh}",
-            "jnz 2f",
-            "tileloadd tmm0, [{c} + {stride}]",
-            "tileloadd tmm1, [{c} + {stride} + 64]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "3:",
-            load!(2, "a", 0),
-            load!(4, "b", 4096),
-            load!(5, "b", 5120),
-            products!(2; 4, 5),
-            load!(6, "b", 2048),
-            load!(7, "b", 3072),
-            products!(2; 6, 7),
-            load!(4, "b", 0),
-            load!(5, "b", 1024),
-            products!(2; 4, 5),
-            load!(3, "a", 4096),
-            products!(3; 4, 5),
-            load!(2, "a", 2048),
-            products!(2; 4, 5),
-            products!(2; 6, 7),
-            "add {a}, 6144",
-            "add {b}, 6144",
-            "dec {steps}",
-            "jnz 3b",
-            "tilestored [{c} + {stride}], tmm0",
-            "tilestored [{c} + {stride} + 64], tmm1",
-            fresh = in(reg) usize::from(sums.fresh),
-            c = in(reg) sums.start,
             stride = in(reg) sums.stride * size_of::<f32>(),
             line = in(reg) 64usize,
             a = inout(reg) a => _,

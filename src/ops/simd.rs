@@ -37,6 +37,13 @@ macro_rules! dispatched {
 }
 pub(crate) use dispatched;
 
+dispatched! {
+    /// `y += x`
+    pub fn add(x: &[f32], y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    }
+}
+
 /// Adds the lanes pairwise, in one order.
 #[inline(always)]
 pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, LayerNorm, STATS};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::ops::simd::{LANES, dispatched, sum_lanes};
+use crate::ops::simd::{LANES, add, dispatched, sum_lanes};
 
 const ROWS_PER_TASK: usize = 32;
 /// Columns of one task of the weights' gradients; each column is summed over rows in order.
@@ -58,7 +58,7 @@ impl LayerNorm for Cpu {
             self.run(|| {
                 dbias.par_chunks_mut(COLS_PER_TASK).enumerate().for_each(|(task, dbias)| {
                     for dy in dy.chunks_exact(hidden) {
-                        bias_row(self.isa(), &dy[task * COLS_PER_TASK..][..dbias.len()], dbias);
+                        add(self.isa(), &dy[task * COLS_PER_TASK..][..dbias.len()], dbias);
                     }
                 });
             });
@@ -111,11 +111,5 @@ dispatched! {
         for ((dweight, dy), x) in dweight.iter_mut().zip(dy).zip(x) {
             *dweight += dy * ((x - mean) * rstd);
         }
-    }
-}
-
-dispatched! {
-    fn bias_row(dy: &[f32], dbias: &mut [f32]) {
-        dbias.iter_mut().zip(dy).for_each(|(dbias, dy)| *dbias += dy);
     }
 }

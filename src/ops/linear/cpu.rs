@@ -4,7 +4,7 @@ use super::{Backward, Forward, Linear};
 use crate::device::Cpu;
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start, gemm};
-use crate::ops::simd::dispatched;
+use crate::ops::simd::add;
 
 /// Rows of one task of the elementwise passes.
 const ROWS_PER_TASK: usize = 64;
@@ -58,11 +58,5 @@ impl Linear for Cpu {
             });
         }
         Ok(())
-    }
-}
-
-dispatched! {
-    fn add(x: &[f32], y: &mut [f32]) {
-        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
     }
 }
