@@ -32,8 +32,8 @@ impl Device for Dry {
     const NAME: &'static str = "dry";
     type Span = Vec<u32>;
 
-    fn width(_: DType) -> usize {
-        4
+    fn width(dtype: DType) -> usize {
+        dtype.bytes()
     }
 
     fn alloc(&self, _: usize) -> Result<Vec<u32>> {

@@ -9,6 +9,7 @@
 
 mod arena;
 mod cpu;
+pub mod cuda;
 mod dry;
 mod host;
 mod philox;
@@ -17,6 +18,7 @@ mod tensor;
 
 pub use arena::{Arena, Kind, Ledger};
 pub use cpu::{Cpu, Isa, Products};
+pub use cuda::Cuda;
 pub use dry::Dry;
 pub use host::{HostSpan, Scratch};
 pub use philox::Philox;
@@ -40,6 +42,11 @@ pub trait Device: Sized {
     /// Names the order of its sums: where it is the same, the same operations give the same bits.
     fn arithmetic(&self) -> &'static str {
         Self::NAME
+    }
+
+    /// What it keeps weights and activations in. Statistics, gradients of weights and optimizer states are F32 always.
+    fn storage(&self) -> DType {
+        DType::F32
     }
 
     /// Bytes of one element of `dtype` on this device.

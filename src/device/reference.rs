@@ -12,7 +12,7 @@ impl Device for Reference {
     fn width(dtype: DType) -> usize {
         match dtype {
             DType::F32 => 8,
-            DType::U32 => 4,
+            DType::Bf16 | DType::U32 => dtype.bytes(),
         }
     }
 

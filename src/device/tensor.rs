@@ -4,7 +4,19 @@ use super::Device;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum DType {
     F32,
+    /// The upper half of an f32; on devices that compute with it ([`Device::storage`]).
+    Bf16,
     U32,
+}
+
+impl DType {
+    /// Of one element, where a float is as wide as it says.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::U32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
 }
 
 /// Contiguous row-major `[rows, cols]`, owned. Made by [`super::Arena::take`] only.
@@ -80,6 +92,10 @@ impl<D: Device> Clone for View<'_, D> {
 impl<D: Device> Copy for View<'_, D> {}
 
 impl<'a, D: Device> View<'a, D> {
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -113,6 +129,10 @@ impl<'a, D: Device> View<'a, D> {
 }
 
 impl<D: Device> ViewMut<'_, D> {
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }

@@ -1,5 +1,5 @@
-//! Forward and backward pairs. One folder per op: `mod.rs` (formula, arguments, shapes), `cpu.rs`, `reference.rs`
-//! (f64, the oracle). Arguments are structs with named fields: four views of one type swap silently when they
+//! Forward and backward pairs. One folder per op: `mod.rs` (formula, arguments, shapes), `cpu.rs`, `cuda.rs`,
+//! `reference.rs` (f64, the oracle). Arguments are structs with named fields: four views of one type swap silently when they
 //! are positional. Each output field says whether it is written (`=`) or added to (`+=`).
 //!
 //! No op allocates device memory, and no op's result for one row depends on which other rows are there: every
@@ -26,7 +26,7 @@ pub mod swiglu;
 
 pub use gemm::packed_bytes;
 
-use crate::device::{Cpu, Device, Dry, Reference};
+use crate::device::{Cpu, Cuda, Device, Dry, Reference};
 
 /// A device that has every op.
 pub trait Backend:
@@ -46,6 +46,7 @@ pub trait Backend:
 }
 
 impl Backend for Cpu {}
+impl Backend for Cuda {}
 impl Backend for Dry {}
 impl Backend for Reference {}
 

@@ -1144,6 +1144,7 @@ impl Case for Update {
             step: self.step,
             grad: grad.view(),
             weight: weight.view_mut(),
+            master: None,
             first_moment: first_moment.view_mut(),
             second_moment: second_moment.view_mut(),
         })

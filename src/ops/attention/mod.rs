@@ -12,6 +12,7 @@
 //! shared prefix, an unshared one and a KV cache give the same bits. Saved for the backward: q, k, v, o, lse.
 
 mod cpu;
+mod cuda;
 mod product;
 mod reference;
 

@@ -9,6 +9,7 @@
 //! Saved for the backward: `x`.
 
 mod cpu;
+mod cuda;
 pub(super) mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

@@ -8,6 +8,7 @@
 //! Saved for the backward: `x`, `stats`.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

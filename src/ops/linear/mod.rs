@@ -7,6 +7,7 @@
 //! Saved for the backward: `x`.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

@@ -9,6 +9,7 @@
 //! log-sum-exp of a row is reduced in one order whatever the batch. Saved for the backward: `h`, `lse`.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

@@ -9,10 +9,11 @@
 //! ```
 
 mod cpu;
+mod cuda;
 mod reference;
 
-use crate::device::{Device, Dry, View, ViewMut};
-use crate::error::Result;
+use crate::device::{DType, Device, Dry, View, ViewMut};
+use crate::error::{Error, Result};
 
 /// How the update direction is made. Sparsifiers and the merge with `tau_ref` join here.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -35,8 +36,10 @@ pub struct Step {
 pub struct Args<'a, D: Device> {
     pub step: Step,
     pub grad: View<'a, D>,
-    /// in place
+    /// in place; F32, or Bf16 with a `master`, whose rounding it becomes
     pub weight: ViewMut<'a, D>,
+    /// in place: the weight in F32, there if and only if `weight` is Bf16
+    pub master: Option<ViewMut<'a, D>>,
     /// in place: m
     pub first_moment: ViewMut<'a, D>,
     /// in place: v
@@ -51,6 +54,13 @@ impl<D: Device> Args<'_, D> {
     fn check(&self) -> Result<()> {
         let shape = self.weight.shape();
         super::require("merged_update", "grad", self.grad.shape(), shape)?;
+        if self.master.is_some() != (self.weight.dtype() == DType::Bf16) {
+            let found = if self.master.is_some() { "a master beside" } else { "no master beside" };
+            return Err(Error::op("merged_update", format!("{found} a weight of {:?}", self.weight.dtype())));
+        }
+        if let Some(master) = &self.master {
+            super::require("merged_update", "master", master.shape(), shape)?;
+        }
         super::require("merged_update", "first_moment", self.first_moment.shape(), shape)?;
         super::require("merged_update", "second_moment", self.second_moment.shape(), shape)
     }

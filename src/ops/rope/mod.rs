@@ -8,6 +8,7 @@
 //! The rest of a head (partial rotary) stays. The backward is the rotation by -a. Nothing is saved.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

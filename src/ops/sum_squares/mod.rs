@@ -2,6 +2,7 @@
 //! Not finite if and only if the tensor holds a NaN or an infinity, or overflows f32 (norm above 1.8e19).
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};

@@ -6,6 +6,7 @@
 //! Saved for the backward: `gate`, `up`.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{Device, Dry, View, ViewMut};
