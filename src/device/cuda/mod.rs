@@ -304,4 +304,14 @@ impl Device for Cuda {
         assert_eq!(src.len(), dst.len());
         self.read(src, |i, x| dst[i] = f64::from(x))
     }
+
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()> {
+        assert_eq!((DType::U32, src.len()), (src.dtype, dst.len()), "indices read from another tensor");
+        self.context.bind()?;
+        let (from, _) = src.bytes_at();
+        self.staging.borrow_mut().download(from, src.len(), size_of::<u32>(), |first, bytes| {
+            let len = bytes.len() / size_of::<u32>();
+            dst[first..first + len].copy_from_slice(bytemuck::cast_slice(bytes));
+        })
+    }
 }
