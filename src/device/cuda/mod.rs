@@ -11,6 +11,7 @@
 //! `CUDA_LAUNCH_BLOCKING=1` by the launch itself.
 
 mod launch;
+pub mod libraries;
 mod memory;
 mod module;
 mod probe;
