@@ -14,6 +14,7 @@ mod launch;
 mod memory;
 mod module;
 mod probe;
+mod products;
 
 #[cfg(test)]
 mod signature;
@@ -30,6 +31,7 @@ use half::bf16;
 pub use launch::{Element, Entry, Grid, In, Module, Out, RESOURCES, kernels};
 pub use memory::CudaSpan;
 pub use probe::{Found, Unavailable, probe};
+pub use products::{Operand, Product};
 
 use super::{DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
