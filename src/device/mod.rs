@@ -66,4 +66,5 @@ pub trait Device: Sized {
     fn write_u32(&self, src: &[u32], dst: ViewMut<Self>) -> Result<()>;
     fn read_f32(&self, src: View<Self>, dst: &mut [f32]) -> Result<()>;
     fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()>;
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()>;
 }
