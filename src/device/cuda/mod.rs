@@ -11,9 +11,11 @@
 //! `CUDA_LAUNCH_BLOCKING=1` by the launch itself.
 
 mod launch;
+pub mod libraries;
 mod memory;
 mod module;
 mod probe;
+mod products;
 
 #[cfg(test)]
 mod signature;
@@ -30,6 +32,7 @@ use half::bf16;
 pub use launch::{Element, Entry, Grid, In, Module, Out, RESOURCES, kernels};
 pub use memory::CudaSpan;
 pub use probe::{Found, Unavailable, probe};
+pub use products::{Operand, Product};
 
 use super::{DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
