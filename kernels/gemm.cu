@@ -2,7 +2,8 @@
 // Shapes      C[m, n] = or += A[m, k] B[k, n] + bias[n] + residual[m, n]; A stored by rows (ACOLS = 0: a[i * lda + p]) or
 //             transposed (1: a[p * lda + i]); B transposed, as weights are (BCOLS = 0: b[j * ldb + p]), or by rows (1:
 //             b[p * ldb + j]); bias like A and B, residual like C and with its leading dimension; either may be null
-// Launch      grid = tiles of C, block = 128, dynamic shared memory for STAGES steps of A and B; TILE 0: 128 x 128, 1: 64 x 64,
+// Launch      grid = tiles of C, block = 128, dynamic shared memory for STAGES steps of A and B, or the tile
+//             [M, N + 8] of floats if that is more (products.rs); TILE 0: 128 x 128, 1: 64 x 64,
 //             2: 16 x 64 for the few rows of decoding
 // FLOPs       2 m n k; from global memory each tile of C reads (M + N) k elements, from L2 but for the first of each group
 // Repeatable  yes; an element of C is one sum over k in ascending order (bf16: sixteen at a time on tensor cores, float: a
@@ -105,8 +106,7 @@ KERNEL(128, 2) gemm(const T *a, const T *b, O *c, const T *bias, const O *residu
     }
   }
 
-  // Through shared memory, so that a warp writes whole rows of the tile.
-  static_assert(Shape::M * Shape::LD * sizeof(float) <= STAGES * (A::LEN + B::LEN) * sizeof(T), "the tile takes the place of the stages");
+  // Through shared memory, in the place of the stages, so that a warp writes whole rows of the tile.
   float *tile = reinterpret_cast<float *>(stages);
   __syncthreads();
   store_acc(tile + warp_m * Shape::LD + warp_n, Shape::LD, acc);
