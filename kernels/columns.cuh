@@ -1,6 +1,6 @@
 // columns.cuh - sums over the rows of a matrix, column by column, in one order: a block has a chunk of the rows and 32 N
 // columns; its warps take every eighth row, and their sums are added warp by warp. What a chunk comes to goes into the
-// workspace, and `add_columns` (columns.cu) adds the chunks.
+// workspace, and `add_chunks` (columns.cu) adds the chunks.
 #pragma once
 #include "elements.cuh"
 

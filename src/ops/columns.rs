@@ -2,7 +2,7 @@
 //! chunks in order (`kernels/columns.cuh`).
 
 use crate::device::cuda::{Element, Out, kernels};
-use crate::device::{Cuda, ViewMut};
+use crate::device::{Cuda, View, ViewMut};
 use crate::error::Result;
 
 /// Rows of a chunk, at least: less is not worth a block.
@@ -41,7 +41,7 @@ impl Chunks {
 
     /// `gradient +=` the chunks of sum number `sum`.
     pub fn add(&self, cuda: &Cuda, sum: usize, gradient: ViewMut<Cuda>) -> Result<()> {
-        kernels::AddColumns {
+        kernels::AddChunks {
             partial: self.partial(cuda, sum).as_input(),
             out: gradient.output(),
             chunks: self.count as u32,
@@ -49,4 +49,19 @@ impl Chunks {
         }
         .launch(cuda, self.cols.div_ceil(FINAL_COLS))
     }
+}
+
+/// `gradient +=` the sum of `x` over its rows.
+pub(super) fn add_rows<T: Element>(cuda: &Cuda, x: View<Cuda>, gradient: ViewMut<Cuda>) -> Result<()> {
+    let [rows, cols] = x.shape();
+    let chunks = Chunks::new(cuda, rows, cols, 1);
+    kernels::SumColumns::<T> {
+        x: x.input(),
+        partial: chunks.partial(cuda, 0),
+        rows: rows as u32,
+        cols: cols as u32,
+        chunk_rows: chunks.rows as u32,
+    }
+    .launch(cuda, chunks.grid::<T>())?;
+    chunks.add(cuda, 0, gradient)
 }
