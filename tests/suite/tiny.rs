@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use cuvee::data::Extent;
+use cuvee::device::{DType, Ledger};
+use cuvee::model::Keep;
 use cuvee::model::arch::Slot;
 use cuvee::ops::Backend;
 use serde_json::Value;
@@ -16,6 +19,11 @@ pub fn with(size: Size, name: &str, changes: Value) -> Tiny {
 }
 
 impl Tiny {
+    /// Memory for a training step in f32, measured.
+    pub fn plan(&self, largest: &Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) -> Ledger {
+        self.plan_in(DType::F32, largest, keep, trained)
+    }
+
     pub fn config(&self) -> Value {
         serde_json::from_slice(&fs::read(self.dir.path().join("config.json")).unwrap()).unwrap()
     }
