@@ -18,6 +18,8 @@ mod child;
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
+#[path = "../common/fixtures.rs"]
+mod fixtures;
 mod models;
 mod mutate;
 
