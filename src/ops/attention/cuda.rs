@@ -5,14 +5,15 @@ use crate::device::cuda::{Element, Grid, Out, kernels};
 use crate::device::{Cuda, DType};
 use crate::error::{Error, Result};
 
-/// Rows of a block, as `kernels/attention.cu` has it.
+/// Rows of a block, as `kernels/attention.cuh` has it.
 const ROWS: usize = 64;
-/// Columns of a panel that kernels are made for.
-const WIDTHS: [usize; 4] = [32, 64, 96, 128];
+/// Columns of a panel that kernels are made for, with two bytes and with four.
+const WIDTHS: [&[usize]; 2] = [&[32, 64, 96, 128], &[32, 64, 128]];
+const WIDEST: usize = 128;
 /// Wider than any window; positions are below half of it.
 const NO_WINDOW: u32 = 0x7fff_ffff;
 
-/// How a block's tiles lie, as `Tiles` in `kernels/attention.cu` has it.
+/// How a block's tiles lie, as `Tiles` in `kernels/attention.cuh` has it.
 #[derive(Clone, Copy)]
 struct Layout {
     dims: Dims,
@@ -27,11 +28,11 @@ struct Layout {
 
 impl Layout {
     fn new<T: Element>(dims: Dims) -> Self {
-        let [least, _, _, most] = WIDTHS;
-        let even = dims.head_dim.div_ceil(dims.head_dim.div_ceil(most));
-        let width = WIDTHS.into_iter().find(|width| *width >= even).unwrap_or(least);
         let bytes = T::DTYPE.bytes();
-        Self { dims, width, panels: dims.head_dim.div_ceil(width), row_bytes: width * bytes + 16, half: bytes == 2 }
+        let half = bytes == 2;
+        let even = dims.head_dim.div_ceil(dims.head_dim.div_ceil(WIDEST));
+        let width = WIDTHS[usize::from(!half)].iter().copied().find(|width| *width >= even).unwrap_or(WIDEST);
+        Self { dims, width, panels: dims.head_dim.div_ceil(width), row_bytes: width * bytes + 16, half }
     }
 
     /// Q and K in whole rows, one panel of V.
