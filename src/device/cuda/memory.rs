@@ -48,6 +48,12 @@ impl Context {
         }
     }
 
+    /// Of the GPU's memory, what nobody has.
+    pub fn free_bytes(&self) -> Result<usize> {
+        self.bind()?;
+        result::mem_get_info().map(|(free, _)| free).map_err(failed("memory"))
+    }
+
     /// Waits for all work. What an earlier kernel did wrong comes out here.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as this.
@@ -163,6 +169,9 @@ fn out_of_memory(bytes: usize, error: &result::DriverError) -> Error {
 
 /// Bytes of one half of the pinned memory: large enough that a copy runs at the bus's speed.
 const HALF_BYTES: usize = 8 << 20;
+
+/// Host memory that a GPU keeps for itself.
+pub const STAGING_BYTES: usize = 2 * HALF_BYTES;
 
 /// Pinned memory in two halves: the host fills or empties one while the other is on its way.
 pub(super) struct Staging {
