@@ -21,8 +21,8 @@ const RACE: &str = include_str!("emulator/race.cpp");
 const MOCK: &str = include_str!("emulator/mock.cpp");
 const BUGS: &str = include_str!("emulator/bugs.cu");
 const FLAGS: &[&str] =
-    &["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
-const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions"];
+    &["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
+const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions", "-fno-optimize-sibling-calls"];
 /// Lines of a compiler's message that are shown.
 const SHOWN: usize = 30;
 
