@@ -10,10 +10,13 @@
 //! A launch returns before the kernel ran. What goes wrong in one is reported by whoever waits next; with
 //! `CUDA_LAUNCH_BLOCKING=1` by the launch itself.
 
+mod blas;
 mod launch;
+pub mod libraries;
 mod memory;
 mod module;
 mod probe;
+mod products;
 
 #[cfg(test)]
 mod signature;
@@ -30,9 +33,11 @@ use half::bf16;
 pub use launch::{Element, Entry, Grid, In, Module, Out, RESOURCES, kernels};
 pub use memory::CudaSpan;
 pub use probe::{Found, Unavailable, probe};
+pub use products::{Operand, Product};
 
 use super::{DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
+use blas::Blas;
 use memory::{Context, Staging};
 use module::Loaded;
 
@@ -52,14 +57,17 @@ pub struct Options {
     pub workspace_bytes: usize,
     /// Where kernels that NVRTC compiles are kept; `None` = compile them each time.
     pub cache_dir: Option<PathBuf>,
+    /// Our products instead of cuBLASLt's: slower, and no row depends on how many others there are.
+    pub batch_invariant: bool,
 }
 
 impl Options {
-    /// Half for the tiles of the head, the rest for cuBLASLt and for partial sums.
+    /// A quarter for cuBLASLt, where there is one, and the rest for tiles of the head and for partial sums.
     pub const WORKSPACE_BYTES: usize = 128 << 20;
 
     pub fn new(ordinal: usize, storage: DType) -> Self {
-        Self { ordinal, storage, workspace_bytes: Self::WORKSPACE_BYTES, cache_dir: None }
+        let workspace_bytes = Self::WORKSPACE_BYTES;
+        Self { ordinal, storage, workspace_bytes, cache_dir: None, batch_invariant: false }
     }
 }
 
@@ -71,6 +79,7 @@ pub struct Cuda {
     /// By entry; with the dynamic shared memory that was asked for.
     functions: Vec<OnceCell<(sys::CUfunction, Cell<usize>)>>,
     workspace: CudaSpan,
+    blas: Option<Blas>,
     staging: RefCell<Staging>,
     cache_dir: Option<PathBuf>,
     /// Last: everything above needs it to be given back.
@@ -94,12 +103,15 @@ impl Cuda {
             return Err(Error::option("--device cuda", detail));
         }
         let context = Context::new(options.ordinal)?;
+        let workspace = CudaSpan::new(&context, options.workspace_bytes)?;
+        let (workspace, blas) = if options.batch_invariant { (workspace, None) } else { Blas::open(workspace)? };
         Ok(Self {
             found: found.clone(),
             storage: options.storage,
             modules: kernels::MODULES.iter().map(|_| OnceCell::new()).collect(),
             functions: kernels::ENTRIES.iter().map(|_| OnceCell::new()).collect(),
-            workspace: CudaSpan::new(&context, options.workspace_bytes)?,
+            workspace,
+            blas,
             staging: RefCell::new(Staging::new(&context)?),
             cache_dir: options.cache_dir.clone(),
             context,
@@ -242,9 +254,11 @@ impl Device for Cuda {
     }
 
     fn arithmetic(&self) -> &'static str {
-        match self.storage {
-            DType::Bf16 => "cuda bf16",
-            _ => "cuda f32",
+        match (self.storage, &self.blas) {
+            (DType::Bf16, None) => "cuda bf16",
+            (DType::Bf16, Some(_)) => "cuda bf16 cublaslt",
+            (_, None) => "cuda f32",
+            (_, Some(_)) => "cuda f32 cublaslt",
         }
     }
 
@@ -268,7 +282,20 @@ impl Device for Cuda {
     }
 
     fn copy(&self, src: View<Self>, dst: ViewMut<Self>) -> Result<()> {
-        assert_eq!((src.dtype, src.len()), (dst.dtype, dst.len()), "a copy of another tensor");
+        assert_eq!(src.len(), dst.len(), "a copy of another tensor");
+        let n = src.len();
+        let grid = Grid::of_packs::<bf16>(n, kernels::Cast::<f32, bf16>::THREADS);
+        match (src.dtype, dst.dtype) {
+            (DType::F32, DType::Bf16) => {
+                return kernels::Cast::<f32, bf16> { from: src.input(), to: dst.output(), n: n as u64 }
+                    .launch(self, grid);
+            }
+            (DType::Bf16, DType::F32) => {
+                return kernels::Cast::<bf16, f32> { from: src.input(), to: dst.output(), n: n as u64 }
+                    .launch(self, grid);
+            }
+            (from, to) => assert_eq!(from, to, "a copy to another type"),
+        }
         self.context.bind()?;
         let ((from, bytes), (to, _)) = (src.bytes_at(), dst.view().bytes_at());
         // SAFETY: both inside live spans; they do not overlap, since one is borrowed for writing.
@@ -303,5 +330,15 @@ impl Device for Cuda {
     fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()> {
         assert_eq!(src.len(), dst.len());
         self.read(src, |i, x| dst[i] = f64::from(x))
+    }
+
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()> {
+        assert_eq!((DType::U32, src.len()), (src.dtype, dst.len()), "indices read from another tensor");
+        self.context.bind()?;
+        let (from, _) = src.bytes_at();
+        self.staging.borrow_mut().download(from, src.len(), size_of::<u32>(), |first, bytes| {
+            let len = bytes.len() / size_of::<u32>();
+            dst[first..first + len].copy_from_slice(bytemuck::cast_slice(bytes));
+        })
     }
 }
