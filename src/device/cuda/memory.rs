@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
@@ -57,6 +58,42 @@ impl Context {
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as this.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("waiting for kernels"))
+    }
+
+    /// Time between two events around `work`.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.bind()?;
+        let (start, end) = (Event::new()?, Event::new()?);
+        start.record(self.stream)?;
+        work()?;
+        end.record(self.stream)?;
+        // SAFETY: both events were recorded; the second is waited for.
+        let milliseconds = unsafe {
+            result::event::synchronize(end.0).map_err(failed("waiting for kernels"))?;
+            result::event::elapsed(start.0, end.0).map_err(failed("an event"))?
+        };
+        Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
+    }
+}
+
+/// A point in a stream, with the time at which it was reached.
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Self> {
+        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self).map_err(failed("an event"))
+    }
+
+    fn record(&self, stream: sys::CUstream) -> Result<()> {
+        // SAFETY: both live.
+        unsafe { result::event::record(self.0, stream) }.map_err(failed("an event"))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by us, destroyed once.
+        let _ = unsafe { result::event::destroy(self.0) };
     }
 }
 

@@ -26,6 +26,7 @@ use std::ffi::c_void;
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 use half::bf16;
@@ -141,6 +142,11 @@ impl Cuda {
     pub fn synchronize(&self) -> Result<()> {
         self.context.bind()?;
         self.context.synchronize()
+    }
+
+    /// The GPU's own time for what `work` puts into the stream. Waits for it.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.context.timed(work)
     }
 
     /// The shared memory of the ops, as `len` elements from byte `offset` on: whoever asks next gets the same. Contents of
