@@ -10,6 +10,7 @@
 //! A launch returns before the kernel ran. What goes wrong in one is reported by whoever waits next; with
 //! `CUDA_LAUNCH_BLOCKING=1` by the launch itself.
 
+mod blas;
 mod launch;
 pub mod libraries;
 mod memory;
@@ -36,6 +37,7 @@ pub use products::{Operand, Product};
 
 use super::{DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
+use blas::Blas;
 use memory::{Context, Staging};
 use module::Loaded;
 
@@ -55,14 +57,17 @@ pub struct Options {
     pub workspace_bytes: usize,
     /// Where kernels that NVRTC compiles are kept; `None` = compile them each time.
     pub cache_dir: Option<PathBuf>,
+    /// Our products instead of cuBLASLt's: slower, and no row depends on how many others there are.
+    pub batch_invariant: bool,
 }
 
 impl Options {
-    /// Half for the tiles of the head, the rest for cuBLASLt and for partial sums.
+    /// A quarter for cuBLASLt, where there is one, and the rest for tiles of the head and for partial sums.
     pub const WORKSPACE_BYTES: usize = 128 << 20;
 
     pub fn new(ordinal: usize, storage: DType) -> Self {
-        Self { ordinal, storage, workspace_bytes: Self::WORKSPACE_BYTES, cache_dir: None }
+        let workspace_bytes = Self::WORKSPACE_BYTES;
+        Self { ordinal, storage, workspace_bytes, cache_dir: None, batch_invariant: false }
     }
 }
 
@@ -74,6 +79,7 @@ pub struct Cuda {
     /// By entry; with the dynamic shared memory that was asked for.
     functions: Vec<OnceCell<(sys::CUfunction, Cell<usize>)>>,
     workspace: CudaSpan,
+    blas: Option<Blas>,
     staging: RefCell<Staging>,
     cache_dir: Option<PathBuf>,
     /// Last: everything above needs it to be given back.
@@ -97,12 +103,15 @@ impl Cuda {
             return Err(Error::option("--device cuda", detail));
         }
         let context = Context::new(options.ordinal)?;
+        let workspace = CudaSpan::new(&context, options.workspace_bytes)?;
+        let (workspace, blas) = if options.batch_invariant { (workspace, None) } else { Blas::open(workspace)? };
         Ok(Self {
             found: found.clone(),
             storage: options.storage,
             modules: kernels::MODULES.iter().map(|_| OnceCell::new()).collect(),
             functions: kernels::ENTRIES.iter().map(|_| OnceCell::new()).collect(),
-            workspace: CudaSpan::new(&context, options.workspace_bytes)?,
+            workspace,
+            blas,
             staging: RefCell::new(Staging::new(&context)?),
             cache_dir: options.cache_dir.clone(),
             context,
@@ -245,9 +254,11 @@ impl Device for Cuda {
     }
 
     fn arithmetic(&self) -> &'static str {
-        match self.storage {
-            DType::Bf16 => "cuda bf16",
-            _ => "cuda f32",
+        match (self.storage, &self.blas) {
+            (DType::Bf16, None) => "cuda bf16",
+            (DType::Bf16, Some(_)) => "cuda bf16 cublaslt",
+            (_, None) => "cuda f32",
+            (_, Some(_)) => "cuda f32 cublaslt",
         }
     }
 
