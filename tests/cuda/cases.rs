@@ -10,13 +10,16 @@ use crate::common::checks::{
     wrong_shapes_are_refused,
 };
 use crate::common::ops::{self, Visitor, activations, attention, head, norms, rope, updates};
-use crate::{Case, Mode, child};
+use crate::{Case, Mode, WITH_CUBLASLT, child};
 
 /// Largest case in FLOPs. The emulator makes less than 10^9 a second, a fifth of that where it looks for races.
 const MOST_FLOPS: u64 = 1 << 28;
 const MOST_FLOPS_WATCHED: u64 = 1 << 25;
 
 const STORAGES: [(&str, DType); 2] = [("f32", DType::F32), ("bf16", DType::Bf16)];
+
+/// Ops with products, which cuBLASLt may make.
+const PRODUCTS: [&str; 4] = ["linear", "linear_backward", "logprob_head", "logprob_head_backward"];
 
 /// Asks all of the first run. Of the others, which differ in the order of threads or in what watches them, it asks that
 /// results are close and repeat, on cases of a moderate size.
@@ -62,7 +65,8 @@ impl Visitor for OnCuda<'_> {
     }
 
     fn rows<C: OpCase>(&mut self, case: &C) {
-        if self.all {
+        // cuBLASLt's kernel, and with it the order of its sums, depends on the number of rows.
+        if self.all && !self.cuda.arithmetic().ends_with("cublaslt") {
             same_for_some_rows(self.cuda, case);
         }
     }
@@ -135,6 +139,12 @@ pub fn all() -> Vec<Case> {
                 .copied()
                 .map(|name| Case::new(format!("{name}::{storage}"), dtype, move |cuda| op(cuda, name))),
         );
+    }
+    for (storage, dtype) in STORAGES {
+        cases.extend(PRODUCTS.map(|name| Case {
+            modes: &[Mode::Plain, Mode::Real],
+            ..Case::new(format!("{WITH_CUBLASLT}{name}::{storage}"), dtype, move |cuda| op(cuda, name))
+        }));
     }
     for (name, storages, run) in special() {
         cases.extend(storages.iter().map(|(storage, dtype)| Case {
