@@ -301,6 +301,10 @@ pub struct EngineArgs {
     /// Leave the processor's matrix unit (AMX) alone: slower, but the bits of processors without one
     #[arg(long)]
     pub no_amx: bool,
+    /// Multiply on a GPU with cuvee's kernels, not cuBLASLt's: slower, but no row's bits depend on how many others there
+    /// are, as on the CPU
+    #[arg(long)]
+    pub batch_invariant: bool,
 }
 
 /// What a GPU computes in, where no weights are written.
@@ -688,6 +692,9 @@ impl EngineArgs {
             Device::Cuda(_) if self.no_amx => {
                 let detail = format!("does nothing with --device {}: the matrix unit is the CPU's", self.device);
                 Err(Error::option("--no-amx", detail))
+            }
+            Device::Cpu if self.batch_invariant => {
+                Err(Error::option("--batch-invariant", "does nothing with --device cpu, which always is"))
             }
             _ => Ok(()),
         }

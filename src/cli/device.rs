@@ -52,7 +52,8 @@ pub fn run<J: Job>(engine: &EngineArgs, dtype: Dtype, given: Option<&Path>, job:
         Place::Cpu => job.run(&Cpu::new(threads)?),
         Place::Cuda(ordinal) => {
             let cache_dir = cache_dir(given).ok().map(|dir| dir.join("kernels"));
-            let cuda = Cuda::open(&Options { cache_dir, ..Options::new(ordinal, dtype.storage()) })?;
+            let batch_invariant = engine.batch_invariant;
+            let cuda = Cuda::open(&Options { cache_dir, batch_invariant, ..Options::new(ordinal, dtype.storage()) })?;
             say(describe(cuda.found(), dtype));
             job.run(&cuda)
         }

@@ -236,7 +236,10 @@ mod tests {
         assert_eq!(*save, SaveArgs { eval_steps: None, save_steps: None });
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
-        assert_eq!(args.run.engine, EngineArgs { threads: None, device: Device::Auto, no_amx: false });
+        assert_eq!(
+            args.run.engine,
+            EngineArgs { threads: None, device: Device::Auto, no_amx: false, batch_invariant: false }
+        );
         assert!(args.run.ref_model.is_empty());
     }
 

@@ -24,8 +24,8 @@ const MOCK_CUBLASLT: &str = include_str!("emulator/mock_cublaslt.cpp");
 pub const CUBLASLT: &str = "cublaslt";
 const BUGS: &str = include_str!("emulator/bugs.cu");
 const FLAGS: &[&str] =
-    &["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
-const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions"];
+    &["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
+const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions", "-fno-optimize-sibling-calls"];
 /// Lines of a compiler's message that are shown.
 const SHOWN: usize = 30;
 
@@ -39,7 +39,7 @@ pub struct Source {
 
 impl Source {
     fn host(name: &str, text: &str) -> Self {
-        Self { name: name.into(), text: text.into(), is_kernel: false }
+        Self { name: name.into(), text: format!("#line 1 \"{name}\"\n{text}"), is_kernel: false }
     }
 }
 
@@ -230,7 +230,7 @@ pub fn build(mode: Mode, kernels: &[Source]) -> Result<PathBuf, String> {
     fs::create_dir_all(&cublaslt).map_err(io)?;
     let input = ["-xc++", "-", "-xnone", "-fvisibility=hidden"];
     link(compiler, mode, &cublaslt.join("libcublasLt.so.13"), &input, MOCK_CUBLASLT)?;
-    // One file by two names, as an installed driver has it: cudarc looks for this one, our own probe for the other.
+    // The same file, or it would be loaded twice: probe opens the first name, cudarc the second.
     let link_name = folder.join("libcuda.so");
     let _ = fs::remove_file(&link_name);
     std::os::unix::fs::symlink("libcuda.so.1", &link_name).map_err(io)?;

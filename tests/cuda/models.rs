@@ -1,15 +1,18 @@
 //! Whole models on the GPU: what they compute is what the CPU computes, and none of what must not matter changes a bit.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::{env, fs};
 
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
 use cuvee::device::{Arena, Cpu, Cuda, DType, Device, Kind, cuda};
-use cuvee::model::{Keep, KvCache};
+use cuvee::model::{Checkpoint, Keep, KvCache};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use cuvee::optim::{self, Hyper, Optimizer};
 
 use crate::common::tiny::{self, Rig, Size, Step, Tiny, read};
+use crate::fixtures::{Expected, check_folder};
 use crate::{Body, Case, Mode};
 
 /// An update that is smooth in the gradient: at the usual eps, the first step is its sign.
@@ -138,14 +141,34 @@ fn decoding(name: &str, storage: DType) {
     }
 }
 
+/// What transformers computes of the models in `tests/data/fixtures`.
+fn fixtures() -> impl Iterator<Item = Case> {
+    let root = PathBuf::from(env::var_os("CUVEE_TEST_ROOT").unwrap_or_else(|| ".".into()));
+    let entries = fs::read_dir(root.join("tests/data/fixtures")).expect("the repository's fixtures");
+    let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    folders.retain(|folder| folder.join("expected.safetensors").exists());
+    folders.sort();
+    folders.into_iter().map(|folder| Case {
+        name: format!("fixture::{}", folder.file_name().unwrap().to_str().unwrap()),
+        modes: &[Mode::Plain, Mode::Real],
+        bug: None,
+        body: Body::Alone(Box::new(move || {
+            let checkpoint = Checkpoint::open(&folder).unwrap();
+            let expected = Expected::read(&folder).unwrap_or_else(|e| panic!("{e:?}"));
+            check_folder(open(DType::F32), &checkpoint, &expected).unwrap_or_else(|e| panic!("{e:?}"));
+        })),
+    })
+}
+
 pub fn all() -> Vec<Case> {
-    let mut cases = Vec::new();
+    let mut cases: Vec<Case> = fixtures().collect();
     for name in tiny::all(Size::Small).iter().map(|tiny| tiny.name) {
         for (storage, dtype) in [("f32", DType::F32), ("bf16", DType::Bf16)] {
             for (what, run) in [("step", step as fn(&str, DType)), ("decoding", decoding)] {
                 cases.push(Case {
                     name: format!("model::{name}::{what}::{storage}"),
                     modes: &[Mode::Plain, Mode::Real],
+                    bug: None,
                     body: Body::Alone(Box::new(move || run(name, dtype))),
                 });
             }

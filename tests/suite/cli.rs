@@ -413,6 +413,7 @@ fn what_needs_a_gpu_says_so() {
         w.fails(1, &format!("{line} --device cuda"), &["--device cuda:0: ", "NVIDIA driver"]);
         let message = w.fails(2, &format!("{line} --device cuda:1 --no-amx"), &["--no-amx: does nothing with"]);
         assert!(message.contains("--device cuda:1"), "{message}");
+        w.fails(2, &format!("{line} --device cpu --batch-invariant"), &["--batch-invariant: does nothing with"]);
         w.fails(2, &format!("{line} --device gpu"), &["expected auto, cpu, cuda or cuda:N"]);
         if line != train {
             w.fails(1, &format!("{line} --dtype bf16"), &["--dtype: bf16 needs a GPU"]);

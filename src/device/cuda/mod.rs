@@ -81,6 +81,8 @@ pub struct Cuda {
     /// By entry; with the dynamic shared memory that was asked for.
     functions: Vec<OnceCell<(sys::CUfunction, Cell<usize>)>>,
     workspace: CudaSpan,
+    /// Of both, cuBLASLt's and that of the ops.
+    workspace_bytes: usize,
     blas: Option<Blas>,
     staging: RefCell<Staging>,
     cache_dir: Option<PathBuf>,
@@ -118,6 +120,7 @@ impl Cuda {
             modules: kernels::MODULES.iter().map(|_| OnceCell::new()).collect(),
             functions: kernels::ENTRIES.iter().map(|_| OnceCell::new()).collect(),
             workspace,
+            workspace_bytes: options.workspace_bytes,
             blas,
             staging: RefCell::new(Staging::new(&context)?),
             cache_dir: options.cache_dir.clone(),
@@ -283,7 +286,7 @@ impl Device for Cuda {
 
     fn available_bytes(&self) -> Result<Option<usize>> {
         self.context.bind()?;
-        Ok(Some(self.context.free_bytes()? + self.workspace.len()))
+        Ok(Some(self.context.free_bytes()? + self.workspace_bytes))
     }
 
     fn profile(&self, on: bool) -> Result<()> {
