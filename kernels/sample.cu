@@ -95,8 +95,9 @@ struct Nucleus {
 };
 
 // Finds `least` four bits at a time, from the masses of the tokens by their next four bits: each thread adds up its own tokens
-// in a column of `columns` [16][SAMPLE_THREADS], each warp adds the columns of one value into `values` [16]; both are shared.
-__device__ __forceinline__ Nucleus nucleus_of(const float *weights, unsigned vocab, bool vectors, Mass total, Mass share, Mass *columns, Mass *values, Mass *sums, int &turn) {
+// in a column of `columns` [16][SAMPLE_THREADS], each warp adds the columns of one value into `values` [16], which are shared.
+__device__ __forceinline__ Nucleus nucleus_of(const float *weights, unsigned vocab, bool vectors, Mass total, Mass share, Mass *values, Mass *sums, int &turn) {
+  DYNAMIC_SHARED(Mass, columns);
   const Mass wanted = high64(total, share) + (total * share != 0);
   Mass above = 0;
   unsigned least = 0;
@@ -128,7 +129,6 @@ __device__ __forceinline__ Nucleus nucleus_of(const float *weights, unsigned voc
 
 // `temperature` 0 takes the likeliest; `share` is that of the nucleus in 2^-64, WHOLE for all tokens.
 KERNEL(512) sample(float *logits, const unsigned *draws, unsigned *ids, unsigned vocab, float temperature, unsigned long long share, unsigned long long seed) {
-  DYNAMIC_SHARED(Mass, columns);
   SHARED(Mass, values, SAMPLE_WARPS);
   SHARED(Mass, sums, 2 * SAMPLE_WARPS);
   const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -174,7 +174,7 @@ KERNEL(512) sample(float *logits, const unsigned *draws, unsigned *ids, unsigned
   Mass total = 0;
   for (int i = 0; i < SAMPLE_WARPS; i++) total += sums[i];
   Nucleus nucleus{0, vocab, total};
-  if (total && share != WHOLE) nucleus = nucleus_of(logits, vocab, vectors, total, share, columns, values, sums, turn);
+  if (total && share != WHOLE) nucleus = nucleus_of(logits, vocab, vectors, total, share, values, sums, turn);
   const Random random = philox(seed, draws[0] | static_cast<Mass>(draws[1]) << 32, draws[2]);
   const Mass target = high64(random.word[0] | static_cast<Mass>(random.word[1]) << 32, nucleus.mass);
   const unsigned drawn = first_past(vocab, target, sums, turn, [&](unsigned id) { return nucleus.of(logits[id], id); });
