@@ -1253,6 +1253,7 @@ impl Case for Head {
             scratch: scratch.view_mut(),
             logp: logp.view_mut(),
             lse: lse.view_mut(),
+            entropy: None,
         })
     }
 
@@ -1308,6 +1309,8 @@ impl Case for HeadBackward {
             target: target.view(),
             lse: lse.view(),
             dlogp: dlogp.view(),
+            dentropy: None,
+            entropy: None,
             scratch: scratch.view_mut(),
             dh: dh.view_mut(),
             dweight: dweight.wanted(self.wanted),
@@ -1564,6 +1567,7 @@ impl Case for Attention {
             v: v.view(),
             o: o.view_mut(),
             lse: lse.view_mut(),
+            entropy: None,
         })
     }
 
