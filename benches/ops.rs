@@ -363,7 +363,7 @@ fn bench_memory_bound(c: &mut Criterion) {
             || {
                 let (grad, weight) = (grad.view(), weight.view_mut());
                 let (first_moment, second_moment) = (m.view_mut(), v.view_mut());
-                let arguments = merged_update::Args { step, grad, weight, first_moment, second_moment };
+                let arguments = merged_update::Args { step, grad, weight, master: None, first_moment, second_moment };
                 b.cpu.merged_update(arguments).expect("shapes fit");
             },
         );

@@ -166,6 +166,11 @@ impl Device for Cpu {
         dst.iter_mut().zip(src.f32s()).for_each(|(d, s)| *d = f64::from(*s));
         Ok(())
     }
+
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()> {
+        dst.copy_from_slice(src.u32s());
+        Ok(())
+    }
 }
 
 impl<'a> View<'a, Cpu> {

@@ -73,6 +73,10 @@ impl Device for Dry {
     fn read_f64(&self, _: View<Self>, _: &mut [f64]) -> Result<()> {
         Ok(())
     }
+
+    fn read_u32(&self, _: View<Self>, _: &mut [u32]) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl<'a> View<'a, Dry> {

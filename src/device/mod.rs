@@ -12,6 +12,7 @@ mod cpu;
 pub mod cuda;
 mod dry;
 mod host;
+mod nvtx;
 mod philox;
 mod reference;
 mod tensor;
@@ -21,6 +22,7 @@ pub use cpu::{Cpu, Isa, Products};
 pub use cuda::Cuda;
 pub use dry::Dry;
 pub use host::{HostSpan, Scratch};
+pub use nvtx::range;
 pub use philox::Philox;
 pub use reference::Reference;
 pub use tensor::{DType, Tensor, View, ViewMut};
@@ -66,4 +68,5 @@ pub trait Device: Sized {
     fn write_u32(&self, src: &[u32], dst: ViewMut<Self>) -> Result<()>;
     fn read_f32(&self, src: View<Self>, dst: &mut [f32]) -> Result<()>;
     fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()>;
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()>;
 }

@@ -1,4 +1,5 @@
-//! The oracle: f64, one thread, ops written as their formulas. For tests only.
+//! The oracle: f64, one thread, ops written as their formulas. For tests only. Its floats are f64 whatever their type says:
+//! a [`DType::Bf16`] tensor stands where another device has one, and loses nothing.
 
 use super::{DType, Device, HostSpan, View, ViewMut};
 use crate::error::Result;
@@ -11,8 +12,8 @@ impl Device for Reference {
 
     fn width(dtype: DType) -> usize {
         match dtype {
-            DType::F32 => 8,
-            DType::Bf16 | DType::U32 => dtype.bytes(),
+            DType::F32 | DType::Bf16 => size_of::<f64>(),
+            DType::U32 => dtype.bytes(),
         }
     }
 
@@ -58,16 +59,27 @@ impl Device for Reference {
         dst.copy_from_slice(src.f64s());
         Ok(())
     }
+
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()> {
+        dst.copy_from_slice(src.u32s());
+        Ok(())
+    }
+}
+
+/// The same type, of those that are floats.
+fn float(dtype: DType) -> DType {
+    if dtype == DType::U32 { DType::F32 } else { dtype }
 }
 
 impl<'a> View<'a, Reference> {
     pub fn f64s(&self) -> &'a [f64] {
-        self.host(DType::F32)
+        self.host(float(self.dtype))
     }
 }
 
 impl<'a> ViewMut<'a, Reference> {
     pub fn into_f64s(self) -> &'a mut [f64] {
-        self.into_host(DType::F32)
+        let dtype = float(self.dtype);
+        self.into_host(dtype)
     }
 }

@@ -11,9 +11,11 @@
 //! `CUDA_LAUNCH_BLOCKING=1` by the launch itself.
 
 mod launch;
+pub mod libraries;
 mod memory;
 mod module;
 mod probe;
+mod products;
 
 #[cfg(test)]
 mod signature;
@@ -30,6 +32,7 @@ use half::bf16;
 pub use launch::{Element, Entry, Grid, In, Module, Out, RESOURCES, kernels};
 pub use memory::CudaSpan;
 pub use probe::{Found, Unavailable, probe};
+pub use products::{Operand, Product};
 
 use super::{DType, Device, View, ViewMut};
 use crate::error::{Error, Result};
@@ -303,5 +306,15 @@ impl Device for Cuda {
     fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()> {
         assert_eq!(src.len(), dst.len());
         self.read(src, |i, x| dst[i] = f64::from(x))
+    }
+
+    fn read_u32(&self, src: View<Self>, dst: &mut [u32]) -> Result<()> {
+        assert_eq!((DType::U32, src.len()), (src.dtype, dst.len()), "indices read from another tensor");
+        self.context.bind()?;
+        let (from, _) = src.bytes_at();
+        self.staging.borrow_mut().download(from, src.len(), size_of::<u32>(), |first, bytes| {
+            let len = bytes.len() / size_of::<u32>();
+            dst[first..first + len].copy_from_slice(bytemuck::cast_slice(bytes));
+        })
     }
 }
