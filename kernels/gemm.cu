@@ -2,7 +2,8 @@
 // Shapes      C[m, n] = or += A[m, k] B[k, n] + bias[n] + residual[m, n]; A stored by rows (ACOLS = 0: a[i * lda + p]) or
 //             transposed (1: a[p * lda + i]); B transposed, as weights are (BCOLS = 0: b[j * ldb + p]), or by rows (1:
 //             b[p * ldb + j]); bias like A and B, residual like C and with its leading dimension; either may be null
-// Launch      grid = tiles of C, block = 128, dynamic shared memory = Tile<T, TILE>::BYTES; TILE 0: 128 x 128, 1: 64 x 64,
+// Launch      grid = tiles of C, block = 128, dynamic shared memory for STAGES steps of A and B, or the tile
+//             [M, N + 8] of floats if that is more (products.rs); TILE 0: 128 x 128, 1: 64 x 64,
 //             2: 16 x 64 for the few rows of decoding
 // FLOPs       2 m n k; from global memory each tile of C reads (M + N) k elements, from L2 but for the first of each group
 // Repeatable  yes; an element of C is one sum over k in ascending order (bf16: sixteen at a time on tensor cores, float: a
@@ -12,7 +13,7 @@
 // Oracle      src/ops/linear/reference.rs
 #include "tile.cuh"
 
-constexpr int THREADS = 128, STAGES = 4;
+constexpr int THREADS = 128, STAGES = 4, AHEAD = STAGES - 1;
 
 // What one block computes at a time: an [M, N] tile of C by four warps, in steps of DEPTH elements of k.
 template <class T, int TILE> struct Tile {
@@ -20,6 +21,8 @@ template <class T, int TILE> struct Tile {
   static constexpr int WARPS_M = TILE == 2 ? 1 : 2, WARPS_N = 4 / WARPS_M;
   static constexpr int WARP_M = M / WARPS_M, WARP_N = N / WARPS_N;
   static constexpr int DEPTH = 64 / sizeof(T);
+  // Of the finished tile in shared memory: quads of lanes that store pairs of floats meet no other in a bank.
+  static constexpr int LD = N + 8;
 };
 
 // A [ROWS, DEPTH] tile of an operand in shared memory.
@@ -41,11 +44,6 @@ template <class T, Lies LIES, int ROWS, int DEPTH> struct Staged {
   static __device__ __forceinline__ const T *at(const T *tile, int row) { return tile + row * (LIES == BY_ROWS ? LD : 1); }
 };
 
-// Two neighbours of a row of C.
-template <class O> struct __align__(2 * sizeof(O)) Pair {
-  O v[2];
-};
-
 // Row and column of the tile of C that this block makes: tiles in groups of eight rows of tiles, column by column, so that
 // the blocks that run together share their operands in L2.
 __device__ __forceinline__ void place(unsigned tiles_m, unsigned tiles_n, unsigned &tile_m, unsigned &tile_n) {
@@ -56,8 +54,23 @@ __device__ __forceinline__ void place(unsigned tiles_m, unsigned tiles_n, unsign
   tile_n = within / height;
 }
 
+// Four neighbours of a row of C.
+template <class O> struct __align__(4 * sizeof(O)) Quad {
+  O v[4];
+};
+template <class O> __device__ __forceinline__ bool aligned_quad(const O *p) { return reinterpret_cast<unsigned long long>(p) % sizeof(Quad<O>) == 0; }
+
+// An element of C: its sum over k, and what comes after that.
+template <class T, class O>
+__device__ __forceinline__ O finished(float sum, bool accumulate, O before, const T *bias, unsigned col, const O *residual, O beside) {
+  if (accumulate) sum += wide(before);
+  if (bias) sum += wide(bias[col]);
+  if (residual) sum += wide(beside);
+  return narrow<O>(sum);
+}
+
 template <class T, class O, int ACOLS, int BCOLS, int TILE>
-KERNEL(128) gemm(const T *a, const T *b, O *c, const T *bias, const O *residual, unsigned m, unsigned n, unsigned k, unsigned lda, unsigned ldb, unsigned ldc, unsigned accumulate) {
+KERNEL(128, 2) gemm(const T *a, const T *b, O *c, const T *bias, const O *residual, unsigned m, unsigned n, unsigned k, unsigned lda, unsigned ldb, unsigned ldc, unsigned accumulate) {
   using Shape = Tile<T, TILE>;
   constexpr int DEPTH = Shape::DEPTH;
   constexpr Lies A_LIES = ACOLS ? BY_COLS : BY_ROWS, B_LIES = BCOLS ? BY_COLS : BY_ROWS;
@@ -71,59 +84,53 @@ KERNEL(128) gemm(const T *a, const T *b, O *c, const T *bias, const O *residual,
   constexpr unsigned V = Pack<T>::N;
   const bool a_vectors = aligned16(a) && lda % V == 0 && (ACOLS ? m : k) % V == 0;
   const bool b_vectors = aligned16(b) && ldb % V == 0 && (BCOLS ? n : k) % V == 0;
-  // One group of copies for each step, empty ones past the last: the count that is waited for stays the same.
-  const auto fetch = [&](unsigned step) {
+  const int warp = threadIdx.x / WARP, warp_m = warp / Shape::WARPS_N * Shape::WARP_M, warp_n = warp % Shape::WARPS_N * Shape::WARP_N;
+  Acc<Shape::WARP_M, Shape::WARP_N> acc;
+  clear(acc);
+  // Copies run AHEAD steps before the products, one group for each step, empty past the last: the count to wait for stays.
+  for (unsigned step = 0; step < steps + AHEAD; step++) {
+    if (step >= AHEAD) {
+      // Then all copies for this product are there, and everyone is done with the stage that is filled next.
+      cp_async_wait<AHEAD - 1>();
+      __syncthreads();
+    }
     if (step < steps) {
       T *stage = stages + step % STAGES * (A::LEN + B::LEN);
       A::load(stage, a, lda, a_vectors, m, k, row, step * DEPTH);
       B::load(stage + A::LEN, b, ldb, b_vectors, n, k, col, step * DEPTH);
     }
     cp_async_commit();
-  };
-
-  const int warp = threadIdx.x / WARP, warp_m = warp / Shape::WARPS_N * Shape::WARP_M, warp_n = warp % Shape::WARPS_N * Shape::WARP_N;
-  Acc<Shape::WARP_M, Shape::WARP_N> acc;
-  clear(acc);
-#pragma unroll
-  for (int step = 0; step < STAGES - 1; step++) fetch(step);
-  for (unsigned step = 0; step < steps; step++) {
-    // After the barrier all copies of this step are there, and everyone is done with the stage that is filled next.
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();
-    fetch(step + STAGES - 1);
-    const T *stage = stages + step % STAGES * (A::LEN + B::LEN);
-    product<A_LIES, B_LIES>(acc, A::at(stage, warp_m), A::LD, B::at(stage + A::LEN, warp_n), B::LD, DEPTH);
+    if (step >= AHEAD) {
+      const T *stage = stages + (step - AHEAD) % STAGES * (A::LEN + B::LEN);
+      product<A_LIES, B_LIES>(acc, A::at(stage, warp_m), A::LD, B::at(stage + A::LEN, warp_n), B::LD, DEPTH);
+    }
   }
 
-  const bool pairs = ldc % 2 == 0 && reinterpret_cast<unsigned long long>(c) % sizeof(Pair<O>) == 0 && reinterpret_cast<unsigned long long>(residual) % sizeof(Pair<O>) == 0;
+  // Through shared memory, in the place of the stages, so that a warp writes whole rows of the tile.
+  float *tile = reinterpret_cast<float *>(stages);
+  __syncthreads();
+  store_acc(tile + warp_m * Shape::LD + warp_n, Shape::LD, acc);
+  __syncthreads();
+  constexpr int V4 = 4, ACROSS = Shape::N / V4;
+  const unsigned s = col + threadIdx.x % ACROSS * V4;
+  const bool vectors = ldc % V4 == 0 && s + V4 <= n && aligned_quad(c) && aligned_quad(residual);
+#pragma unroll 1
+  for (int i = threadIdx.x / ACROSS; i < Shape::M && row + i < m; i += THREADS / ACROSS) {
+    const unsigned long long at = static_cast<unsigned long long>(row + i) * ldc + s;
+    const float *sums = tile + i * Shape::LD + (s - col);
+    if (vectors) {
+      Quad<O> before = {}, beside = {}, after;
+      if (accumulate) before = *reinterpret_cast<const Quad<O> *>(c + at);
+      if (residual) beside = *reinterpret_cast<const Quad<O> *>(residual + at);
 #pragma unroll
-  for (int i = 0; i < Shape::WARP_M / 16; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const unsigned r = row + warp_m + acc_row(i, 2 * h);
-      if (r >= m) continue;
-      const unsigned long long line = static_cast<unsigned long long>(r) * ldc;
-#pragma unroll
-      for (int j = 0; j < Shape::WARP_N / 8; j++) {
-        const unsigned s = col + warp_n + acc_col(j, 0);
-        float x[2] = {acc.v[i][j][2 * h], acc.v[i][j][2 * h + 1]};
-        const auto finished = [&](float x, unsigned s, O before, O beside) {
-          if (accumulate) x += wide(before);
-          if (bias) x += wide(bias[s]);
-          if (residual) x += wide(beside);
-          return narrow<O>(x);
-        };
-        if (pairs && s + 1 < n) {
-          Pair<O> before = {}, beside = {};
-          if (accumulate) before = *reinterpret_cast<const Pair<O> *>(c + line + s);
-          if (residual) beside = *reinterpret_cast<const Pair<O> *>(residual + line + s);
-          *reinterpret_cast<Pair<O> *>(c + line + s) = {{finished(x[0], s, before.v[0], beside.v[0]), finished(x[1], s + 1, before.v[1], beside.v[1])}};
-        } else {
-          for (int e = 0; e < 2; e++)
-            if (s + e < n) c[line + s + e] = finished(x[e], s + e, accumulate ? c[line + s + e] : O{}, residual ? residual[line + s + e] : O{});
-        }
-      }
+      for (int e = 0; e < V4; e++) after.v[e] = finished(sums[e], accumulate, before.v[e], bias, s + e, residual, beside.v[e]);
+      *reinterpret_cast<Quad<O> *>(c + at) = after;
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < V4 && s + e < n; e++)
+        c[at + e] = finished(sums[e], accumulate, accumulate ? c[at + e] : O{}, bias, s + e, residual, residual ? residual[at + e] : O{});
     }
+  }
 }
 // y = x W^T, also with float logits; dx = dy W, also with a float accumulator; dW = dy^T x.
 INSTANCES(gemm,

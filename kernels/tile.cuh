@@ -4,6 +4,11 @@
 #pragma once
 #include "dev.cuh"
 
+// Two neighbours from an even place, in one access.
+struct __align__(8) Two {
+  float v[2];
+};
+
 // A warp's result: [M, N] floats. Lane l holds of v[i][j] rows 16 i + l / 4 (elements 0, 1) and 8 further (2, 3), columns
 // 8 j + 2 (l % 4) and the next.
 template <int M, int N> struct Acc {
@@ -24,14 +29,25 @@ template <int M, int N> __device__ __forceinline__ void clear(Acc<M, N> &acc) {
       for (int e = 0; e < 4; e++) acc.v[i][j][e] = 0.0f;
 }
 
+// A result into shared memory, from an 8-byte boundary on, `ld` even (a multiple of 32 and 8 more: no two lanes meet in a bank).
+template <int M, int N> __device__ __forceinline__ void store_acc(float *to, int ld, const Acc<M, N> &acc) {
+#pragma unroll
+  for (int i = 0; i < M / 16; i++)
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) *reinterpret_cast<Two *>(to + acc_row(i, 2 * h) * ld + acc_col(j, 0)) = {{acc.v[i][j][2 * h], acc.v[i][j][2 * h + 1]}};
+}
+
 // How a tile of a product lies in memory: element (i, k) at [i * ld + k], or at [k * ld + i].
 enum Lies { BY_ROWS, BY_COLS };
 
 // Leading dimension of a tile in shared memory with `cols` columns: rows start at 16-byte boundaries, in other banks.
 template <class T> constexpr int padded(int cols) { return cols + 16 / static_cast<int>(sizeof(T)); }
 
-template <class T, Lies HOW> __device__ __forceinline__ float tile_at(const T *p, int ld, int i, int k) {
-  return wide(HOW == BY_ROWS ? p[i * ld + k] : p[k * ld + i]);
+__device__ __forceinline__ void load_two(float &first, float &second, const float *p) {
+  const Two two = *reinterpret_cast<const Two *>(p);
+  first = two.v[0], second = two.v[1];
 }
 
 // The 16 x 16 fragment of A at row i, depth k.
@@ -47,7 +63,29 @@ template <Lies HOW> __device__ __forceinline__ void load_b(unsigned (&r)[4], con
   else ldmatrix_x4_trans(r, p + (k + 8 * (m % 2) + row) * ld + n + 8 * (m / 2));
 }
 
-// acc += A B^T over `depth` (a multiple of 16), A [M, depth] and B [N, depth] in shared memory.
+// The f32 fragments at depths k and k + 1: of A rows i + l / 4 and 8 further, of B rows n + 2 (l % 4) and the next. Two floats
+// are read at a time where they are neighbours; with the leading dimension of `padded` no two lanes meet in a bank.
+template <Lies HOW> __device__ __forceinline__ void load_a(float (&r)[2][2], const float *p, int ld, int i, int k) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float *at = p + (HOW == BY_ROWS ? acc_row(0, 2 * h) * ld : acc_row(0, 2 * h)) + (HOW == BY_ROWS ? i * ld + k : k * ld + i);
+    if (HOW == BY_ROWS) load_two(r[h][0], r[h][1], at);
+    else r[h][0] = at[0], r[h][1] = at[ld];
+  }
+}
+template <Lies HOW> __device__ __forceinline__ void load_b(float (&r)[2][2], const float *p, int ld, int n, int k) {
+  const int row = n + acc_col(0, 0);
+  if (HOW == BY_ROWS) {
+    load_two(r[0][0], r[0][1], p + row * ld + k);
+    load_two(r[1][0], r[1][1], p + (row + 1) * ld + k);
+  } else {
+    load_two(r[0][0], r[1][0], p + k * ld + row);
+    load_two(r[0][1], r[1][1], p + (k + 1) * ld + row);
+  }
+}
+
+// acc += A B^T over `depth` (a multiple of 16), A [M, depth] and B [N, depth] in shared memory from 16-byte boundaries, their
+// leading dimensions multiples of sixteen bytes.
 template <Lies A, Lies B, int M, int N>
 __device__ __forceinline__ void product(Acc<M, N> &acc, const bf16 *a, int lda, const bf16 *b, int ldb, int depth) {
 #pragma unroll 2
@@ -69,60 +107,69 @@ __device__ __forceinline__ void product(Acc<M, N> &acc, const bf16 *a, int lda, 
 }
 template <Lies A, Lies B, int M, int N>
 __device__ __forceinline__ void product(Acc<M, N> &acc, const float *a, int lda, const float *b, int ldb, int depth) {
-#pragma unroll 2
-  for (int k = 0; k < depth; k++) {
-    float fa[M / 16][2];
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 2) {
+    float fa[M / 16][2][2];
 #pragma unroll
-    for (int i = 0; i < M / 16; i++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) fa[i][h] = tile_at<float, A>(a, lda, acc_row(i, 2 * h), k);
+    for (int i = 0; i < M / 16; i++) load_a<A>(fa[i], a, lda, 16 * i, k);
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
-      const float b0 = tile_at<float, B>(b, ldb, acc_col(j, 0), k), b1 = tile_at<float, B>(b, ldb, acc_col(j, 1), k);
+      float fb[2][2];
+      load_b<B>(fb, b, ldb, 8 * j, k);
 #pragma unroll
-      for (int i = 0; i < M / 16; i++)
+      for (int d = 0; d < 2; d++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc.v[i][j][e] = fmaf(fa[i][e / 2], e % 2 ? b1 : b0, acc.v[i][j][e]);
+        for (int i = 0; i < M / 16; i++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) acc.v[i][j][e] = fmaf(fa[i][e / 2][d], fb[e % 2][d], acc.v[i][j][e]);
     }
   }
 }
 
-// acc += P B^T with P [M, K] a result of this warp, narrowed to T: the second product of attention.
+// acc += P B^T with P [M, K] a result of this warp, narrowed to T, and B [N, K] in shared memory: the second product of
+// attention. P goes from registers to registers: a result lies as the first operand does.
 template <class T, Lies B, int M, int K, int N>
 __device__ __forceinline__ void product_of(Acc<M, N> &acc, const Acc<M, K> &p, const bf16 *b, int ldb) {
 #pragma unroll
-  for (int k = 0; k < K / 16; k++)
+  for (int k = 0; k < K / 16; k++) {
+    unsigned fa[M / 16][4];
+#pragma unroll
+    for (int i = 0; i < M / 16; i++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) fa[i][r] = pack2(p.v[i][2 * k + r / 2][r % 2 * 2], p.v[i][2 * k + r / 2][r % 2 * 2 + 1]);
 #pragma unroll
     for (int j = 0; j < N / 16; j++) {
       unsigned fb[4];
       load_b<B>(fb, b, ldb, 16 * j, 16 * k);
 #pragma unroll
       for (int i = 0; i < M / 16; i++) {
-        const float(&low)[4] = p.v[i][2 * k], (&high)[4] = p.v[i][2 * k + 1];
-        const unsigned fa[4] = {pack2(low[0], low[1]), pack2(low[2], low[3]), pack2(high[0], high[1]), pack2(high[2], high[3])};
-        mma_m16n8k16(acc.v[i][2 * j], fa, fb[0], fb[1]);
-        mma_m16n8k16(acc.v[i][2 * j + 1], fa, fb[2], fb[3]);
+        mma_m16n8k16(acc.v[i][2 * j], fa[i], fb[0], fb[1]);
+        mma_m16n8k16(acc.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
       }
     }
+  }
 }
+// As floats, an element of P is with the lane of its row that has its column.
 template <class T, Lies B, int M, int K, int N>
 __device__ __forceinline__ void product_of(Acc<M, N> &acc, const Acc<M, K> &p, const float *b, int ldb) {
   const int quad = threadIdx.x % WARP & ~3;
 #pragma unroll
-  for (int k = 0; k < K; k++) {
-    const int owner = quad + k % 8 / 2;
-    float fa[M / 16][2];
+  for (int k = 0; k < K; k += 2) {
+    float fa[M / 16][2][2];
 #pragma unroll
     for (int i = 0; i < M / 16; i++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) fa[i][h] = __shfl_sync(ALL, p.v[i][k / 8][2 * h + k % 2], owner);
+      for (int e = 0; e < 4; e++) fa[i][e / 2][e % 2] = __shfl_sync(ALL, p.v[i][k / 8][e], quad + k % 8 / 2);
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
-      const float b0 = tile_at<float, B>(b, ldb, acc_col(j, 0), k), b1 = tile_at<float, B>(b, ldb, acc_col(j, 1), k);
+      float fb[2][2];
+      load_b<B>(fb, b, ldb, 8 * j, k);
 #pragma unroll
-      for (int i = 0; i < M / 16; i++)
+      for (int d = 0; d < 2; d++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc.v[i][j][e] = fmaf(fa[i][e / 2], e % 2 ? b1 : b0, acc.v[i][j][e]);
+        for (int i = 0; i < M / 16; i++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) acc.v[i][j][e] = fmaf(fa[i][e / 2][d], fb[e % 2][d], acc.v[i][j][e]);
     }
   }
 }
@@ -134,15 +181,20 @@ template <int ROWS, int COLS, int THREADS, class T, class Row>
 __device__ __forceinline__ void load_tile(T *shared, int ld, int cols, bool vectors, Row row) {
   constexpr int N = Pack<T>::N, CHUNKS = COLS / N;
   static_assert(COLS % N == 0, "rows are copied sixteen bytes at a time");
-  for (int at = threadIdx.x; at < ROWS * CHUNKS; at += THREADS) {
-    const int i = at / CHUNKS, c = at % CHUNKS * N;
-    const T *from = row(i);
-    T *to = shared + i * ld + c;
-    if (vectors) {
+  if (vectors) {
+#pragma unroll
+    for (int at = threadIdx.x; at < ROWS * CHUNKS; at += THREADS) {
+      const int i = at / CHUNKS, c = at % CHUNKS * N;
+      const T *from = row(i);
       const bool there = from != nullptr && c < cols;
-      cp_async_16(to, there ? from + c : from, there);
-    } else {
-      for (int e = 0; e < N; e++) to[e] = from != nullptr && c + e < cols ? from[c + e] : narrow<T>(0.0f);
+      cp_async_16(shared + i * ld + c, there ? from + c : from, there);
+    }
+  } else {
+#pragma unroll 1
+    for (int at = threadIdx.x; at < ROWS * COLS; at += THREADS) {
+      const int i = at / COLS, c = at % COLS;
+      const T *from = row(i);
+      shared[i * ld + c] = from != nullptr && c < cols ? from[c] : narrow<T>(0.0f);
     }
   }
 }

@@ -6,10 +6,12 @@
 //! output element is reduced in an order fixed by its own index. Exact step-0 margins, equal text for any
 //! batch, sharing on = off and equality over thread counts all rest on that.
 
+mod columns;
 mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod gemm_amx;
 mod gemm_fma;
+mod norm;
 pub(crate) mod simd;
 
 pub mod attention;

@@ -105,6 +105,11 @@ pub struct Grid {
 }
 
 impl Grid {
+    /// Blocks of `threads` threads, each with sixteen bytes of the `len` elements.
+    pub fn of_packs<T: Element>(len: usize, threads: u32) -> Self {
+        len.div_ceil(threads as usize * 16 / T::DTYPE.bytes()).into()
+    }
+
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared_bytes: bytes, ..self }
     }
@@ -154,6 +159,8 @@ pub const RESOURCES: &str = include_str!(concat!(env!("OUT_DIR"), "/ptxas.txt"))
 
 /// Made by build.rs. One struct for each kernel; `launch` puts it into the stream.
 pub mod kernels {
+    use half::bf16;
+
     use super::super::Cuda;
     use super::{Element, Entry, Grid, In, Module, Out, argument};
     use crate::error::Result;

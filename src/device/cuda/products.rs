@@ -59,12 +59,13 @@ const STAGES: usize = 4;
 const STEP_BYTES: usize = 64;
 const GAP_BYTES: usize = 16;
 
-/// Elements of a [rows, depth] tile of an operand in shared memory.
-fn staged_bytes(rows: usize, by_cols: bool, width: usize) -> usize {
-    match by_cols {
+/// Dynamic shared memory of a block: its steps of both operands, then in their place the tile of C.
+fn shared_bytes([m, n]: [usize; 2], [acols, bcols]: [bool; 2], width: usize) -> usize {
+    let operand = |rows: usize, by_cols: bool| match by_cols {
         true => STEP_BYTES / width * (rows * width + GAP_BYTES),
         false => rows * (STEP_BYTES + GAP_BYTES),
-    }
+    };
+    (STAGES * (operand(m, acols) + operand(n, bcols))).max(m * (n + 8) * size_of::<f32>())
 }
 
 impl Cuda {
@@ -75,8 +76,7 @@ impl Cuda {
         let (acols, bcols) = (p.a.transposed, !p.b.transposed);
         let tile = self.tile([m, n], !acols && !bcols);
         let [tile_m, tile_n] = TILES[tile];
-        let width = T::DTYPE.bytes();
-        let stage = staged_bytes(tile_m, acols, width) + staged_bytes(tile_n, bcols, width);
+        let shared = shared_bytes(TILES[tile], [acols, bcols], T::DTYPE.bytes());
         kernels::Gemm::<T, O> {
             acols: acols.into(),
             bcols: bcols.into(),
@@ -94,7 +94,7 @@ impl Cuda {
             ldc: p.ldc as u32,
             accumulate: p.accumulate.into(),
         }
-        .launch(self, Grid::from(m.div_ceil(tile_m) * n.div_ceil(tile_n)).shared(STAGES * stage))
+        .launch(self, Grid::from(m.div_ceil(tile_m) * n.div_ceil(tile_n)).shared(shared))
     }
 
     /// The largest tile that gives every multiprocessor a block.

@@ -1,12 +1,10 @@
 use half::bf16;
 
 use super::{Backward, Dims, Forward, Linear};
-use crate::device::cuda::{Element, In, Operand, Out, Product, kernels};
-use crate::device::{Cuda, DType, View, ViewMut};
+use crate::device::cuda::{Element, In, Operand, Product};
+use crate::device::{Cuda, DType, ViewMut};
 use crate::error::{Error, Result};
-
-/// Rows that a block of `column_sum` adds.
-const ROWS_PER_CHUNK: usize = 512;
+use crate::ops::columns;
 
 fn forward<T: Element, O: Element>(cuda: &Cuda, a: Forward<Cuda>, d: Dims) -> Result<()> {
     cuda.product(Product::<T, O> {
@@ -31,7 +29,7 @@ fn backward<T: Element>(cuda: &Cuda, a: Backward<Cuda>, d: Dims) -> Result<()> {
         let (dy, x) = (Operand::transposed(a.dy.input(), outputs), Operand::new(a.x.input(), inputs));
         add_product::<T, f32>(cuda, [outputs, inputs, rows], dy, x, dweight)?;
     }
-    a.dbias.map_or(Ok(()), |dbias| add_columns::<T>(cuda, a.dy, dbias))
+    a.dbias.map_or(Ok(()), |dbias| columns::add_rows::<T>(cuda, a.dy, dbias))
 }
 
 fn add_product<T: Element, O: Element>(
@@ -43,25 +41,6 @@ fn add_product<T: Element, O: Element>(
 ) -> Result<()> {
     let (c, ldc) = (c.output(), shape[1]);
     cuda.product(Product::<T, O> { shape, a, b, c, ldc, accumulate: true, bias: In::null(), residual: In::null() })
-}
-
-/// `sum +=` the columns of `x`.
-fn add_columns<T: Element>(cuda: &Cuda, x: View<Cuda>, sum: ViewMut<Cuda>) -> Result<()> {
-    let [rows, cols] = x.shape();
-    let fit = (cuda.workspace_bytes() / (cols * size_of::<f32>())).max(1);
-    let height = ROWS_PER_CHUNK.max(rows.div_ceil(fit));
-    let chunks = rows.div_ceil(height);
-    let mut partial: Out<f32> = cuda.workspace(0, chunks * cols);
-    kernels::ColumnSum::<T> {
-        x: x.input(),
-        partial: partial.again(),
-        rows: rows as u32,
-        cols: cols as u32,
-        height: height as u32,
-    }
-    .launch(cuda, [cols.div_ceil(32), chunks])?;
-    kernels::AddChunks { partial: partial.as_input(), sum: sum.output(), chunks: chunks as u32, cols: cols as u32 }
-        .launch(cuda, cols.div_ceil(256))
 }
 
 fn unknown(op: &'static str, from: DType, to: DType) -> Error {

@@ -32,6 +32,41 @@ pub struct Step {
     pub clip: f64,
 }
 
+/// The step's scalars, folded on the host in f64 so that each element costs few operations.
+#[derive(Clone, Copy)]
+struct Scalars {
+    clip: f32,
+    keep: f32,
+    beta1: f32,
+    /// 1 - beta1, rounded once: `1 - beta1 as f32` would be off by up to 5e-5 of itself.
+    fresh1: f32,
+    beta2: f32,
+    fresh2: f32,
+    /// lr / c1
+    rate: f32,
+    /// 1 / sqrt(c2)
+    root: f32,
+    eps: f32,
+}
+
+impl Step {
+    fn scalars(&self) -> Scalars {
+        let Rule::AdamW { beta1, beta2, eps } = self.rule;
+        let correction = |beta: f64| 1.0 - beta.powf(self.step as f64);
+        Scalars {
+            clip: self.clip as f32,
+            keep: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            beta1: beta1 as f32,
+            fresh1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            fresh2: (1.0 - beta2) as f32,
+            rate: (self.learning_rate / correction(beta1)) as f32,
+            root: (1.0 / correction(beta2).sqrt()) as f32,
+            eps: eps as f32,
+        }
+    }
+}
+
 /// All views of one shape.
 pub struct Args<'a, D: Device> {
     pub step: Step,

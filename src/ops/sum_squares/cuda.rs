@@ -1,9 +1,26 @@
+use half::bf16;
+
 use super::{Args, SumSquares};
-use crate::device::Cuda;
-use crate::error::{Error, Result};
+use crate::device::cuda::{Element, kernels};
+use crate::device::{Cuda, DType};
+use crate::error::Result;
+
+/// Elements of one block: `SUM_CHUNK` of `sum_squares.cu`.
+const CHUNK: usize = 16384;
 
 impl SumSquares for Cuda {
-    fn sum_squares(&self, _: Args<Self>) -> Result<()> {
-        Err(Error::op("sum_squares", "not on CUDA yet"))
+    fn sum_squares(&self, a: Args<Self>) -> Result<()> {
+        a.check()?;
+        match a.x.dtype() {
+            DType::Bf16 => sum::<bf16>(self, a),
+            _ => sum::<f32>(self, a),
+        }
     }
+}
+
+fn sum<T: Element>(cuda: &Cuda, a: Args<Cuda>) -> Result<()> {
+    let (n, blocks) = (a.x.len(), a.x.len().div_ceil(CHUNK));
+    let mut partial = cuda.workspace(0, blocks);
+    kernels::SumSquares::<T> { x: a.x.input(), partial: partial.again(), n: n as u64 }.launch(cuda, blocks)?;
+    kernels::AddSquares { partial: partial.as_input(), sum: a.sum.output(), count: blocks as u32 }.launch(cuda, 1)
 }
