@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence, Sharing};
-use cuvee::device::{Cpu, Dry};
+use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::{self, Params};
 use cuvee::optim::{self, Hyper};
@@ -65,7 +65,7 @@ impl Case {
 
 /// FLOPs of forward and backward.
 fn flops(checkpoint: &Checkpoint, host: &HostBatch) -> u64 {
-    let (dry, mut arena, size) = (Dry::default(), Dry::arena(), host.extent());
+    let (dry, mut arena, size) = (Dry::default(), Dry::arena(DType::F32), host.extent());
     let options = Options::train_all(size.longest);
     let mut model = Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
     let mut acts = Acts::new(&mut arena, &checkpoint.spec, &size, Keep::Everything);

@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cuvee::data::{Batch as HostBatch, Example, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, Dry};
+use cuvee::device::{Arena, Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 
 /// Counts what is asked for.
@@ -52,7 +52,7 @@ fn a_pass_takes_no_memory_and_starts_no_thread() {
 
     let (cpu, size) = (Cpu::new(2).unwrap(), host.extent());
     let (spec, naming, options) = (&checkpoint.spec, checkpoint.architecture.naming, Options::train_all(size.longest));
-    let mut dry = Dry::arena();
+    let mut dry = Dry::arena(DType::F32);
     Model::new(&mut dry, spec, naming, options);
     Acts::<Dry>::new(&mut dry, spec, &size, Keep::Inputs);
     Batch::<Dry>::new(&mut dry, &size);

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::args::GenerateArgs;
 use crate::data::{Message, Tokenizer};
-use crate::device::Arena;
+use crate::device::{Arena, Device, Dry};
 use crate::error::Result;
 use crate::model::{Checkpoint, Init, Model, Options};
 use crate::rollout::{Request, Sampling, generate};
@@ -23,7 +23,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     };
     let options = Options::frozen(prompt.len() + args.max_new_tokens);
     let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
-    let mut arena = Arena::new(&device, &Model::<crate::device::Dry>::plan(spec, naming, options))?;
+    let mut arena = Arena::new(&device, &Model::<Dry>::plan(device.storage(), spec, naming, options))?;
     let mut model = Model::new(&mut arena, spec, naming, options);
     Init::Checkpoint.fill(&device, &checkpoint, &mut model)?;
     let request = Request {

@@ -34,6 +34,8 @@ pub struct Arena<D: Device> {
     rest: Option<D::Span>,
     left_bytes: usize,
     ledger: Ledger,
+    /// Of the device ([`Device::storage`]).
+    storage: DType,
 }
 
 impl<D: Device> Arena<D> {
@@ -43,7 +45,8 @@ impl<D: Device> Arena<D> {
     }
 
     pub fn with_bytes(device: &D, bytes: usize) -> Result<Self> {
-        Ok(Self { rest: Some(device.alloc(bytes)?), left_bytes: bytes, ledger: Ledger::default() })
+        let (rest, storage) = (Some(device.alloc(bytes)?), device.storage());
+        Ok(Self { rest, left_bytes: bytes, ledger: Ledger::default(), storage })
     }
 
     /// Bytes that `take` will use for such a tensor.
@@ -62,6 +65,17 @@ impl<D: Device> Arena<D> {
         Tensor { span, dtype, rows, cols }
     }
 
+    /// What the device keeps weights and activations in.
+    pub fn storage(&self) -> DType {
+        self.storage
+    }
+
+    /// For weights, activations and gradients by activations: in the device's storage type.
+    pub fn stored(&mut self, kind: Kind, rows: usize, cols: usize) -> Tensor<D> {
+        self.take(kind, self.storage, rows, cols)
+    }
+
+    /// For statistics, gradients of weights and optimizer states: F32, whatever the storage type.
     pub fn floats(&mut self, kind: Kind, rows: usize, cols: usize) -> Tensor<D> {
         self.take(kind, DType::F32, rows, cols)
     }

@@ -3,20 +3,39 @@
 
 use std::cell::Cell;
 
-use super::{Arena, DType, Device, View, ViewMut};
+use super::{Arena, DType, Device, Ledger, View, ViewMut};
 use crate::error::Result;
 
 /// A multiply-add is two FLOPs; only matrix products and attention are counted, as is the custom: the rest is
 /// memory traffic.
-#[derive(Default)]
 pub struct Dry {
+    storage: DType,
     flops: Cell<u64>,
 }
 
+impl Default for Dry {
+    /// Stands for a device that stores F32.
+    fn default() -> Self {
+        Self::new(DType::F32)
+    }
+}
+
 impl Dry {
+    /// Stands for a device that stores `storage`.
+    pub fn new(storage: DType) -> Self {
+        Self { storage, flops: Cell::new(0) }
+    }
+
     /// An arena that never runs out: its ledger is the plan.
-    pub fn arena() -> Arena<Dry> {
-        Arena::with_bytes(&Dry::default(), usize::MAX).expect("a dry device cannot fail")
+    pub fn arena(storage: DType) -> Arena<Dry> {
+        Arena::with_bytes(&Self::new(storage), usize::MAX).expect("a dry device cannot fail")
+    }
+
+    /// What `build` takes on a device that stores `storage`.
+    pub fn measure<T>(storage: DType, build: impl FnOnce(&mut Arena<Dry>) -> T) -> Ledger {
+        let mut arena = Self::arena(storage);
+        build(&mut arena);
+        arena.ledger()
     }
 
     pub fn count(&self, flops: usize) {
@@ -31,6 +50,10 @@ impl Dry {
 impl Device for Dry {
     const NAME: &'static str = "dry";
     type Span = Vec<u32>;
+
+    fn storage(&self) -> DType {
+        self.storage
+    }
 
     fn width(dtype: DType) -> usize {
         dtype.bytes()

@@ -2,7 +2,7 @@
 
 use super::spec::Spec;
 use crate::data::Extent;
-use crate::device::{Arena, Device, Kind, Tensor};
+use crate::device::{Arena, DType, Device, Kind, Tensor};
 use crate::ops::logprob_head;
 
 const NO_BACKWARD: &str = "activations that keep nothing have no backward";
@@ -18,7 +18,7 @@ pub enum Keep {
     Everything,
 }
 
-/// One block's activations, all `[rows, ...]`.
+/// One block's activations, all `[rows, ...]`; statistics are F32, the rest is what the device stores.
 pub struct BlockActs<D: Device> {
     /// What the norm's backward needs of each row.
     pub stats: Tensor<D>,
@@ -48,7 +48,7 @@ pub struct Work<D: Device> {
 
 impl<D: Device> Work<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
-        let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
+        let mut take = |cols| arena.stored(Kind::Activations, rows, cols);
         Self { normed: take(spec.hidden), activated: take(spec.mlp_dim) }
     }
 }
@@ -64,27 +64,28 @@ pub struct RawHeads<D: Device> {
 
 impl<D: Device> BlockActs<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
-        let mut take = |cols| arena.floats(Kind::Activations, rows, cols);
+        let (stored, exact) = (arena.storage(), DType::F32);
+        let mut take = |dtype, cols| arena.take(Kind::Activations, dtype, rows, cols);
         let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let stats = spec.norm.stats();
         let raw = spec.qk_norm.then(|| RawHeads {
-            q: take(wide),
-            k: take(narrow),
-            q_stats: take(spec.heads * stats),
-            k_stats: take(spec.kv_heads * stats),
+            q: take(stored, wide),
+            k: take(stored, narrow),
+            q_stats: take(exact, spec.heads * stats),
+            k_stats: take(exact, spec.kv_heads * stats),
         });
         Self {
             raw,
-            stats: take(stats),
-            q: take(wide),
-            k: take(narrow),
-            v: take(narrow),
-            o: take(wide),
-            lse: take(spec.heads),
-            mid: take(spec.hidden),
-            mid_stats: take(stats),
-            gate: spec.mlp.gated().then(|| take(spec.mlp_dim)),
-            up: take(spec.mlp_dim),
+            stats: take(exact, stats),
+            q: take(stored, wide),
+            k: take(stored, narrow),
+            v: take(stored, narrow),
+            o: take(stored, wide),
+            lse: take(exact, spec.heads),
+            mid: take(stored, spec.hidden),
+            mid_stats: take(exact, stats),
+            gate: spec.mlp.gated().then(|| take(stored, spec.mlp_dim)),
+            up: take(stored, spec.mlp_dim),
         }
     }
 }
@@ -111,7 +112,8 @@ pub struct Scratch<D: Device> {
 
 impl<D: Device> Scratch<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent) -> Self {
-        let mut take = |rows, cols| arena.floats(Kind::Activations, rows, cols);
+        let dlogp = arena.floats(Kind::Activations, largest.targets, 1);
+        let mut take = |rows, cols| arena.stored(Kind::Activations, rows, cols);
         let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let rows = largest.rows;
         Self {
@@ -127,7 +129,7 @@ impl<D: Device> Scratch<D> {
             d_up: take(rows, spec.mlp_dim),
             d_top: take(largest.targets, spec.hidden),
             d_top_normed: take(largest.targets, spec.hidden),
-            dlogp: take(largest.targets, 1),
+            dlogp,
         }
     }
 }
@@ -150,9 +152,9 @@ impl<D: Device> Top<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, targets: usize) -> Self {
         let [tile_rows, tile_cols] = logprob_head::scratch_shape(targets);
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
-        let mut take = |cols| arena.floats(Kind::Activations, targets, cols);
-        let (rows, normed, stats) = (take(spec.hidden), take(spec.hidden), take(spec.norm.stats()));
-        Self { rows, normed, stats, logp: take(1), lse: take(1), tile }
+        let [rows, normed] = [(); 2].map(|()| arena.stored(Kind::Activations, targets, spec.hidden));
+        let [stats, logp, lse] = [spec.norm.stats(), 1, 1].map(|cols| arena.floats(Kind::Activations, targets, cols));
+        Self { rows, normed, stats, logp, lse, tile }
     }
 }
 
@@ -176,7 +178,7 @@ impl<D: Device> Acts<D> {
             Keep::Inputs => (spec.layers + 1, 1),
             Keep::Everything => (spec.layers + 1, spec.layers),
         };
-        let residual = (0..residuals).map(|_| arena.floats(Kind::Activations, largest.rows, spec.hidden)).collect();
+        let residual = (0..residuals).map(|_| arena.stored(Kind::Activations, largest.rows, spec.hidden)).collect();
         let blocks = (0..blocks).map(|_| BlockActs::new(arena, spec, largest.rows)).collect();
         let work = Work::new(arena, spec, largest.rows);
         let top = Top::new(arena, spec, largest.targets);

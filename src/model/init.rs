@@ -45,7 +45,7 @@ pub fn init_random<D: Device>(device: &D, model: &mut Model<D>, seed: u64) -> Re
             Role::Norm => 1.0,
         };
         let values: Vec<f32> = (0..param.value.len()).map(value).collect();
-        device.write_f32(&values, param.value.view_mut())?;
+        param.write(device, &values)?;
     }
     model.fill_tables(device)
 }

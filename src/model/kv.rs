@@ -22,7 +22,7 @@ impl<D: Device> KvCache<D> {
     /// `rows` in all slots together; at most `new_rows` are appended in one pass.
     pub fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize, new_rows: usize) -> Self {
         let cols = spec.kv_heads * spec.head_dim;
-        let mut take = || arena.floats(Kind::Activations, rows, cols);
+        let mut take = || arena.stored(Kind::Activations, rows, cols);
         let layers = (0..spec.layers).map(|_| (take(), take())).collect();
         Self { layers, append: arena.indices(Kind::Activations, new_rows, 1), appended: 0 }
     }

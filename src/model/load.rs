@@ -3,7 +3,7 @@
 use super::arch::{Checkpoint, Slot};
 use super::{Model, Options, Param};
 use crate::checkpoint::{TensorSource, Weights};
-use crate::device::{Device, Dry};
+use crate::device::{DType, Device, Dry};
 use crate::error::{Error, Result};
 
 /// What the file calls a tensor: others may spell it differently, and a tied file may hold the embedding, the head,
@@ -33,7 +33,7 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
     let mut reader = Reader::default();
     for param in model.params_mut() {
         let name = found_name(checkpoint, weights, &param.stored.tensor);
-        device.write_f32(reader.read(weights, &name, param)?, param.value.view_mut())?;
+        param.write(device, reader.read(weights, &name, param)?)?;
         used.push(name);
     }
     match weights.names().find(|name| !used.iter().any(|u| u == name) && !redundant(checkpoint, name)) {
@@ -72,7 +72,8 @@ impl Reader {
 pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", checkpoint.spec).as_bytes());
-    let mut model = Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0));
+    let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
+    let mut model = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
     let params = model.params_mut();
     for (tensor, _) in by_tensor(&params) {
         weights.hash_into(&found_name(checkpoint, weights, tensor), &mut hasher);
@@ -89,12 +90,12 @@ pub fn sources<'a, D: Device>(device: &'a D, params: &'a [&mut Param<D>]) -> Vec
             if let [param] = parts[..]
                 && param.stored.is_plain()
             {
-                return device.read_f32(param.value.view(), out);
+                return param.read(device, out);
             }
             let mut weight = Vec::new();
             parts.iter().try_for_each(|param| {
                 weight.resize(param.value.len(), 0.0);
-                device.read_f32(param.value.view(), &mut weight)?;
+                param.read(device, &mut weight)?;
                 param.stored.insert(&weight, param.matrix_shape(), out);
                 Ok(())
             })

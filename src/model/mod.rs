@@ -23,7 +23,7 @@ pub use load::{Reader, load, sources};
 pub use param::{Param, Role};
 pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 
-use crate::device::{Arena, Device, Dry, Ledger, Tensor};
+use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
@@ -78,11 +78,9 @@ impl<D: Device> Model<D> {
         Self { spec: spec.clone(), embed, positions, blocks, norm, head, rope }
     }
 
-    /// Memory that `new` will take.
-    pub fn plan(spec: &Spec, naming: Naming, options: Options) -> Ledger {
-        let mut arena = Dry::arena();
-        Model::new(&mut arena, spec, naming, options);
-        arena.ledger()
+    /// Memory that `new` will take on a device that stores `storage`.
+    pub fn plan(storage: DType, spec: &Spec, naming: Naming, options: Options) -> Ledger {
+        Dry::measure(storage, |arena| Model::new(arena, spec, naming, options))
     }
 
     /// Fills what is computed and not loaded.

@@ -1,6 +1,7 @@
 use super::arch::{Slot, Stored};
 use super::spec::Spec;
-use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
+use crate::device::{Arena, DType, Device, Kind, Tensor, View, ViewMut};
+use crate::error::Result;
 
 /// What a weight is for: initialization and weight decay tell them apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,7 +20,11 @@ pub struct Param<D: Device> {
     pub role: Role,
     /// Standard deviation of `--init random`; of matrices.
     pub initializer_range: f64,
+    /// What the model computes with.
     pub value: Tensor<D>,
+    /// Of a trained weight whose `value` is bfloat16: the weight in f32, of which `value` is the rounding. Updates smaller
+    /// than half a unit of bfloat16 would be lost without it.
+    pub master: Option<Tensor<D>>,
     pub grad: Option<Tensor<D>>,
 }
 
@@ -33,13 +38,28 @@ impl<D: Device> Param<D> {
         trained: &dyn Fn(&str) -> bool,
     ) -> Self {
         let name = stored.name();
-        let value = arena.floats(Kind::Weights, rows, cols);
+        let value = arena.stored(Kind::Weights, rows, cols);
         let grad = trained(&name).then(|| arena.floats(Kind::Grads, rows, cols));
+        let rounded = grad.is_some() && arena.storage() == DType::Bf16;
+        let master = rounded.then(|| arena.floats(Kind::States, rows, cols));
         let initializer_range = match slot {
             Slot::Output | Slot::Down => spec.residual_initializer_range,
             _ => spec.initializer_range,
         };
-        Self { name, stored, role: slot.role(), initializer_range, value, grad }
+        Self { name, stored, role: slot.role(), initializer_range, value, master, grad }
+    }
+
+    /// Gives the weight its values, rounded where it is stored rounded.
+    pub fn write(&mut self, device: &D, values: &[f32]) -> Result<()> {
+        if let Some(master) = &mut self.master {
+            device.write_f32(values, master.view_mut())?;
+        }
+        device.write_f32(values, self.value.view_mut())
+    }
+
+    /// The weight in full: what training continues from.
+    pub fn read(&self, device: &D, out: &mut [f32]) -> Result<()> {
+        device.read_f32(self.master.as_ref().unwrap_or(&self.value).view(), out)
     }
 
     pub fn view(&self) -> View<'_, D> {
@@ -65,5 +85,37 @@ impl<D: Device> Param<D> {
             Role::Matrix => [self.value.rows(), self.value.cols()],
             Role::Bias | Role::Norm => [self.value.len(), 1],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Cpu;
+
+    /// The CPU rounds nothing, so that it shows which of the two is written and read.
+    #[test]
+    fn the_master_is_what_is_read_and_the_value_what_is_computed_with() {
+        let cpu = Cpu::new(1).unwrap();
+        let mut arena = Arena::with_bytes(&cpu, 1 << 10).unwrap();
+        let mut tensor = || arena.floats(Kind::Weights, 1, 2);
+        let (value, master) = (tensor(), Some(tensor()));
+        let stored = Stored::whole("w".into());
+        let (name, role) = (stored.name(), Role::Norm);
+        let mut param = Param { name, stored, role, initializer_range: 0.0, value, master, grad: None };
+        let read = |param: &Param<Cpu>| {
+            let mut out = [0.0; 2];
+            param.read(&cpu, &mut out).unwrap();
+            out
+        };
+
+        param.write(&cpu, &[1.0, 2.0]).unwrap();
+        assert_eq!((param.view().f32s(), read(&param)), (&[1.0, 2.0][..], [1.0, 2.0]));
+        param.value.view_mut().into_f32s().fill(9.0);
+        assert_eq!(read(&param), [1.0, 2.0], "the value is a rounding");
+        param.master = None;
+        assert_eq!(read(&param), [9.0, 9.0]);
+        param.write(&cpu, &[3.0, 4.0]).unwrap();
+        assert_eq!(read(&param), [3.0, 4.0]);
     }
 }

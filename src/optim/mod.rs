@@ -125,7 +125,7 @@ impl<B: Backend> Optimizer<B> {
                 step: merged_update::Step { rule: self.rule, step, learning_rate, weight_decay, clip },
                 grad,
                 weight: param.value.view_mut(),
-                master: None,
+                master: param.master.as_mut().map(Tensor::view_mut),
                 first_moment: first_moment.view_mut(),
                 second_moment: second_moment.view_mut(),
             })?;

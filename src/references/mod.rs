@@ -9,7 +9,7 @@ use std::path::Path;
 pub use score::Scorer;
 
 use crate::data::{Example, Extent, Packing};
-use crate::device::{Dry, Ledger};
+use crate::device::{DType, Dry, Ledger};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
@@ -97,13 +97,13 @@ impl Reference {
     /// Elements of its largest weight.
     pub fn largest_tensor(&self) -> usize {
         let (spec, naming) = (&self.checkpoint.spec, self.checkpoint.architecture.naming);
-        let mut names = Model::new(&mut Dry::arena(), spec, naming, Options::frozen(0));
+        let mut names = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
         names.params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0)
     }
 
-    /// Memory while scoring.
-    pub fn plan(&self, largest: &Extent) -> Ledger {
-        score::plan(&self.checkpoint, largest)
+    /// Memory while scoring, on a device that stores `storage`.
+    pub fn plan(&self, storage: DType, largest: &Extent) -> Ledger {
+        score::plan(storage, &self.checkpoint, largest)
     }
 }
 

@@ -1,5 +1,5 @@
 use crate::data::{self, Example, Extent, Packing};
-use crate::device::{Arena, Device, Dry, Ledger};
+use crate::device::{Arena, DType, Device, Dry, Ledger};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options};
 use crate::ops::Backend;
@@ -20,16 +20,14 @@ fn build<D: Device>(arena: &mut Arena<D>, checkpoint: &Checkpoint, largest: &Ext
     (model, Acts::new(arena, &checkpoint.spec, largest, Keep::Nothing), Batch::new(arena, largest))
 }
 
-/// Memory of a scorer for batches up to `largest`.
-pub fn plan(checkpoint: &Checkpoint, largest: &Extent) -> Ledger {
-    let mut arena = Dry::arena();
-    build(&mut arena, checkpoint, largest);
-    arena.ledger()
+/// Memory of a scorer for batches up to `largest`, on a device that stores `storage`.
+pub fn plan(storage: DType, checkpoint: &Checkpoint, largest: &Extent) -> Ledger {
+    Dry::measure(storage, |arena| build(arena, checkpoint, largest))
 }
 
 impl<'a, B: Backend> Scorer<'a, B> {
     pub fn new(device: &'a B, checkpoint: &'a Checkpoint, init: Init, largest: &Extent) -> Result<Self> {
-        let mut arena = Arena::new(device, &plan(checkpoint, largest))?;
+        let mut arena = Arena::new(device, &plan(device.storage(), checkpoint, largest))?;
         let (mut model, acts, batch) = build(&mut arena, checkpoint, largest);
         init.fill(device, checkpoint, &mut model)?;
         Ok(Self { device, checkpoint, model, acts, batch })

@@ -7,7 +7,7 @@ mod sampling;
 pub use sampling::Sampling;
 
 use crate::data::Extent;
-use crate::device::{Arena, Device, Dry, Kind, Ledger, Tensor};
+use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Keep, KvCache, Model, Spec};
 use crate::ops::Backend;
@@ -86,11 +86,9 @@ impl<D: Device> Buffers<D> {
     }
 }
 
-/// Memory of a generation besides the model.
-pub fn plan(spec: &Spec, request: &Request) -> Ledger {
-    let mut arena = Dry::arena();
-    Buffers::new(&mut arena, spec, request);
-    arena.ledger()
+/// Memory of a generation besides the model, on a device that stores `storage`.
+pub fn plan(storage: DType, spec: &Spec, request: &Request) -> Ledger {
+    Dry::measure(storage, |arena| Buffers::new(arena, spec, request))
 }
 
 /// Completions of one prompt. The model's rotation table must reach `prompt + max_new_tokens`.
@@ -107,7 +105,7 @@ pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> 
         );
         return Err(Error::option("--prompt", detail));
     }
-    let mut arena = Arena::new(device, &plan(&model.spec, request))?;
+    let mut arena = Arena::new(device, &plan(device.storage(), &model.spec, request))?;
     let mut buffers = Buffers::new(&mut arena, &model.spec, request);
     let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];
     let first = prefill(device, model, request, &mut buffers)?;

@@ -9,7 +9,7 @@ use super::settings::Settings;
 use super::task::Task;
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
-use crate::device::{Dry, Kind, Ledger};
+use crate::device::{DType, Dry, Kind, Ledger};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
 use crate::optim;
@@ -177,7 +177,7 @@ impl<'a> Workload<'a> {
         let blueprint = self.blueprint(settings);
         let (largest, host) = (blueprint.largest, &self.host);
         let scored: Vec<Extent> = self.used.iter().map(|i| self.train[*i]).chain(self.eval.iter().copied()).collect();
-        let (run, pass) = blueprint.plan();
+        let (run, pass) = blueprint.plan(DType::F32);
         let mut names = names(self.checkpoint);
         let params = names.params_mut();
         let tensor = params.iter().map(|p| p.value.len()).max().unwrap_or(0) * size_of::<f32>();
@@ -187,13 +187,17 @@ impl<'a> Workload<'a> {
         for reference in self.references {
             let shard = largest_shard(settings.packing, &scored);
             let host = working + reference.largest_tensor() * size_of::<f32>();
-            phases.push(Phase::new("score", host, &[reference.plan(&shard)]));
+            phases.push(Phase::new("score", host, &[reference.plan(DType::F32, &shard)]));
         }
         phases.push(Phase::new("load", working + tensor, &[run]));
         phases.push(Phase::new("train", working, &[run, pass]));
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);
-            phases.push(Phase::new("sample", working, &[run, rollout::plan(&self.checkpoint.spec, &request)]));
+            phases.push(Phase::new(
+                "sample",
+                working,
+                &[run, rollout::plan(DType::F32, &self.checkpoint.spec, &request)],
+            ));
         }
         phases.push(Phase::new("save", working + tensor, &[run]));
         let peak_bytes = phases.iter().map(Phase::total).max().unwrap_or(0);
@@ -210,7 +214,8 @@ impl<'a> Workload<'a> {
 
     /// FLOPs of forward and backward over an average step.
     fn flops_per_step(&self, blueprint: &Blueprint, packing: Packing) -> Result<f64> {
-        let (dry, mut arena, spec) = (Dry::default(), Dry::arena(), &self.checkpoint.spec);
+        let (dry, mut arena) = (Dry::default(), Dry::arena(DType::F32));
+        let spec = &self.checkpoint.spec;
         let (largest, naming) = (&blueprint.largest, self.checkpoint.architecture.naming);
         let mut model = Model::new(&mut arena, spec, naming, Options::train_all(blueprint.positions));
         let mut acts = Acts::new(&mut arena, spec, largest, blueprint.keep);
@@ -252,7 +257,7 @@ fn steps(task: &Task, settings: &Settings) -> Option<Vec<Vec<usize>>> {
 
 /// A model without memory, for the names and shapes of its weights.
 fn names(checkpoint: &Checkpoint) -> Model<Dry> {
-    Model::new(&mut Dry::arena(), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0))
+    Model::new(&mut Dry::arena(DType::F32), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0))
 }
 
 /// A run whose data is not at hand: every sequence as long as `--max-length` allows, a quarter of it prompt.

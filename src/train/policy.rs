@@ -1,7 +1,7 @@
 //! The trained model with everything a step needs.
 
 use crate::data::{self, Extent};
-use crate::device::{Arena, Device, Dry, Kind, Ledger, Tensor, View};
+use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View};
 use crate::error::Result;
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Spec};
 use crate::ops::{Backend, sum_squares};
@@ -42,10 +42,8 @@ impl<D: Device> Pass<D> {
         Self { acts: Acts::new(arena, spec, largest, keep), batch: Batch::new(arena, largest) }
     }
 
-    fn plan(spec: &Spec, largest: &Extent, keep: Keep) -> Ledger {
-        let mut arena = Dry::arena();
-        Pass::new(&mut arena, spec, largest, keep);
-        arena.ledger()
+    fn plan(storage: DType, spec: &Spec, largest: &Extent, keep: Keep) -> Ledger {
+        Dry::measure(storage, |arena| Pass::new(arena, spec, largest, keep))
     }
 }
 
@@ -58,16 +56,15 @@ impl Blueprint<'_> {
         (model, optimizer, arena.floats(Kind::Workspace, 1, 1))
     }
 
-    /// Memory of the run, and of a training step besides.
-    pub fn plan(&self) -> (Ledger, Ledger) {
-        let mut run = Dry::arena();
-        self.run(&mut run);
-        (run.ledger(), Pass::<Dry>::plan(&self.checkpoint.spec, &self.largest, self.keep))
+    /// Memory of the run, and of a training step besides, on a device that stores `storage`.
+    pub fn plan(&self, storage: DType) -> (Ledger, Ledger) {
+        let run = Dry::measure(storage, |arena| self.run(arena));
+        (run, Pass::<Dry>::plan(storage, &self.checkpoint.spec, &self.largest, self.keep))
     }
 
     /// The policy as far as it lives for the whole run; its first batch takes the activations.
     pub fn build<B: Backend>(&self, device: &B) -> Result<Policy<B>> {
-        let (run, _) = self.plan();
+        let (run, _) = self.plan(device.storage());
         let (model, optimizer, probe) = self.run(&mut Arena::new(device, &run)?);
         Ok(Policy { model, optimizer, probe, largest: self.largest, keep: self.keep, pass: None })
     }
@@ -80,7 +77,7 @@ impl<B: Backend> Policy<B> {
             Some(pass) => pass,
             None => {
                 let (spec, largest, keep) = (&self.model.spec, &self.largest, self.keep);
-                let mut arena = Arena::new(device, &Pass::<Dry>::plan(spec, largest, keep))?;
+                let mut arena = Arena::new(device, &Pass::<Dry>::plan(device.storage(), spec, largest, keep))?;
                 self.pass.insert(Pass::new(&mut arena, spec, largest, keep))
             }
         };
@@ -110,7 +107,7 @@ impl<B: Backend> Policy<B> {
         self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)
     }
 
-    /// The first weight that holds a NaN or an infinity.
+    /// The first weight that holds a NaN or an infinity. A rounded weight shows those of its master.
     pub fn first_bad_weight(&mut self, device: &B) -> Result<Option<String>> {
         for param in self.model.params_mut() {
             if !finite(device, param.view(), &mut self.probe)? {

@@ -100,7 +100,7 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut().iter_mut();
     for param in model.params_mut() {
-        device.write_f32(reader.read(model_file, &param.stored.tensor, param)?, param.value.view_mut())?;
+        param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
         if param.grad.is_none() {
             continue;
         }

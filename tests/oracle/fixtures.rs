@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use cuvee::checkpoint::Weights;
 use cuvee::data::{self, Example, Extent, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, Dry, Ledger};
+use cuvee::device::{Arena, Cpu, DType, Dry, Ledger};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, load};
 use cuvee::objectives::{self, Params, Stats, Totals};
 use cuvee::rollout::{Request, Sampling, generate};
@@ -157,7 +157,7 @@ impl Bench {
 }
 
 fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
-    let mut arena = Dry::arena();
+    let mut arena = Dry::arena(DType::F32);
     let options = Options::train_all(extent.longest);
     Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
     Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything);
@@ -366,8 +366,12 @@ fn continuation(dir: &Path, case: &Value) -> Result<(), Failed> {
     let checkpoint = Checkpoint::open(dir)?;
     let (spec, naming, cpu) = (&checkpoint.spec, checkpoint.architecture.naming, Cpu::new(2)?);
     let options = Options::frozen(prompt.len() + theirs.len());
-    let mut model =
-        Model::new(&mut Arena::new(&cpu, &Model::<Dry>::plan(spec, naming, options))?, spec, naming, options);
+    let mut model = Model::new(
+        &mut Arena::new(&cpu, &Model::<Dry>::plan(DType::F32, spec, naming, options))?,
+        spec,
+        naming,
+        options,
+    );
     load(&cpu, &checkpoint, &Weights::open(dir)?, &mut model)?;
     let request = Request {
         prompt: &prompt,

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, Dry, Kind, Philox, Reference, Tensor};
+use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference, Tensor};
 use cuvee::model::arch::Slot;
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, KvCache, Model, Options, Role, init_random, load, sources};
 use cuvee::ops::Backend;
@@ -374,7 +374,8 @@ fn a_frozen_weight_has_no_gradient_and_changes_no_other() {
                 let trained = params.iter().filter(|p| p.grad.is_some());
                 let bytes: usize = trained.map(|p| (p.value.len() * 4).next_multiple_of(256)).sum();
                 let options = Options { positions: 1, trained: &|n| expected.contains_key(n) };
-                let plan = Model::<Dry>::plan(&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming, options);
+                let (spec, naming) = (&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming);
+                let plan = Model::<Dry>::plan(DType::F32, spec, naming, options);
                 assert_eq!(plan.get(Kind::Grads), bytes, "{}", tiny.name);
             }
         }
@@ -386,7 +387,7 @@ fn a_frozen_weight_has_no_gradient_and_changes_no_other() {
 /// FLOPs of the forward and of the backward.
 fn flops(tiny: &Tiny, size: Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) -> [u64; 2] {
     let device = Dry::default();
-    let (mut model, mut acts, mut batch) = tiny.build(&mut Dry::arena(), &size, keep, trained);
+    let (mut model, mut acts, mut batch) = tiny.build(&mut Dry::arena(DType::F32), &size, keep, trained);
     batch.resize(size);
     model.forward(&device, &batch, &mut acts).unwrap();
     let forward = device.flops();
@@ -633,7 +634,7 @@ fn loaded(dir: &Path, config: &str) -> cuvee::Result<BTreeMap<String, Vec<f64>>>
     let checkpoint = Checkpoint::from_config(dir, &dir.join(config))?;
     let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
     let cpu = Cpu::new(1)?;
-    let mut arena = Arena::new(&cpu, &Model::<Dry>::plan(spec, naming, Options::frozen(4)))?;
+    let mut arena = Arena::new(&cpu, &Model::<Dry>::plan(DType::F32, spec, naming, Options::frozen(4)))?;
     let mut model = Model::new(&mut arena, spec, naming, Options::frozen(4));
     load(&cpu, &checkpoint, &Weights::open(dir)?, &mut model)?;
     Ok(model.params_mut().into_iter().map(|p| (p.name.clone(), tiny::read(&cpu, &p.value))).collect())
@@ -666,7 +667,7 @@ fn a_loaded_model_computes_the_same() {
         let (spec, naming) = (&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming);
         let mut rig = cpu(&tiny, &host, Keep::Nothing);
         let options = Options::frozen(host.extent().longest);
-        let mut arena = Arena::new(&rig.device, &Model::<Dry>::plan(spec, naming, options)).unwrap();
+        let mut arena = Arena::new(&rig.device, &Model::<Dry>::plan(DType::F32, spec, naming, options)).unwrap();
         rig.model = Model::new(&mut arena, spec, naming, options);
         load(&rig.device, &tiny.checkpoint, &Weights::open(tiny.dir.path()).unwrap(), &mut rig.model).unwrap();
         assert_bits(tiny.name, &rig.forward(&host), &expected);
@@ -852,7 +853,8 @@ fn the_plan_is_what_the_run_takes() {
                 let (mut model, ..) = tiny.build(&mut arena, &extent, keep, &|_| true);
                 assert_eq!(arena.ledger(), plan, "{}, {keep:?}", tiny.name);
                 let options = Options::train_all(extent.longest);
-                let of_model = Model::<Dry>::plan(&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming, options);
+                let (spec, naming) = (&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming);
+                let of_model = Model::<Dry>::plan(DType::F32, spec, naming, options);
                 for kind in [Kind::Weights, Kind::Grads, Kind::States] {
                     assert_eq!(plan.get(kind), of_model.get(kind), "{}: {kind:?}", tiny.name);
                 }
@@ -864,6 +866,46 @@ fn the_plan_is_what_the_run_takes() {
             }
         }
     }
+}
+
+/// Counted by hand for the model with the most parts: two bytes for what is stored, four for what must be exact.
+#[test]
+fn in_bfloat16_weights_and_activations_take_half() {
+    let tiny = tiny::with(Size::Small, "qwen3", json!({}));
+    let (spec, e) = (&tiny.checkpoint.spec, host(Size::Small, Sharing::On).extent());
+    let padded = |bytes: usize| bytes.next_multiple_of(256);
+    // Columns of tensors with `rows` rows.
+    let stored = |rows: usize, cols: &[usize]| cols.iter().map(|cols| padded(2 * rows * cols)).sum::<usize>();
+    let exact = |rows: usize, cols: &[usize]| cols.iter().map(|cols| padded(4 * rows * cols)).sum::<usize>();
+    let (hidden, mlp) = (spec.hidden, spec.mlp_dim);
+    let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+
+    // q, k, their raw forms, v, o, mid, gate, up; statistics of two norms, of both heads' norms, lse.
+    let block = stored(e.rows, &[wide, narrow, wide, narrow, narrow, wide, hidden, mlp, mlp])
+        + exact(e.rows, &[1, 1, spec.heads, spec.kv_heads, spec.heads]);
+    // Shared: normed and activated; gradients by residual, normed, o, q, k, v, both raw, activated, gate, up.
+    let shared = stored(e.rows, &[hidden, mlp])
+        + stored(e.rows, &[hidden, hidden, wide, wide, narrow, narrow, wide, narrow, mlp, mlp, mlp]);
+    // Rows, normed and both gradients; statistics, logp, lse, dlogp; completion rows and targets.
+    let top = stored(e.targets, &[hidden; 4]) + exact(e.targets, &[1; 6]);
+    // Tokens and positions, segments.
+    let indices = exact(e.rows, &[1, 1]) + exact(e.segments, &[Segment::WORDS]);
+    let residual = stored(e.rows, &vec![hidden; spec.layers + 1]);
+
+    let plan = tiny.plan_in(DType::Bf16, &e, Keep::Everything, &|_| true);
+    assert_eq!(plan.get(Kind::Activations), residual + spec.layers * block + shared + top + indices);
+    let (spec, naming) = (&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming);
+    let mut model = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
+    let lens: Vec<usize> = model.params_mut().iter().map(|p| p.value.len()).collect();
+    let tables = exact(e.longest, &[spec.head_dim / 2; 2]);
+    assert_eq!(plan.get(Kind::Weights), stored(1, &lens) + tables);
+    assert_eq!([Kind::Grads, Kind::States].map(|kind| plan.get(kind)), [exact(1, &lens); 2], "a gradient, a master");
+    assert_eq!(plan.get(Kind::Workspace), exact(e.targets.min(1024), &[512]));
+
+    let frozen = tiny.plan_in(DType::Bf16, &e, Keep::Nothing, &|_| false);
+    assert_eq!([Kind::Grads, Kind::States].map(|kind| frozen.get(kind)), [0, 0]);
+    let in_f32 = tiny.plan(&e, Keep::Everything, &|_| true);
+    assert_eq!((in_f32.get(Kind::Grads), in_f32.get(Kind::States)), (plan.get(Kind::Grads), 0));
 }
 
 #[test]
@@ -883,7 +925,7 @@ fn activations_do_not_grow_with_the_vocabulary() {
     for name in tiny::all(Size::Small).iter().map(|tiny| tiny.name) {
         let ledger = |vocab: usize| {
             let tiny = tiny::with(Size::Small, name, json!({"vocab_size": vocab}));
-            let mut arena = Dry::arena();
+            let mut arena = Dry::arena(DType::F32);
             Acts::new(&mut arena, &tiny.checkpoint.spec, &extent, Keep::Everything);
             Batch::new(&mut arena, &extent);
             arena.ledger()
@@ -928,7 +970,8 @@ fn memory_is_flat_in_the_vocabulary_and_work_is_linear() {
         let flops = |copies: usize| {
             let host = cuvee::data::Batch::new(std::iter::repeat_n(&examples[0], copies), Sharing::On);
             let (device, size) = (Dry::default(), host.extent());
-            let (mut model, mut acts, mut batch) = tiny.build(&mut Dry::arena(), &size, Keep::Inputs, &|_| true);
+            let (mut model, mut acts, mut batch) =
+                tiny.build(&mut Dry::arena(DType::F32), &size, Keep::Inputs, &|_| true);
             batch.load(&device, &host).unwrap();
             model.forward(&device, &batch, &mut acts).unwrap();
             model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts).unwrap();

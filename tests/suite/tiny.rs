@@ -157,9 +157,12 @@ impl Tiny {
 
     /// Memory for a training step, measured.
     pub fn plan(&self, largest: &Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) -> Ledger {
-        let mut arena = Dry::arena();
-        self.build(&mut arena, largest, keep, trained);
-        arena.ledger()
+        self.plan_in(DType::F32, largest, keep, trained)
+    }
+
+    /// The same on a device that stores `storage`.
+    pub fn plan_in(&self, storage: DType, largest: &Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) -> Ledger {
+        Dry::measure(storage, |arena| self.build(arena, largest, keep, trained))
     }
 
     pub fn build<D: Device>(
@@ -196,7 +199,8 @@ impl<B: Backend> Rig<B> {
 
     /// The weights depend on the architecture alone; norms are not 1 and biases are not 0.
     pub fn training(device: B, tiny: &Tiny, largest: &Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) -> Self {
-        let bytes = tiny.plan(largest, keep, trained).total() / Dry::width(DType::F32) * B::width(DType::F32);
+        let plan = tiny.plan_in(device.storage(), largest, keep, trained);
+        let bytes = plan.total() / Dry::width(DType::F32) * B::width(DType::F32);
         let mut arena = Arena::with_bytes(&device, bytes).unwrap();
         let (mut model, acts, batch) = tiny.build(&mut arena, largest, keep, trained);
         init_random(&device, &mut model, SEED).unwrap();
@@ -208,7 +212,7 @@ impl<B: Backend> Rig<B> {
                 Role::Bias => (0..param.value.len()).map(normal).collect(),
                 Role::Norm => (0..param.value.len()).map(|i| 1.0 + normal(i)).collect(),
             };
-            device.write_f32(&values, param.value.view_mut()).unwrap();
+            param.write(&device, &values).unwrap();
         }
         Self { device, model, acts, batch }
     }
