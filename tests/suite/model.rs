@@ -14,7 +14,7 @@ use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use serde_json::json;
 
-use crate::common::families;
+use crate::ops::families;
 use crate::tiny::{self, Rig, SEED, Size, Step, Tiny, weights};
 
 fn host(size: Size, sharing: Sharing) -> HostBatch {
