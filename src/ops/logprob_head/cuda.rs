@@ -30,7 +30,7 @@ fn rows_at_once(op: &'static str, rows: usize, bytes_of_row: usize, bytes: usize
     }
     let most = if most < ROWS { most } else { most - most % ROWS };
     let even = rows.div_ceil(rows.div_ceil(most).max(1));
-    Ok(even.next_multiple_of(ROWS).min(most))
+    Ok(even.next_multiple_of(ROWS).clamp(1, most))
 }
 
 fn forward<T: Element>(cuda: &Cuda, d: Dims, mut a: Forward<Cuda>) -> Result<()> {
