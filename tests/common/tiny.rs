@@ -114,7 +114,8 @@ impl Size {
 pub struct Tiny {
     pub name: &'static str,
     pub checkpoint: Checkpoint,
-    pub dir: TempDir,
+    /// Until it is dropped, the folder is there.
+    _dir: TempDir,
 }
 
 pub fn all(size: Size) -> Vec<Tiny> {
@@ -125,7 +126,7 @@ pub fn open(size: Size, name: &'static str, own: Value) -> Tiny {
     let dir = tempfile::tempdir().unwrap();
     write_config(dir.path(), &merged(size.common(), own));
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    Tiny { name, checkpoint, dir }
+    Tiny { name, checkpoint, _dir: dir }
 }
 
 pub fn write_config(dir: &Path, config: &Value) {

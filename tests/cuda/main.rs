@@ -15,7 +15,12 @@
 mod bugs;
 mod cases;
 mod child;
+#[path = "../common/mod.rs"]
+mod common;
 mod driver;
+#[path = "../common/fixtures.rs"]
+mod fixtures;
+mod models;
 mod mutate;
 
 use std::env;
@@ -105,7 +110,7 @@ impl Case {
 }
 
 fn all_cases() -> Vec<Case> {
-    cases::all().into_iter().chain(bugs::all()).collect()
+    cases::all().into_iter().chain(models::all()).chain(bugs::all()).collect()
 }
 
 /// Why the mode cannot run on this machine.

@@ -25,7 +25,7 @@ impl Tiny {
     }
 
     pub fn config(&self) -> Value {
-        serde_json::from_slice(&fs::read(self.dir.path().join("config.json")).unwrap()).unwrap()
+        serde_json::from_slice(&fs::read(self.checkpoint.dir.join("config.json")).unwrap()).unwrap()
     }
 
     /// The name of a weight.

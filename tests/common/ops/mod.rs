@@ -3,7 +3,9 @@
 
 use cuvee::device::{DType, Philox};
 
-use super::case::Case;
+use cuvee::ops::Backend;
+
+use super::case::{Case, Role, run, specs_on};
 
 /// The tensors of a case by name; fails when the case and its specs drifted apart.
 macro_rules! tensors {
@@ -77,4 +79,26 @@ pub fn all<V: Visitor>() -> Vec<(&'static str, Visit<V>)> {
 fn below(name: &str, len: usize, bound: usize) -> Vec<u32> {
     let random = Philox::named(7, name);
     (0..len).map(|i| (random.u64(i as u64) % bound as u64) as u32).collect()
+}
+
+/// A micro-batch may be empty: nothing is written, nothing panics.
+pub fn no_rows_are_no_work<D: Backend>(device: &D) {
+    fn check<D: Backend, C: Case>(device: &D, case: &C) {
+        let specs = specs_on(device, case);
+        let values = run(device, case, &specs);
+        for (spec, values) in specs.iter().zip(&values).filter(|(spec, _)| spec.role == Role::Add) {
+            assert!(*values == spec.values, "{}: {} changes", case.op(), spec.name);
+        }
+    }
+    check(device, &linear::Linear::full([0, 31, 5]));
+    check(device, &linear::LinearBackward::full([0, 31, 5]));
+    check(device, &norms::RmsNorm([0, 31]));
+    check(device, &norms::RmsNormBackward::full([0, 31]));
+    check(device, &norms::LayerNorm([0, 31]));
+    check(device, &norms::LayerNormBackward::full([0, 31]));
+    check(device, &activations::SwiGlu([0, 31]));
+    let gather = rows::Gather { n: 5, rows: 0, cols: 3 };
+    check(device, &gather);
+    check(device, &rows::GatherBackward { gather, of_weights: true });
+    check(device, &attention::Attention { dims: attention::dims(2, 1, 4, None), segments: Vec::new() });
 }
