@@ -1,7 +1,7 @@
 use super::Device;
 
 /// What a tensor holds. The device decides how wide a float is ([`Device::width`]).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum DType {
     F32,
     /// The upper half of an f32; on devices that compute with it ([`Device::storage`]).

@@ -48,6 +48,22 @@ impl<'a, T: Element> In<'a, T> {
     }
 }
 
+impl<T> In<'_, T> {
+    pub fn is_null(&self) -> bool {
+        self.0 == 0
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.0
+    }
+}
+
+impl<T> Out<'_, T> {
+    pub(super) fn address(&self) -> u64 {
+        self.0
+    }
+}
+
 impl<'a, T: Element> Out<'a, T> {
     pub fn null() -> Self {
         Self(0, PhantomData)

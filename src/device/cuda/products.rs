@@ -7,9 +7,9 @@ use crate::error::Result;
 /// A matrix in device memory, row by row, as it stands in a product or transposed.
 #[derive(Clone, Copy)]
 pub struct Operand<'a, T> {
-    memory: In<'a, T>,
-    ld: usize,
-    transposed: bool,
+    pub(super) memory: In<'a, T>,
+    pub(super) ld: usize,
+    pub(super) transposed: bool,
 }
 
 impl<'a, T> Operand<'a, T> {
@@ -69,9 +69,18 @@ fn shared_bytes([m, n]: [usize; 2], [acols, bcols]: [bool; 2], width: usize) -> 
 }
 
 impl Cuda {
-    /// Puts a product into the stream. The tile does not change the result: every element is one sum over k in ascending
-    /// order.
+    /// Puts a product into the stream.
     pub fn product<T: Element, O: Element>(&self, p: Product<T, O>) -> Result<()> {
+        if let Some(blas) = &self.blas
+            && blas.product(&self.context, &p)?
+        {
+            return Ok(());
+        }
+        self.own_product(p)
+    }
+
+    /// The tile does not change the result: every element is one sum over k in ascending order.
+    fn own_product<T: Element, O: Element>(&self, p: Product<T, O>) -> Result<()> {
         let [m, n, k] = p.shape;
         let (acols, bcols) = (p.a.transposed, !p.b.transposed);
         let tile = self.tile([m, n], !acols && !bcols);
