@@ -19,7 +19,7 @@ use crate::{Body, Case, Mode};
 const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 0.1, weight_decay: 0.1, max_grad_norm: 1.0 };
 
 fn open(storage: DType) -> Cuda {
-    let options = cuda::Options { workspace_bytes: 8 << 20, ..cuda::Options::new(0, storage) };
+    let options = cuda::Options { workspace_bytes: 8 << 20, batch_invariant: true, ..cuda::Options::new(0, storage) };
     Cuda::open(&options).unwrap_or_else(|e| panic!("{e}"))
 }
 

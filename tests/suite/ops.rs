@@ -4,11 +4,12 @@
 
 use cuvee::Result;
 use cuvee::device::{Cpu, DType, Isa, Reference};
+use cuvee::ops::logprob_head::{self, LogprobHead};
 use cuvee::ops::merged_update::Step;
 use cuvee::ops::rope::Direction;
 use cuvee::ops::{Backend, sum_squares};
 
-use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, run, specs_on, zero};
+use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, run, slots, specs_on, zero};
 use crate::common::checks::{
     self, assert_same_bits, compare, largest, largest_difference, nan_surfaces, same_again, same_for_some_rows,
     twice_is_double, unwanted_stay, wrong_shapes_are_refused,
@@ -427,12 +428,37 @@ fn logprob_head_backward_is_the_derivative() {
     let (specs, mut back) = (backward.head.specs(), backward.specs());
     let values = run(&Reference, &backward.head, &specs);
     put(&mut back, "lse", output_of(&specs, &values, "lse"));
-    zero(&mut back, &["dh", "dweight"]);
-    let gradients = run(&Reference, &backward, &back);
-    for (input, gradient) in [("h", "dh"), ("weight", "dweight")] {
-        let gradient = output_of(&back, &gradients, gradient);
-        assert_backward(&backward.head, &specs, input, "logp", &contents(&back, "dlogp"), gradient);
+    put(&mut back, "entropy", output_of(&specs, &values, "entropy"));
+    for (result, upstream, other) in [("logp", "dlogp", "dentropy"), ("entropy", "dentropy", "dlogp")] {
+        let mut back = back.clone();
+        zero(&mut back, &["dh", "dweight", other]);
+        let gradients = run(&Reference, &backward, &back);
+        for (input, gradient) in [("h", "dh"), ("weight", "dweight")] {
+            let gradient = output_of(&back, &gradients, gradient);
+            assert_backward(&backward.head, &specs, input, result, &contents(&back, upstream), gradient);
+        }
     }
+}
+
+/// What the backward needs for the entropy's gradient is asked for.
+#[test]
+fn logprob_head_backward_refuses_a_gradient_without_its_entropy() {
+    let case = HeadBackward::full([3, 4, 7]);
+    let mut t = slots(&cpu(), &case.specs(), 0);
+    let [h, weight, target, scratch, lse, dlogp, dentropy, _, dh, _] = &mut t[..] else { panic!() };
+    let refused = cpu().logprob_head_backward(logprob_head::Backward {
+        h: h.view(),
+        weight: weight.view(),
+        target: target.view(),
+        lse: lse.view(),
+        dlogp: dlogp.view(),
+        dentropy: Some(dentropy.view()),
+        entropy: None,
+        scratch: scratch.view_mut(),
+        dh: dh.view_mut(),
+        dweight: None,
+    });
+    assert!(refused.unwrap_err().to_string().contains("dentropy without entropy"));
 }
 
 #[test]
@@ -449,10 +475,11 @@ fn logprob_head_takes_extreme_logits() {
 #[test]
 fn logprob_head_of_equal_logits_is_exactly_uniform() {
     for vocab in [1, 2, 507, 512, 8003, 50_257] {
-        let case = Head { shape: [3, 31, vocab], scale: 0.0 };
+        let case = Head { shape: [3, 31, vocab], scale: 0.0, entropy: true };
         let specs = case.specs();
         let found = run(&cpu(), &case, &specs);
-        assert_eq!(found[4], vec![-f64::from((vocab as f32).ln()); 3], "vocab {vocab}");
+        let uniform = f64::from((vocab as f32).ln());
+        assert_eq!((&found[4], &found[6]), (&vec![-uniform; 3], &vec![uniform; 3]), "vocab {vocab}");
     }
 }
 

@@ -17,13 +17,15 @@ pub struct Head {
     pub shape: [usize; 3],
     /// Factor on the weights, hence on the logits.
     pub scale: f64,
+    /// Entropy, and its gradient.
+    pub entropy: bool,
 }
 
 impl Head {
     /// Logits of a spread near 1: where one entry holds all the probability, the error of one logit, a matter of
     /// luck, would be all that is compared.
     pub fn new(shape: [usize; 3]) -> Self {
-        Self { shape, scale: (shape[1] as f64).powf(-0.5) }
+        Self { shape, scale: (shape[1] as f64).powf(-0.5), entropy: true }
     }
 
     /// `[h, weight, target, scratch]` of both directions.
@@ -51,12 +53,12 @@ impl Case for Head {
     }
 
     fn specs(&self) -> Vec<Spec> {
-        let outputs = ["logp", "lse"].map(|name| Spec::set(name, [self.shape[0], 1]).always_f32().per_row());
+        let outputs = ["logp", "lse", "entropy"].map(|name| Spec::set(name, [self.shape[0], 1]).always_f32().per_row());
         self.inputs().into_iter().chain(outputs).collect()
     }
 
     fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
-        tensors!(t => h, weight, target, scratch, logp, lse);
+        tensors!(t => h, weight, target, scratch, logp, lse, entropy);
         device.logprob_head(logprob_head::Forward {
             h: h.view(),
             weight: weight.view(),
@@ -64,16 +66,18 @@ impl Case for Head {
             scratch: scratch.view_mut(),
             logp: logp.view_mut(),
             lse: lse.view_mut(),
+            entropy: entropy.wanted(self.entropy),
         })
     }
 
     fn naive(&self, specs: &[Spec], t: &mut [Vec<f32>]) {
-        tensors!(t => h, weight, _target, _scratch, logp, lse);
+        tensors!(t => h, weight, _target, _scratch, logp, lse, entropy);
         for (r, h) in h.chunks_exact(self.shape[1]).enumerate() {
             let logits = self.naive_logits(h, weight);
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             lse[r] = max + logits.iter().fold(0.0, |sum, l| sum + (l - max).exp()).ln();
             logp[r] = logits[specs[2].indices[r] as usize] - lse[r];
+            entropy[r] = -logits.iter().fold(0.0, |sum, l| sum + (l - lse[r]).exp() * (l - lse[r]));
         }
     }
 
@@ -101,10 +105,12 @@ impl Case for HeadBackward {
     fn specs(&self) -> Vec<Spec> {
         let [rows, hidden, vocab] = self.head.shape;
         let forward = self.head.specs();
-        let lse = run(&Reference, &self.head, &forward).remove(5);
+        let made = run(&Reference, &self.head, &forward);
         let rest = [
-            Spec::input("lse", [rows, 1]).with(&lse).always_f32().per_row(),
+            Spec::input("lse", [rows, 1]).with(&made[5]).always_f32().per_row(),
             Spec::input("dlogp", [rows, 1]).always_f32().per_row(),
+            Spec::input("dentropy", [rows, 1]).always_f32().per_row(),
+            Spec::input("entropy", [rows, 1]).with(&made[6]).always_f32().per_row(),
             Spec::add("dh", [rows, hidden]).narrowed().per_row(),
             Spec::add("dweight", [vocab, hidden]).always_f32().narrowed(),
         ];
@@ -112,13 +118,15 @@ impl Case for HeadBackward {
     }
 
     fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
-        tensors!(t => h, weight, target, scratch, lse, dlogp, dh, dweight);
+        tensors!(t => h, weight, target, scratch, lse, dlogp, dentropy, entropy, dh, dweight);
         device.logprob_head_backward(logprob_head::Backward {
             h: h.view(),
             weight: weight.view(),
             target: target.view(),
             lse: lse.view(),
             dlogp: dlogp.view(),
+            dentropy: self.head.entropy.then(|| dentropy.view()),
+            entropy: self.head.entropy.then(|| entropy.view()),
             scratch: scratch.view_mut(),
             dh: dh.view_mut(),
             dweight: dweight.wanted(self.wanted),
@@ -126,12 +134,14 @@ impl Case for HeadBackward {
     }
 
     fn naive(&self, specs: &[Spec], t: &mut [Vec<f32>]) {
-        tensors!(t => h, weight, _target, _scratch, lse, dlogp, dh, dweight);
+        tensors!(t => h, weight, _target, _scratch, lse, dlogp, dentropy, entropy, dh, dweight);
         let hidden = self.head.shape[1];
         for (r, h) in h.chunks_exact(hidden).enumerate() {
             for (v, l) in self.head.naive_logits(h, weight).into_iter().enumerate() {
                 let hit = if specs[2].indices[r] as usize == v { 1.0 } else { 0.0 };
-                let dl = dlogp[r] * (hit - (l - lse[r]).exp());
+                let (ln_p, p) = (l - lse[r], (l - lse[r]).exp());
+                let dl = dlogp[r] * (hit - p);
+                let dl = if self.head.entropy { dl - dentropy[r] * p * (ln_p + entropy[r]) } else { dl };
                 for i in 0..hidden {
                     dh[r * hidden + i] += dl * weight[v * hidden + i];
                     dweight[v * hidden + i] += dl * h[i];
@@ -149,6 +159,8 @@ const PROMISES: [[usize; 3]; 3] = [[47, 123, 507], [252, 31, 1100], [1027, 5, 51
 
 pub fn forward<V: Visitor>(v: &mut V) {
     SHAPES.iter().for_each(|shape| v.close(&Head::new(*shape)));
+    let full = Head::new([47, 31, 600]);
+    v.unwanted(&full, &Head { entropy: false, ..full }, &["entropy"], &[false]);
     for shape in PROMISES {
         v.repeatable(&Head::new(shape));
         v.rows(&Head::new(shape));
@@ -159,6 +171,7 @@ pub fn forward<V: Visitor>(v: &mut V) {
 
 pub fn backward<V: Visitor>(v: &mut V) {
     SHAPES.iter().for_each(|shape| v.close(&HeadBackward::full(*shape)));
+    v.close(&HeadBackward { head: Head { entropy: false, ..Head::new([47, 31, 600]) }, wanted: true });
     for shape in PROMISES {
         v.repeatable(&HeadBackward::full(shape));
         v.rows(&HeadBackward::full(shape));
@@ -172,7 +185,7 @@ pub fn backward<V: Visitor>(v: &mut V) {
 
 pub fn logprob_head_takes_extreme_logits<D: Backend>(device: &D) {
     for logit in [1e4, -1e4] {
-        let case = Head { shape: [4, 1, 1100], scale: 1.0 };
+        let case = Head { shape: [4, 1, 1100], scale: 1.0, entropy: true };
         let mut specs = case.specs();
         // One entry stands `logit` away from all others, in the first, a middle or the last tile.
         for at in [0, 600, 1099] {
@@ -181,7 +194,8 @@ pub fn logprob_head_takes_extreme_logits<D: Backend>(device: &D) {
             weight[at] = logit;
             put(&mut specs, "weight", &weight);
             let (found, oracle) = (run(device, &case, &specs), run(&Reference, &case, &specs));
-            for (name, found, oracle) in [("logp", &found[4], &oracle[4]), ("lse", &found[5], &oracle[5])] {
+            for (i, name) in [(4, "logp"), (5, "lse"), (6, "entropy")] {
+                let (found, oracle) = (&found[i], &oracle[i]);
                 assert!(found.iter().all(|x| x.is_finite()), "{name}, {logit} at {at}: {found:?}");
                 // An ulp of 1e4 is 1e-3; the oracle itself is the straightforward evaluation here.
                 assert_close(&format!("{name}, {logit} at {at}"), found, oracle, oracle, 0.5_f64.powi(21));
