@@ -191,6 +191,7 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 scratch: scratch.view_mut(),
                 logp: logp.view_mut(),
                 lse: lse.view_mut(),
+                entropy: None,
             })
         });
         let dlogp = bench.tensor(DType::F32, rows, 1);
@@ -203,6 +204,8 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 target: target.view(),
                 lse: lse.view(),
                 dlogp: dlogp.view(),
+                dentropy: None,
+                entropy: None,
                 scratch: scratch.view_mut(),
                 dh: dh.view_mut(),
                 dweight: Some(dweight.view_mut()),

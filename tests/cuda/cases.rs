@@ -111,7 +111,7 @@ fn head_in_a_small_workspace(cuda: &Cuda) {
     for workspace_bytes in [8 << 10, 4 << 10] {
         compare(&with(workspace_bytes), &forward);
     }
-    for workspace_bytes in [3 << 20, 3 << 19] {
+    for workspace_bytes in [9 << 18, 9 << 17] {
         compare(&with(workspace_bytes), &backward);
     }
     let why = refusal(&with(1 << 10), &backward, &specs_on(cuda, &backward)).map(|e| e.to_string());
