@@ -45,6 +45,7 @@ fn command(run: &Run) -> Result<Command, String> {
     let executable = env::current_exe().map_err(|e| e.to_string())?;
     let mut command = Command::new(executable);
     command.env(CASE, run.case).env(MODE, run.mode.to_string()).env("CUVEE_EMULATOR_SEED", run.seed.to_string());
+    command.env("RUST_BACKTRACE", "0");
     if let Some(library) = run.library {
         command.env("LD_LIBRARY_PATH", library);
     }

@@ -21,8 +21,8 @@ const RACE: &str = include_str!("emulator/race.cpp");
 const MOCK: &str = include_str!("emulator/mock.cpp");
 const BUGS: &str = include_str!("emulator/bugs.cu");
 const FLAGS: &[&str] =
-    &["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
-const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions"];
+    &["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
+const KERNEL_FLAGS: &[&str] = &["-DCUVEE_EMULATOR", "-w", "-fno-exceptions", "-fno-optimize-sibling-calls"];
 /// Lines of a compiler's message that are shown.
 const SHOWN: usize = 30;
 
@@ -36,7 +36,7 @@ pub struct Source {
 
 impl Source {
     fn host(name: &str, text: &str) -> Self {
-        Self { name: name.into(), text: text.into(), is_kernel: false }
+        Self { name: name.into(), text: format!("#line 1 \"{name}\"\n{text}"), is_kernel: false }
     }
 }
 
@@ -219,21 +219,20 @@ pub fn build(mode: Mode, kernels: &[Source]) -> Result<PathBuf, String> {
     compile_all(compiler, &missing)?;
     let names: Vec<&str> = jobs.iter().map(|job| job.object.to_str().unwrap()).collect();
     let folder = cache().join(format!("{mode}-{}", hash(&names)));
-    if folder.join("libcuda.so").exists() {
+    if folder.join("libcuda.so").is_symlink() {
         return Ok(folder);
     }
     fs::create_dir_all(&folder).map_err(io)?;
-    // cudarc looks for the first name, our own probe for the second.
-    for library in ["libcuda.so.1", "libcuda.so"] {
-        appear(&folder.join(library), |temporary| {
-            let mut arguments: Vec<&OsStr> = ["-shared", "-Wl,-soname,libcuda.so.1", "-o"].map(OsStr::new).to_vec();
-            arguments.push(temporary.as_os_str());
-            arguments.extend(link_flags(mode).iter().map(OsStr::new));
-            arguments.extend(names.iter().map(OsStr::new));
-            arguments.extend(["-ldl", "-pthread"].map(OsStr::new));
-            run_compiler(compiler, "libcuda", &arguments, "")
-        })?;
-    }
+    appear(&folder.join("libcuda.so.1"), |temporary| {
+        let mut arguments: Vec<&OsStr> = ["-shared", "-Wl,-soname,libcuda.so.1", "-o"].map(OsStr::new).to_vec();
+        arguments.push(temporary.as_os_str());
+        arguments.extend(link_flags(mode).iter().map(OsStr::new));
+        arguments.extend(names.iter().map(OsStr::new));
+        arguments.extend(["-ldl", "-pthread"].map(OsStr::new));
+        run_compiler(compiler, "libcuda", &arguments, "")
+    })?;
+    // The same file, or it would be loaded twice: probe opens the first name, cudarc the second.
+    std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).map_err(io)?;
     Ok(folder)
 }
 

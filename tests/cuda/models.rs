@@ -151,6 +151,7 @@ fn fixtures() -> impl Iterator<Item = Case> {
     folders.into_iter().map(|folder| Case {
         name: format!("fixture::{}", folder.file_name().unwrap().to_str().unwrap()),
         modes: &[Mode::Plain, Mode::Real],
+        bug: None,
         body: Body::Alone(Box::new(move || {
             let checkpoint = Checkpoint::open(&folder).unwrap();
             let expected = Expected::read(&folder).unwrap_or_else(|e| panic!("{e:?}"));
@@ -167,6 +168,7 @@ pub fn all() -> Vec<Case> {
                 cases.push(Case {
                     name: format!("model::{name}::{what}::{storage}"),
                     modes: &[Mode::Plain, Mode::Real],
+                    bug: None,
                     body: Body::Alone(Box::new(move || run(name, dtype))),
                 });
             }

@@ -144,6 +144,7 @@ static const Launch *launched;
 static unsigned threads, done, at_barrier;
 static std::string failure;
 static const void *failure_pc;
+static bool failure_has_place;
 static uint64_t random_state;
 static void *scheduler_pointer, *scheduler_fake_stack;
 static void *scheduler_bottom;
@@ -270,7 +271,7 @@ static void wait() {
 
 static void meet(Warp &warp, size_t which);
 
-static void finish(Fibre &fibre) {
+static __attribute__((noinline)) void finish(Fibre &fibre) {
   fibre.state = State::DONE;
   done++;
   if (!fibre.copies.empty() && failure.empty()) failure = "a thread ends with asynchronous copies that nobody waited for";
@@ -281,7 +282,8 @@ static void finish(Fibre &fibre) {
   }
 }
 
-static void fibre_main() {
+// Never returns, so that AddressSanitizer must not mark its frame on a stack that the next fibre gets.
+static __attribute__((no_sanitize("address"))) void fibre_main() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
   for (;;) {
     launched->entry->run(launched->arguments);
@@ -328,6 +330,7 @@ static void note(Place here, const std::string &text, const void *pc = nullptr) 
   if (!failure.empty()) return;
   failure = std::string(here.file) + ":" + std::to_string(here.line) + ": " + text;
   failure_pc = pc;
+  failure_has_place = true;
 }
 
 void fail_with(std::string message) {
@@ -347,7 +350,8 @@ void fail(Place here, const char *format, ...) {
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   failure_pc = static_cast<Fibre *>(current)->pc;
-  fail_with(std::string(here.file) + ":" + std::to_string(here.line) + ": " + text);
+  failure_has_place = here.file != nullptr;
+  fail_with(failure_has_place ? std::string(here.file) + ":" + std::to_string(here.line) + ": " + text : text);
 }
 
 // A kernel that reads or writes what is not there.
@@ -360,14 +364,14 @@ static void on_signal(int, siginfo_t *info, void *context) {
   const char *at = static_cast<char *>(info->si_addr);
   const bool overflow = at >= fibre.stack - PAGE && at < fibre.stack;
   fibre.pc = reinterpret_cast<const void *>(static_cast<ucontext_t *>(context)->uc_mcontext.gregs[REG_RIP] + 1);
-  if (overflow) fail({"kernel", 0}, "a thread needs more than %zu bytes of stack", STACK);
+  if (overflow) fail({nullptr, 0}, "a thread needs more than %zu bytes of stack", STACK);
   const auto after = allocations.upper_bound(const_cast<char *>(at));
-  if (at == nullptr) fail({"kernel", 0}, "access through a null pointer, or sixteen bytes that are not aligned");
+  if (at == nullptr) fail({nullptr, 0}, "access through a null pointer, or sixteen bytes that are not aligned");
   if (at >= range && at < range + RANGE_BYTES && after != allocations.begin()) {
     const auto before = std::prev(after);
-    fail({"kernel", 0}, "access %zd bytes behind the start of an allocation of %zu", at - before->first, before->second);
+    fail({nullptr, 0}, "access %zd bytes behind the start of an allocation of %zu", at - before->first, before->second);
   }
-  fail({"kernel", 0}, "access to memory that is not there, at %p", static_cast<const void *>(at));
+  fail({nullptr, 0}, "access to memory that is not there, at %p", static_cast<const void *>(at));
 }
 
 static void catch_signals() {
@@ -435,17 +439,17 @@ static void release_barrier() {
 }
 
 static void report_deadlock() {
-  std::string text = "deadlock:";
-  const Fibre *last = nullptr;
+  std::map<std::string, unsigned> waiting;
   Place place = {"kernel", 0};
   for (unsigned i = 0; i < threads; i++) {
     const Fibre &fibre = fibres[i];
-    if (fibre.state == State::DONE || (last && last->what == fibre.what && last->where.line == fibre.where.line)) continue;
-    if (last == nullptr) place = fibre.where;
-    last = &fibre;
-    text += " from thread " + std::to_string(i) + " on at " + fibre.what + ", " + fibre.where.file + ":" + std::to_string(fibre.where.line) + ";";
+    if (fibre.state == State::DONE) continue;
+    place = fibre.where;
+    waiting[std::string(fibre.what) + " of " + place.file + ":" + std::to_string(place.line)]++;
   }
-  note(place, text);
+  std::string text = "deadlock:";
+  for (const auto &entry : waiting) text += " " + std::to_string(entry.second) + " threads wait at " + entry.first + ";";
+  note(place, text + " " + std::to_string(done) + " have ended");
 }
 
 // ---- collectives -------------------------------------------------------------------------------------------------------
@@ -743,6 +747,7 @@ std::string run(const Launch &launch) {
   threads = block_size.x * block_size.y * block_size.z;
   failure.clear();
   failure_pc = nullptr;
+  failure_has_place = true;
   race_launch();
   const uint64_t blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
   for (uint64_t i = 0; i < blocks && failure.empty(); i++) {
@@ -751,8 +756,13 @@ std::string run(const Launch &launch) {
     run_block();
   }
   if (failure.empty()) return failure;
-  const std::string lines = failure_pc ? " (" + lines_of(failure_pc) + ")" : "";
-  return failure + lines + " in " + launch.entry->name;
+  if (failure_pc != nullptr) {
+    const std::string lines = lines_of(failure_pc);
+    const bool says_more = lines.find('<') != std::string::npos;
+    if (!failure_has_place) failure = lines + ": " + failure;
+    else if (says_more) failure += " (" + lines + ")";
+  }
+  return failure + " in " + launch.entry->name;
 }
 
 }  // namespace emulator
