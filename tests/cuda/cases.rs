@@ -5,7 +5,7 @@ use std::env;
 use cuvee::device::cuda::Options;
 use cuvee::device::{Cuda, DType, Device};
 
-use crate::common::case::Case as OpCase;
+use crate::common::case::{Case as OpCase, refusal, specs_on};
 use crate::common::checks::{
     compare, flops, nan_surfaces, same_again, same_for_some_rows, twice_is_double, unwanted_stay,
     wrong_shapes_are_refused,
