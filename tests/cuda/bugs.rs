@@ -38,7 +38,7 @@ const BUGS: &[(&str, &[Mode], &str)] = &[
     ("write_past_the_end", ASAN, "use-after-poison"),
     ("read_past_the_end", UNSANITIZED, "behind the start of an allocation of 16384"),
     ("read_past_the_end", ASAN, "use-after-poison"),
-    ("shared_past_the_end", ASAN, "use-after-poison"),
+    ("shared_past_the_end", ASAN, "index 256 out of bounds"),
     ("shared_past_the_end", RACE, "read of what nobody wrote"),
     ("dynamic_past_the_end", ASAN, "use-after-poison"),
     ("local_past_the_end", ASAN, "index 8 out of bounds"),

@@ -366,7 +366,7 @@ static void on_signal(int, siginfo_t *info, void *context) {
   fibre.pc = reinterpret_cast<const void *>(static_cast<ucontext_t *>(context)->uc_mcontext.gregs[REG_RIP] + 1);
   if (overflow) fail({nullptr, 0}, "a thread needs more than %zu bytes of stack", STACK);
   const auto after = allocations.upper_bound(const_cast<char *>(at));
-  if (at == nullptr) fail({nullptr, 0}, "access through a null pointer, or sixteen bytes that are not aligned");
+  if (reinterpret_cast<uintptr_t>(at) < 65536) fail({nullptr, 0}, "access through a null pointer, or sixteen bytes that are not aligned");
   if (at >= range && at < range + RANGE_BYTES && after != allocations.begin()) {
     const auto before = std::prev(after);
     fail({nullptr, 0}, "access %zd bytes behind the start of an allocation of %zu", at - before->first, before->second);
