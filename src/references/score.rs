@@ -1,5 +1,5 @@
 use crate::data::{self, Example, Extent, Packing};
-use crate::device::{Arena, DType, Device, Dry, Ledger};
+use crate::device::{Arena, DType, Device, Dry, Ledger, range};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options};
 use crate::ops::Backend;
@@ -40,6 +40,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
         packing: Packing,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<Vec<f32>>>> {
+        let _range = range(c"score");
         let mut all = Vec::with_capacity(examples.len());
         for (range, host) in packing.batches(examples) {
             self.batch.load(self.device, &host)?;

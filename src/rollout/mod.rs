@@ -3,7 +3,7 @@
 //! training uses. A sample's text depends on its seed and index alone, never on what is generated beside it.
 
 use crate::data::Extent;
-use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor};
+use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, range};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Keep, KvCache, Model, Spec};
 use crate::ops::Backend;
@@ -98,6 +98,7 @@ pub fn plan(storage: DType, spec: &Spec, request: &Request) -> Ledger {
 
 /// Completions of one prompt. The model's rotation table must reach `prompt + max_new_tokens`.
 pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> Result<Vec<Completion>> {
+    let _range = range(c"generate");
     if request.prompt.is_empty() {
         let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
         return Err(Error::option("--prompt", detail));

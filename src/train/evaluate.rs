@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::policy::Policy;
 use super::step::{append, finite_logps, stats};
 use crate::data::{Example, Packing};
+use crate::device::range;
 use crate::error::{Error, Result};
 use crate::objectives::{Objective, Stats, Totals};
 use crate::ops::Backend;
@@ -84,6 +85,7 @@ pub fn evaluate<B: Backend>(
     held_out: &HeldOut,
     done: &mut dyn FnMut(usize),
 ) -> Result<Measured> {
+    let _range = range(c"evaluate");
     let HeldOut { examples, ref_logps, packing, step } = *held_out;
     let needs = objective.needs();
     let refs: Vec<&Example> = examples.iter().collect();

@@ -1,7 +1,7 @@
 //! The trained model with everything a step needs.
 
 use crate::data::{self, Extent};
-use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View};
+use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range};
 use crate::error::Result;
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Spec};
 use crate::ops::{Backend, sum_squares};
@@ -73,6 +73,7 @@ impl Blueprint<'_> {
 impl<B: Backend> Policy<B> {
     /// Log-probabilities of the batch's targets, nats.
     pub fn forward(&mut self, device: &B, host: &data::Batch) -> Result<Vec<f32>> {
+        let _range = range(c"forward");
         let pass = match &mut self.pass {
             Some(pass) => pass,
             None => {
@@ -95,15 +96,18 @@ impl<B: Backend> Policy<B> {
 
     /// Adds to the gradients; of the batch that `forward` saw last.
     pub fn backward(&mut self, device: &B, dlogp: &[f64]) -> Result<()> {
+        let _range = range(c"backward");
         let pass = self.pass.as_mut().expect("a backward follows its forward");
         self.model.backward(device, &pass.batch, dlogp, &mut pass.acts)
     }
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {
+        let _range = range(c"gradient norm");
         self.optimizer.grad_norm(device, &self.model.params_mut())
     }
 
     pub fn update(&mut self, device: &B, step: u64, learning_rate: f64, norm: f64) -> Result<()> {
+        let _range = range(c"update");
         self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)
     }
 

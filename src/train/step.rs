@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::policy::Policy;
 use crate::data::{self, Example, Packing};
+use crate::device::range;
 use crate::error::{Error, Result};
 use crate::objectives::{Grads, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::ops::Backend;
@@ -100,6 +101,7 @@ pub fn step<B: Backend>(
     step: u64,
     learning_rate: f64,
 ) -> Result<StepResult> {
+    let _range = range(c"step");
     let micros: Vec<Micro> = packing.batches(batch.examples).map(|(examples, host)| Micro { host, examples }).collect();
     policy.model.zero_grads(device)?;
     let pass = Pass { objective, batch, needs: objective.needs(), step };

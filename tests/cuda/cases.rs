@@ -7,7 +7,7 @@ use cuvee::device::{Cuda, DType, Device};
 
 use crate::common::case::{Case as OpCase, refusal, specs_on};
 use crate::common::checks::{
-    compare, flops, nan_surfaces, same_again, same_for_some_rows, twice_is_double, unwanted_stay,
+    compare, flops, nan_surfaces, same_again, same_elsewhere, same_for_some_rows, twice_is_double, unwanted_stay,
     wrong_shapes_are_refused,
 };
 use crate::common::ops::head::{Head, HeadBackward};
@@ -38,6 +38,11 @@ impl<'a> OnCuda<'a> {
         Self { cuda, all, most_flops: if all { MOST_FLOPS } else { MOST_FLOPS_WATCHED } }
     }
 
+    /// cuBLASLt's kernel, and with it the order of its sums, depends on the number of rows and on alignment.
+    fn has_one_order(&self) -> bool {
+        !self.cuda.arithmetic().ends_with("cublaslt")
+    }
+
     fn takes<C: OpCase>(&self, case: &C) -> bool {
         flops(self.storage(), case) <= self.most_flops
     }
@@ -57,12 +62,14 @@ impl Visitor for OnCuda<'_> {
     fn repeatable<C: OpCase>(&mut self, case: &C) {
         if self.takes(case) {
             same_again(self.cuda, case);
+            if self.has_one_order() {
+                same_elsewhere(self.cuda, case);
+            }
         }
     }
 
     fn rows<C: OpCase>(&mut self, case: &C) {
-        // cuBLASLt's kernel, and with it the order of its sums, depends on the number of rows.
-        if self.all && !self.cuda.arithmetic().ends_with("cublaslt") {
+        if self.all && self.has_one_order() {
             same_for_some_rows(self.cuda, case);
         }
     }

@@ -22,6 +22,7 @@ mod driver;
 mod fixtures;
 mod models;
 mod mutate;
+mod program;
 
 use std::env;
 use std::fmt;
@@ -116,7 +117,7 @@ impl Case {
 }
 
 fn all_cases() -> Vec<Case> {
-    cases::all().into_iter().chain(models::all()).chain(bugs::all()).collect()
+    cases::all().into_iter().chain(models::all()).chain(program::all()).chain(bugs::all()).collect()
 }
 
 /// Why the mode cannot run on this machine.

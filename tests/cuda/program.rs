@@ -160,6 +160,11 @@ fn looks_around() {
 pub fn all() -> Vec<Case> {
     let cases: [(&str, fn()); 4] =
         [("train", trains), ("resume", resumes), ("score", scores_and_generates), ("look", looks_around)];
-    let case = |(name, run)| Case { name: format!("program::{name}"), modes: MODES, body: Body::Alone(Box::new(run)) };
+    let case = |(name, run)| Case {
+        name: format!("program::{name}"),
+        modes: MODES,
+        bug: None,
+        body: Body::Alone(Box::new(run)),
+    };
     cases.into_iter().map(case).collect()
 }

@@ -11,8 +11,8 @@ use cuvee::ops::{Backend, sum_squares};
 
 use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, run, slots, specs_on, zero};
 use crate::common::checks::{
-    self, assert_same_bits, compare, largest, largest_difference, nan_surfaces, same_again, same_for_some_rows,
-    twice_is_double, unwanted_stay, wrong_shapes_are_refused,
+    self, assert_same_bits, compare, largest, largest_difference, nan_surfaces, same_again, same_elsewhere,
+    same_for_some_rows, twice_is_double, unwanted_stay, wrong_shapes_are_refused,
 };
 use crate::common::ops::activations::{self, CURVES, Gelu, GeluBackward, SwiGlu, SwiGluBackward};
 use crate::common::ops::attention::{self, Attention, AttentionBackward, dims, forest};
@@ -63,6 +63,7 @@ impl Visitor for Promises {
     /// Nor must threads and instruction sets change a bit.
     fn repeatable<C: Case>(&mut self, case: &C) {
         same_again(&cpu(), case);
+        same_elsewhere(&cpu(), case);
         for family in families() {
             let specs = specs_on(&family[0].1, case);
             let expected = run(&family[0].1, case, &specs);

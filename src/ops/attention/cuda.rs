@@ -2,7 +2,7 @@ use half::bf16;
 
 use super::{Attention, Backward, Dims, Forward};
 use crate::device::cuda::{Element, Grid, Out, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::{Error, Result};
 
 /// Rows of a block, as `kernels/attention.cuh` has it.
@@ -129,6 +129,7 @@ fn backward<T: Element>(cuda: &Cuda, a: Backward<Cuda>) -> Result<()> {
 
 impl Attention for Cuda {
     fn attention(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"attention");
         a.check()?;
         match a.q.dtype() {
             DType::Bf16 => forward::<bf16>(self, a),
@@ -137,6 +138,7 @@ impl Attention for Cuda {
     }
 
     fn attention_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"attention_backward");
         a.check()?;
         match a.q.dtype() {
             DType::Bf16 => backward::<bf16>(self, a),

@@ -2,11 +2,12 @@ use half::bf16;
 
 use super::{Backward, Curve, Forward, Gelu};
 use crate::device::cuda::{Element, Grid, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 
 impl Gelu for Cuda {
     fn gelu(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"gelu");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => forward::<bf16>(self, a),
@@ -15,6 +16,7 @@ impl Gelu for Cuda {
     }
 
     fn gelu_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"gelu_backward");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => backward::<bf16>(self, a),

@@ -2,13 +2,14 @@ use half::bf16;
 
 use super::{Backward, Forward, LayerNorm};
 use crate::device::cuda::{Element, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 use crate::ops::columns::Chunks;
 use crate::ops::norm;
 
 impl LayerNorm for Cuda {
     fn layer_norm(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"layer_norm");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => forward::<bf16>(self, a),
@@ -17,6 +18,7 @@ impl LayerNorm for Cuda {
     }
 
     fn layer_norm_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"layer_norm_backward");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => backward::<bf16>(self, a),

@@ -2,7 +2,7 @@ use half::bf16;
 
 use super::{Backward, Dims, Forward, Linear};
 use crate::device::cuda::{Element, In, Operand, Product};
-use crate::device::{Cuda, DType, ViewMut};
+use crate::device::{Cuda, DType, ViewMut, range};
 use crate::error::{Error, Result};
 use crate::ops::columns;
 
@@ -52,6 +52,7 @@ fn unknown(op: &'static str, from: DType, to: DType) -> Error {
 
 impl Linear for Cuda {
     fn linear(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"linear");
         let d = a.check()?;
         match (a.x.dtype(), a.y.dtype()) {
             (DType::F32, DType::F32) => forward::<f32, f32>(self, a, d),
@@ -62,6 +63,7 @@ impl Linear for Cuda {
     }
 
     fn linear_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"linear_backward");
         let d = a.check()?;
         match a.dy.dtype() {
             DType::F32 => backward::<f32>(self, a, d),

@@ -2,7 +2,7 @@ use half::bf16;
 
 use super::{Backward, Dims, Forward, LogprobHead};
 use crate::device::cuda::{Element, Grid, In, Operand, Out, Product, kernels};
-use crate::device::{ALIGN_BYTES, Cuda, DType};
+use crate::device::{ALIGN_BYTES, Cuda, DType, range};
 use crate::error::{Error, Result};
 
 /// Rows and vocabulary entries of a block's tile of logits, its shared memory, and the row tiles that share weights in L2.
@@ -164,6 +164,7 @@ fn unknown(op: &'static str, dtype: DType) -> Error {
 
 impl LogprobHead for Cuda {
     fn logprob_head(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"logprob_head");
         let d = a.check()?;
         match a.h.dtype() {
             DType::F32 => forward::<f32>(self, d, a),
@@ -173,6 +174,7 @@ impl LogprobHead for Cuda {
     }
 
     fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"logprob_head_backward");
         let d = a.check()?;
         match a.h.dtype() {
             DType::F32 => backward::<f32>(self, d, a),

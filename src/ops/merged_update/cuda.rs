@@ -1,10 +1,11 @@
 use super::{Args, MergedUpdate, Rule};
-use crate::device::Cuda;
 use crate::device::cuda::{Grid, Out, kernels};
+use crate::device::{Cuda, range};
 use crate::error::Result;
 
 impl MergedUpdate for Cuda {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
+        let _range = range(c"merged_update");
         a.check()?;
         let Rule::AdamW { .. } = a.step.rule;
         let (n, s) = (a.grad.len(), a.step.scalars());

@@ -2,13 +2,14 @@ use half::bf16;
 
 use super::{Backward, Forward, RmsNorm};
 use crate::device::cuda::{Element, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 use crate::ops::columns::Chunks;
 use crate::ops::norm;
 
 impl RmsNorm for Cuda {
     fn rms_norm(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"rms_norm");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => forward::<bf16>(self, a),
@@ -17,6 +18,7 @@ impl RmsNorm for Cuda {
     }
 
     fn rms_norm_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"rms_norm_backward");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => backward::<bf16>(self, a),

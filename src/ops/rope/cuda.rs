@@ -2,11 +2,12 @@ use half::bf16;
 
 use super::{Direction, Rope, Rotate};
 use crate::device::cuda::{Element, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 
 impl Rope for Cuda {
     fn rope(&self, a: Rotate<Self>) -> Result<()> {
+        let _range = range(c"rope");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => rotate::<bf16>(self, a),

@@ -2,11 +2,12 @@ use half::bf16;
 
 use super::{Gather, GatherAdd, GatherBackward, Rows, Scatter, check};
 use crate::device::cuda::{Element, In, Out, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 
 impl Rows for Cuda {
     fn gather(&self, a: Gather<Self>) -> Result<()> {
+        let _range = range(c"gather");
         check("gather", a.y.shape(), a.x.shape(), a.index.shape())?;
         let shape = a.y.shape();
         let (from, to) = (a.index.input(), In::null());
@@ -17,6 +18,7 @@ impl Rows for Cuda {
     }
 
     fn gather_add(&self, a: GatherAdd<Self>) -> Result<()> {
+        let _range = range(c"gather_add");
         check("gather_add", a.y.shape(), a.x.shape(), a.index.shape())?;
         let shape = a.y.shape();
         let (from, to) = (a.index.input(), In::null());
@@ -27,6 +29,7 @@ impl Rows for Cuda {
     }
 
     fn gather_backward(&self, a: GatherBackward<Self>) -> Result<()> {
+        let _range = range(c"gather_backward");
         check("gather_backward", a.dy.shape(), a.dx.shape(), a.index.shape())?;
         match (a.dy.dtype(), a.dx.dtype()) {
             (DType::Bf16, DType::Bf16) => add::<bf16, bf16>(self, a),
@@ -36,6 +39,7 @@ impl Rows for Cuda {
     }
 
     fn scatter(&self, a: Scatter<Self>) -> Result<()> {
+        let _range = range(c"scatter");
         check("scatter", a.x.shape(), a.y.shape(), a.index.shape())?;
         let shape = a.x.shape();
         let (from, to) = (In::null(), a.index.input());

@@ -1,6 +1,6 @@
 use super::{Args, Sample};
-use crate::device::Cuda;
 use crate::device::cuda::{Grid, kernels};
+use crate::device::{Cuda, range};
 use crate::error::Result;
 
 /// Masses of 64 bits that a block counts while it searches a nucleus: one for each thread and value of four bits.
@@ -8,6 +8,7 @@ const COLUMNS_BYTES: usize = 16 * kernels::Sample::THREADS as usize * size_of::<
 
 impl Sample for Cuda {
     fn sample(&self, a: Args<Self>) -> Result<()> {
+        let _range = range(c"sample");
         a.check()?;
         let ([rows, vocab], share) = (a.logits.shape(), a.sampling.share());
         let searches = share != u64::MAX && a.sampling.temperature as f32 != 0.0;

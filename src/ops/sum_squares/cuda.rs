@@ -2,7 +2,7 @@ use half::bf16;
 
 use super::{Args, SumSquares};
 use crate::device::cuda::{Element, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 
 /// Elements of one block: `SUM_CHUNK` of `sum_squares.cu`.
@@ -10,6 +10,7 @@ const CHUNK: usize = 16384;
 
 impl SumSquares for Cuda {
     fn sum_squares(&self, a: Args<Self>) -> Result<()> {
+        let _range = range(c"sum_squares");
         a.check()?;
         match a.x.dtype() {
             DType::Bf16 => sum::<bf16>(self, a),

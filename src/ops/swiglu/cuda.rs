@@ -2,11 +2,12 @@ use half::bf16;
 
 use super::{Backward, Forward, SwiGlu};
 use crate::device::cuda::{Element, Grid, kernels};
-use crate::device::{Cuda, DType};
+use crate::device::{Cuda, DType, range};
 use crate::error::Result;
 
 impl SwiGlu for Cuda {
     fn swiglu(&self, a: Forward<Self>) -> Result<()> {
+        let _range = range(c"swiglu");
         a.check()?;
         match a.gate.dtype() {
             DType::Bf16 => forward::<bf16>(self, a),
@@ -15,6 +16,7 @@ impl SwiGlu for Cuda {
     }
 
     fn swiglu_backward(&self, a: Backward<Self>) -> Result<()> {
+        let _range = range(c"swiglu_backward");
         a.check()?;
         match a.gate.dtype() {
             DType::Bf16 => backward::<bf16>(self, a),
