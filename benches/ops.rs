@@ -204,7 +204,9 @@ fn bench_head(c: &mut Criterion) {
         measure(&mut group, format!("forward {shape}"), flop(product), || {
             let (h, weight, target, scratch) = (h.view(), weight.view(), target.view(), scratch.view_mut());
             let (logp, lse) = (logp.view_mut(), lse.view_mut());
-            b.cpu.logprob_head(logprob_head::Forward { h, weight, target, scratch, logp, lse }).expect("shapes fit");
+            b.cpu
+                .logprob_head(logprob_head::Forward { h, weight, target, scratch, logp, lse, entropy: None })
+                .expect("shapes fit");
         });
         measure(&mut group, format!("backward {shape}"), flop(3 * product), || {
             let arguments = logprob_head::Backward {
@@ -213,6 +215,8 @@ fn bench_head(c: &mut Criterion) {
                 target: target.view(),
                 lse: lse.view(),
                 dlogp: dlogp.view(),
+                dentropy: None,
+                entropy: None,
                 scratch: scratch.view_mut(),
                 dh: dh.view_mut(),
                 dweight: Some(dweight.view_mut()),

@@ -96,7 +96,9 @@ struct Rows {
   }
   __device__ __forceinline__ unsigned position_of(unsigned r) const { return position + r / group; }
 };
-__device__ __forceinline__ Rows rows_of(const Segment &s, unsigned group) { return {group, s.query_start, s.position + s.len - s.queries}; }
+__device__ __forceinline__ Rows rows_of(const Segment &s, unsigned group) {
+  return {group, s.query_start, s.position + s.len - s.queries};
+}
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -173,7 +175,8 @@ __device__ __forceinline__ void quarantine(Acc<16, COLS> &acc, T *tile, Sees see
 // Writes this warp's rows times their factors, `row(i)` being where row i of the sixteen goes, if anywhere. They pass through
 // `shared`, rows of a tile that no other warp reads.
 template <int COLS, class T, class Row>
-__device__ __forceinline__ void store_rows(const Acc<16, COLS> &acc, const float (&factor)[2], T *shared, unsigned cols, bool vectors, Row row) {
+__device__ __forceinline__ void store_rows(const Acc<16, COLS> &acc, const float (&factor)[2], T *shared, unsigned cols, bool vectors,
+                                           Row row) {
   constexpr int LD = Tiles<T, COLS>::LD, W = Pack<T>::N, CHUNKS = COLS / W;
   __syncwarp();
 #pragma unroll
@@ -197,7 +200,9 @@ __device__ __forceinline__ void store_rows(const Acc<16, COLS> &acc, const float
 }
 
 // Rows of a tensor with so many elements each start at 16-byte boundaries.
-template <class T> __device__ __forceinline__ bool by_vectors(const T *p, unsigned head_dim) { return aligned16(p) && head_dim % Pack<T>::N == 0; }
+template <class T> __device__ __forceinline__ bool by_vectors(const T *p, unsigned head_dim) {
+  return aligned16(p) && head_dim % Pack<T>::N == 0;
+}
 
 // ---- what a block of queries knows --------------------------------------------------------------------------------------
 
@@ -209,7 +214,7 @@ struct Queries {
   unsigned from, end;
   unsigned mine[2], position[2];
 
-  __device__ __forceinline__ bool find(Path &path, const unsigned *segments, unsigned n, unsigned group, unsigned window_) {
+  __device__ __forceinline__ bool find(Path &path, const unsigned *segments, unsigned n, unsigned group, unsigned most) {
     path.table = reinterpret_cast<const Segment *>(segments);
     const auto tiles = [&](unsigned i) { return (path.table[i].queries * group + ROWS - 1) / ROWS; };
     Place place;
@@ -218,7 +223,7 @@ struct Queries {
     // The last tile first: it sees the most.
     first = (tiles(place.segment) - 1 - place.tile) * ROWS;
     count = min(s.queries * group - first, static_cast<unsigned>(ROWS));
-    rows = rows_of(s, group), window = window_;
+    rows = rows_of(s, group), window = most;
     end = rows.position_of(first + count - 1) + 1;
     const unsigned lowest = rows.position_of(first);
     from = lowest + 1 > window ? lowest + 1 - window : 0;
@@ -238,9 +243,12 @@ struct Queries {
   }
   __device__ __forceinline__ bool sees(int h, unsigned key) const { return position[h] - key < window; }
   // Row i of the block in a tensor of (query row, head), if it is there.
-  template <class T> __device__ __forceinline__ T *in(T *x, unsigned i, unsigned head_dim) const { return i < count ? x + rows.at(first + i) * head_dim : nullptr; }
+  template <class T> __device__ __forceinline__ T *in(T *x, unsigned i, unsigned head_dim) const {
+    return i < count ? x + rows.at(first + i) * head_dim : nullptr;
+  }
   // The key at a position, if any row sees it.
-  template <class T> __device__ __forceinline__ const T *key_in(const T *x, const Path &path, unsigned at, unsigned head_dim) const {
+  template <class T>
+  __device__ __forceinline__ const T *key_in(const T *x, const Path &path, unsigned at, unsigned head_dim) const {
     if (at < from || at >= end) return nullptr;
     return x + (static_cast<unsigned long long>(key_row(path, at)) * gridDim.y + blockIdx.y) * head_dim;
   }

@@ -1,6 +1,7 @@
-"""DPO of SmolLM2-135M-Instruct with TRL's DPOTrainer on the CPU: losses, gradient norms, seconds and memory of each step.
+"""DPO of SmolLM2-135M-Instruct with TRL's DPOTrainer: losses, gradient norms, seconds and memory of each step.
 
     python benches/peers/trl_smollm2.py MODEL_DIR PAIRS.jsonl OUT.jsonl [--steps 5] [--mode live|precomputed|bf16]
+        [--device cpu|cuda] [--liger]
 
 live         f32, the reference runs in every step (TRL's default)
 precomputed  f32, the reference is scored before training (precompute_ref_log_probs)
@@ -18,10 +19,13 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_SILENCE="1")
+os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
+if "cuda" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -33,6 +37,8 @@ parser.add_argument("pairs")
 parser.add_argument("out")
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--mode", choices=["live", "precomputed", "bf16"], default="live")
+parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+parser.add_argument("--liger", action="store_true", help="with Liger's kernels, on a GPU")
 a = parser.parse_args()
 torch.set_num_threads(os.cpu_count())
 
@@ -61,7 +67,8 @@ timed = Timed()
 with tempfile.TemporaryDirectory() as d:
     args = DPOConfig(
         output_dir=d, max_steps=a.steps, per_device_train_batch_size=4, learning_rate=1e-6, lr_scheduler_type="linear",
-        max_grad_norm=1.0, beta=0.1, loss_type=["sigmoid"], max_length=512, logging_steps=1, report_to=[], use_cpu=True,
+        max_grad_norm=1.0, beta=0.1, loss_type=["sigmoid"], max_length=512, logging_steps=1, report_to=[], use_cpu=a.device == "cpu",
+        use_liger_kernel=a.liger,
         bf16=False, fp16=False, save_strategy="no", gradient_checkpointing=False, seed=42, disable_tqdm=True,
         precompute_ref_log_probs=a.mode == "precomputed",
     )

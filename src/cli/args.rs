@@ -2,12 +2,14 @@
 //! belong together are structs of their own, flattened into the subcommands that use them.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::{needs, recipe};
+use crate::device::DType;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -79,6 +81,7 @@ Takes the recipe and flags of `cuvee train`: write plan for train in the command
 Examples:
   cuvee plan recipes/quickstart.toml
   cuvee plan recipes/quickstart.toml --ram auto
+  cuvee plan recipes/quickstart.toml --device cuda --dtype bf16 --vram 24GiB
   cuvee plan --objective sigmoid --beta 0.1 --model DIR --max-length 4096 --recompute --json"
 )]
 pub struct PlanArgs {
@@ -94,9 +97,10 @@ pub struct PlanArgs {
     /// auto = what is available here. What is given beside it stays as it is
     #[arg(long, value_name = "SIZE|auto", value_parser = ram, help_heading = "Limit")]
     pub ram: Option<Ram>,
-    /// The same for the memory of a device alone, without what the program itself takes
-    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "ram", help_heading = "Limit")]
-    pub vram: Option<usize>,
+    /// The same for the memory of the GPU, or of the tensors on a CPU; auto = what is free on the GPU. With --device cuda
+    /// a run can be planned where there is no GPU
+    #[arg(long, value_name = "SIZE|auto", value_parser = ram, conflicts_with = "ram", help_heading = "Limit")]
+    pub vram: Option<Ram>,
     /// Print the plan as JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -139,12 +143,17 @@ pub struct RunArgs {
     /// Where the first weights come from; random takes only config.json and the tokenizer from --model
     #[arg(long, value_name = "FROM", default_value = "checkpoint", help_heading = "Engine")]
     pub init: Init,
-    /// Type of the weights that are written; the CPU computes in f32 either way
+    /// Type of the weights that are written. On a GPU also of weights and activations in its memory: bf16 is computed
+    /// with on tensor cores and updated through f32 master weights. The CPU computes in f32 either way
     #[arg(long, value_name = "TYPE", default_value = "f32", help_heading = "Engine")]
     pub dtype: Dtype,
     /// Save memory: recompute activations in the backward pass, for about a third more arithmetic
     #[arg(long, alias = "gradient-checkpointing", help_heading = "Engine")]
     pub recompute: bool,
+    /// Show a profiler these steps of a run on a GPU alone, both ends included, counted from 1; nsys profile
+    /// --capture-range=cudaProfilerApi --trace=cuda,nvtx cuvee train ... --profile-steps 5..8
+    #[arg(long, value_name = "A..B", value_parser = step_range, help_heading = "Engine")]
+    pub profile_steps: Option<StepRange>,
     #[command(flatten)]
     #[serde(flatten)]
     pub batching: BatchingArgs,
@@ -283,15 +292,28 @@ pub struct BatchingArgs {
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// CPU threads [default: all cores]
+    /// CPU threads, beside a GPU those that prepare its work [default: all cores]
     #[arg(long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
-    /// Where to compute; auto takes the fastest there is
-    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    /// Where to compute: auto, cpu, cuda or cuda:N; auto takes the first GPU that the kernels run on, else the CPU
+    #[arg(long, value_name = "WHERE", default_value = "auto", value_parser = device)]
     pub device: Device,
     /// Leave the processor's matrix unit (AMX) alone: slower, but the bits of processors without one
     #[arg(long)]
     pub no_amx: bool,
+    /// Multiply on a GPU with cuvee's kernels, not cuBLASLt's: slower, but no row's bits depend on how many others there
+    /// are, as on the CPU
+    #[arg(long)]
+    pub batch_invariant: bool,
+}
+
+/// What a GPU computes in, where no weights are written.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Engine")]
+pub struct PrecisionArgs {
+    /// Type of weights and activations on a GPU; bf16 is computed with on tensor cores. The CPU knows f32 alone
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Dtype,
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -317,6 +339,8 @@ pub struct LogpsArgs {
     pub batching: BatchingArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -343,6 +367,8 @@ pub struct EvalArgs {
     pub batching: BatchingArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
     /// Print the result as JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -396,6 +422,8 @@ pub struct GenerateArgs {
     pub seed: u64,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
     /// Print the result as JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -525,11 +553,58 @@ pub enum Dtype {
     Bf16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
+impl Dtype {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// What a GPU keeps weights and activations in.
+    pub fn storage(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
+    /// The first GPU that the kernels run on, else the CPU.
     Auto,
     Cpu,
+    /// A GPU, by the driver's count.
+    Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Auto => write!(f, "auto"),
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl Serialize for Device {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// The first and the last of some steps, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepRange(pub u64, pub u64);
+
+impl Serialize for StepRange {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{}..{}", self.0, self.1))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -580,6 +655,7 @@ impl RunArgs {
         for option in ["max_new_tokens", "temperature", "top_p"] {
             needs(flags, option, "samples", "say how many samples to print")?;
         }
+        self.engine.check()?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
@@ -609,6 +685,22 @@ fn default_cache_dir(variable: impl Fn(&str) -> Option<OsString>) -> Option<Path
         .or_else(|| folder("HOME").map(|home| home.join(".cache/cuvee")))
 }
 
+impl EngineArgs {
+    /// An option that would do nothing on the device that is asked for is an error.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.device {
+            Device::Cuda(_) if self.no_amx => {
+                let detail = format!("does nothing with --device {}: the matrix unit is the CPU's", self.device);
+                Err(Error::option("--no-amx", detail))
+            }
+            Device::Cpu if self.batch_invariant => {
+                Err(Error::option("--batch-invariant", "does nothing with --device cpu, which always is"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl LimitArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "on_overflow", "max_length", "no pair is too long for no limit")
@@ -617,6 +709,7 @@ impl LimitArgs {
 
 impl GenerateArgs {
     pub(super) fn check(&self) -> Result<()> {
+        self.engine.check()?;
         if self.temperature == 0.0 && self.samples > 1 {
             return Err(Error::option(
                 "--samples",
@@ -725,6 +818,25 @@ fn ram(text: &str) -> Result<Ram, String> {
     if text == "auto" { Ok(Ram::Auto) } else { bytes(text).map(Ram::Bytes) }
 }
 
+fn device(text: &str) -> Result<Device, String> {
+    let ordinal = |number: &str| number.parse().ok().filter(|_| number.bytes().all(|b| b.is_ascii_digit()));
+    let found = match (text, text.strip_prefix("cuda:")) {
+        ("auto", _) => Some(Device::Auto),
+        ("cpu", _) => Some(Device::Cpu),
+        ("cuda", _) => Some(Device::Cuda(0)),
+        (_, number) => number.and_then(ordinal).map(Device::Cuda),
+    };
+    found.ok_or("expected auto, cpu, cuda or cuda:N".into())
+}
+
+fn step_range(text: &str) -> Result<StepRange, String> {
+    let ends = text.split_once("..").and_then(|(first, last)| Some((steps(first).ok()?, steps(last).ok()?)));
+    match ends {
+        Some((first, last)) if first <= last => Ok(StepRange(first, last)),
+        _ => Err("expected two steps, such as 5..8, counted from 1".into()),
+    }
+}
+
 /// A sequence has at least one token to condition on and one to score.
 fn length(text: &str) -> Result<usize, String> {
     size(text, 2)
@@ -744,6 +856,21 @@ mod tests {
             assert!(bytes(text).is_err_and(|e| e.contains("such as 8GiB")), "{text}");
         }
         assert_eq!((ram("auto"), ram("1G")), (Ok(Ram::Auto), Ok(Ram::Bytes(1 << 30))));
+    }
+
+    #[test]
+    fn devices_and_ranges_are_read_and_written_alike() {
+        for (text, found) in [("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda:3", Device::Cuda(3))] {
+            assert_eq!((device(text), found.to_string()), (Ok(found), text.to_string()));
+        }
+        assert_eq!(device("cuda"), Ok(Device::Cuda(0)));
+        for text in ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:+1", "cuda0", "CPU", ""] {
+            assert!(device(text).is_err_and(|e| e.contains("cuda:N")), "{text}");
+        }
+        assert_eq!(step_range("5..8"), Ok(StepRange(5, 8)));
+        for text in ["8..5", "0..3", "5", "5..", "..5", "5-8", "5...8", ""] {
+            assert!(step_range(text).is_err_and(|e| e.contains("such as 5..8")), "{text}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `cuvee doctor`: what this machine has, how fast it is, and what stands in the way.
 
+use std::fmt;
 use std::fs;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -9,9 +10,12 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::args::{DoctorArgs, cache_dir};
-use crate::device::{Cpu, Isa, Products};
+use crate::device::cuda::kernels::{MODULES, NVCC};
+use crate::device::cuda::{self, Found, Options, Unavailable, libraries, probe};
+use crate::device::{Arena, Cpu, Cuda, DType, Device, Isa, Kind, Products, ViewMut};
 use crate::error::{Error, Result};
 use crate::machine::{self, Memory, Processor, human};
+use crate::ops::linear::{self, Linear};
 use crate::ops::simd::dispatched;
 
 /// Of each measurement.
@@ -30,18 +34,34 @@ struct Findings {
     /// Bytes read and written a second by a copy.
     bandwidth: f64,
     memory: Option<Memory>,
-    gpu: Gpu,
+    gpus: Gpus,
     cache: Cache,
 }
 
-#[derive(Default)]
-struct Gpu {
+struct Gpus {
     /// What the kernel's driver says of itself.
     driver: Option<String>,
-    /// As the driver names the cards.
-    models: Vec<String>,
-    /// The library that programs reach the driver through can be opened.
-    libcuda: bool,
+    /// As the driver describes them, or why they cannot be used.
+    found: Result<Vec<Gpu>, Unavailable>,
+    /// Where CUDA's libraries lie, or why they cannot be opened.
+    nvrtc: Result<PathBuf, String>,
+    cublaslt: Result<PathBuf, String>,
+}
+
+struct Gpu {
+    found: Found,
+    /// Its kernels are in this program.
+    embedded: bool,
+    /// Or why nothing could be measured.
+    speed: Result<Speed, String>,
+}
+
+#[derive(Clone, Copy)]
+struct Speed {
+    /// Bytes read and written a second by a copy.
+    bandwidth: f64,
+    /// FLOPs a second of a large product, in f32 and in bf16.
+    products: [f64; 2],
 }
 
 struct Cache {
@@ -53,7 +73,7 @@ struct Cache {
 }
 
 pub fn run(args: &DoctorArgs) -> Result<()> {
-    let cpu = Cpu::new(0)?;
+    let (cpu, cache_dir) = (Cpu::new(0)?, cache_dir(args.cache_dir.as_deref())?);
     let memory = machine::memory();
     let findings = Findings {
         processor: machine::processor(),
@@ -64,8 +84,8 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         peak_flops: peak_flops(&cpu),
         bandwidth: bandwidth(&cpu, memory),
         memory,
-        gpu: gpu(),
-        cache: cache(cache_dir(args.cache_dir.as_deref())?),
+        gpus: gpus(&cache_dir.join("kernels")),
+        cache: cache(cache_dir),
     };
     let text = if args.json { format!("{:#}\n", findings.json()) } else { findings.text() };
     super::print(&text)?;
@@ -91,6 +111,7 @@ impl Findings {
                 "most of the memory is in use: cuvee plan RECIPE --ram auto finds settings for what is left".into(),
             );
         }
+        advice.extend(self.gpus.advice());
         if let Some(free) = self.cache.free.filter(|free| *free < 1 << 30) {
             advice.push(format!("{} left for the cache: --cache-dir on another disk", human(free as usize)));
         }
@@ -107,16 +128,6 @@ impl Findings {
             (Isa::Avx2, _) => "AVX2",
             (Isa::Portable, _) => "portable code",
         }
-    }
-
-    fn gpu_text(&self) -> String {
-        let Gpu { driver, models, libcuda } = &self.gpu;
-        let Some(driver) = driver else {
-            return "no NVIDIA driver; this build computes on the CPU".to_string();
-        };
-        let models = if models.is_empty() { String::new() } else { format!("{}; ", models.join(", ")) };
-        let library = if *libcuda { "libcuda found" } else { "libcuda.so.1 cannot be opened" };
-        format!("{models}driver {driver}, {library}; this build computes on the CPU and leaves it idle")
     }
 
     fn text(&self) -> String {
@@ -141,7 +152,7 @@ impl Findings {
                 }
             },
         );
-        line("GPU", self.gpu_text());
+        self.gpus.text().into_iter().for_each(|(name, text)| line(name, text));
         let free = self.cache.free.map_or("unknown space".into(), |free| human(free as usize));
         line("cache", format!("{}: {}, {free} left", self.cache.dir.display(), human(self.cache.bytes as usize)));
         for advice in self.advice() {
@@ -169,7 +180,7 @@ impl Findings {
             "flops_per_second": self.peak_flops,
             "memory_bytes_per_second": self.bandwidth,
             "memory": self.memory.map(|m| json!({"total": m.total, "available": m.available, "limit": m.limit})),
-            "gpu": {"driver": self.gpu.driver, "models": self.gpu.models, "libcuda": self.gpu.libcuda, "used": false},
+            "gpu": self.gpus.json(),
             "cache": {"dir": self.cache.dir, "bytes": self.cache.bytes, "free_bytes": self.cache.free},
             "advice": self.advice(),
             "problem": self.cache.problem,
@@ -268,16 +279,147 @@ fn bandwidth(cpu: &Cpu, memory: Option<Memory>) -> f64 {
     (2 * bytes * copies) as f64 / start.elapsed().as_secs_f64()
 }
 
-fn gpu() -> Gpu {
-    let Ok(version) = fs::read_to_string("/proc/driver/nvidia/version") else { return Gpu::default() };
-    let cards = fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
-    let model = |card: fs::DirEntry| {
-        let text = fs::read_to_string(card.path().join("information")).ok()?;
-        Some(text.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_string())
+/// What the build embedded, as its `nvcc` names it.
+fn embedded() -> String {
+    let Some(nvcc) = NVCC else { return "compiled when they are first used: this build had no nvcc".to_string() };
+    let images = MODULES.first().map_or(&[][..], |module| module.images).iter().map(|(name, _)| *name);
+    format!("built in for {} by nvcc {nvcc}", images.collect::<Vec<_>>().join(", "))
+}
+
+impl Gpus {
+    /// Notes of the report: a label and what to say.
+    fn text(&self) -> Vec<(&'static str, String)> {
+        let driver = self.driver.as_ref().map_or(String::new(), |version| format!(", driver {version}"));
+        let mut lines = match &self.found {
+            Err(why) => return vec![("GPU", format!("none to use: {why}{driver}"))],
+            Ok(gpus) => gpus.iter().map(|gpu| ("GPU", format!("{gpu}{driver}"))).collect::<Vec<_>>(),
+        };
+        let library = |found: &Result<PathBuf, String>| match found {
+            Ok(path) => path.display().to_string(),
+            Err(_) => "not found".to_string(),
+        };
+        lines.push(("kernels", embedded()));
+        lines.push(("CUDA", format!("NVRTC {}; cuBLASLt {}", library(&self.nvrtc), library(&self.cublaslt))));
+        lines
+    }
+
+    /// What is missing, and how to get it.
+    fn advice(&self) -> Vec<String> {
+        let Ok(gpus) = &self.found else { return Vec::new() };
+        let mut advice = Vec::new();
+        if let (Err(why), true) = (&self.nvrtc, gpus.iter().any(|gpu| gpu.found.fits() && !gpu.embedded)) {
+            let advice_for = "pip install nvidia-cuda-nvrtc==13.0.*";
+            advice.push(format!("a GPU's kernels are not in this build, and NVRTC is missing ({why}): {advice_for}"));
+        }
+        if let Err(why) = &self.cublaslt {
+            advice.push(format!(
+                "cuBLASLt is missing, so that products are slower ({why}): pip install nvidia-cublas==13.0.*"
+            ));
+        }
+        advice
+    }
+
+    fn json(&self) -> Value {
+        let library = |found: &Result<PathBuf, String>| match found {
+            Ok(path) => json!({"path": path}),
+            Err(why) => json!({"missing": why}),
+        };
+        let gpu = |gpu: &Gpu| {
+            let (found, (major, minor)) = (&gpu.found, gpu.found.capability);
+            json!({
+                "ordinal": found.ordinal,
+                "name": found.name,
+                "capability": format!("{major}.{minor}"),
+                "memory_bytes": found.memory_bytes,
+                "multiprocessors": found.multiprocessors,
+                "usable": found.fits(),
+                "kernels_embedded": gpu.embedded,
+                "memory_bytes_per_second": gpu.speed.as_ref().ok().map(|speed| speed.bandwidth),
+                "f32_flops_per_second": gpu.speed.as_ref().ok().map(|speed| speed.products[0]),
+                "bf16_flops_per_second": gpu.speed.as_ref().ok().map(|speed| speed.products[1]),
+                "problem": gpu.speed.as_ref().err(),
+            })
+        };
+        json!({
+            "driver": self.driver,
+            "gpus": self.found.iter().flatten().map(gpu).collect::<Vec<_>>(),
+            "problem": self.found.as_ref().err().map(ToString::to_string),
+            "nvcc": NVCC,
+            "nvrtc": library(&self.nvrtc),
+            "cublaslt": library(&self.cublaslt),
+        })
+    }
+}
+
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (found, (major, minor)) = (&self.found, self.found.capability);
+        let memory = human(found.memory_bytes);
+        write!(f, "cuda:{} {}, {memory}, compute capability {major}.{minor}", found.ordinal, found.name)?;
+        match &self.speed {
+            Ok(Speed { bandwidth, products: [f32, bf16] }) => {
+                let (bandwidth, f32, bf16) = (bandwidth / 1e9, f32 / 1e12, bf16 / 1e12);
+                write!(f, ", {bandwidth:.0} GB/s, {f32:.1} TFLOP/s in f32, {bf16:.1} in bf16 (measured)")
+            }
+            Err(why) => write!(f, ", not measured: {why}"),
+        }
+    }
+}
+
+fn gpus(kernels: &Path) -> Gpus {
+    let version = fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let describe = |found: &Found| Gpu {
+        found: found.clone(),
+        embedded: cuda::embedded(found.capability),
+        speed: speed(found.ordinal, kernels).map_err(|e| e.to_string()),
     };
-    // SAFETY: the name ends in 0; the library's initializers are the driver's own.
-    let libcuda = unsafe { !libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_LAZY).is_null() };
-    Gpu { driver: Some(driver_version(&version)), models: cards.filter_map(model).collect(), libcuda }
+    Gpus {
+        driver: version.map(|text| driver_version(&text)),
+        found: probe().map(|all| all.iter().map(describe).collect()),
+        nvrtc: libraries::nvrtc(),
+        cublaslt: libraries::cublaslt(),
+    }
+}
+
+/// Sides of the matrices that are multiplied and copied: the last fill any GPU.
+const SIDES: [usize; 3] = [256, 1024, 4096];
+/// A call that takes longer has shown what the GPU can do.
+const LONG: Duration = Duration::from_millis(20);
+
+fn speed(ordinal: usize, kernels: &Path) -> Result<Speed> {
+    let mut speed = Speed { bandwidth: 0.0, products: [0.0; 2] };
+    for (storage, product) in [DType::F32, DType::Bf16].into_iter().zip(&mut speed.products) {
+        let cuda = Cuda::open(&Options { cache_dir: Some(kernels.into()), ..Options::new(ordinal, storage) })?;
+        for side in SIDES {
+            let bytes = Arena::<Cuda>::bytes_of(storage, side, side);
+            let mut arena = Arena::with_bytes(&cuda, 3 * bytes)?;
+            let [x, weight, mut y] = [(); 3].map(|()| arena.stored(Kind::Activations, side, side));
+            let copies = rate(&cuda, || cuda.copy(x.view(), y.view_mut()))?;
+            let multiply = |y: ViewMut<Cuda>| {
+                cuda.linear(linear::Forward { x: x.view(), weight: weight.view(), bias: None, residual: None, y })
+            };
+            let products = rate(&cuda, || multiply(y.view_mut()))?;
+            speed.bandwidth = speed.bandwidth.max(2.0 * bytes as f64 * copies);
+            *product = product.max(2.0 * (side as f64).powi(3) * products);
+            if products < 1.0 / LONG.as_secs_f64() {
+                break;
+            }
+        }
+    }
+    Ok(speed)
+}
+
+/// Calls a second of what puts work into the stream, after one that loads what it needs.
+fn rate(cuda: &Cuda, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut seconds = |calls: usize| -> Result<f64> {
+        let start = Instant::now();
+        (0..calls).try_for_each(|_| work())?;
+        cuda.synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    seconds(1)?;
+    let calls = (TIME.as_secs_f64() / seconds(1)?).clamp(1.0, 1000.0) as usize;
+    Ok(calls as f64 / seconds(calls)?)
 }
 
 /// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed ...` -> `580.82.07`
@@ -320,18 +462,50 @@ mod tests {
             peak_flops: 1e11,
             bandwidth: 1e10,
             memory: Some(Memory { total: 8 << 30, available: 6 << 30, limit: None }),
-            gpu: Gpu::default(),
+            gpus: none(),
             cache: Cache { dir: "cache".into(), bytes: 0, free: Some(9 << 30), problem: None },
         }
     }
 
+    fn none() -> Gpus {
+        let missing = || Err("libx.so: not there".to_string());
+        let why = Unavailable::NoDriver("libcuda.so.1: not there".into());
+        Gpus { driver: None, found: Err(why), nvrtc: missing(), cublaslt: missing() }
+    }
+
     #[test]
-    fn a_gpu_that_is_not_used_is_named() {
-        assert!(findings().text().contains("no NVIDIA driver; this build computes on the CPU"));
-        let text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27\nGCC version:  gcc 12.2.0";
-        let gpu = Gpu { driver: Some(driver_version(text)), models: vec!["NVIDIA H100".into()], libcuda: false };
-        let text = Findings { gpu, ..findings() }.text();
-        assert!(text.contains("NVIDIA H100; driver 580.82.07, libcuda.so.1 cannot be opened; this build"), "{text}");
+    fn what_a_gpu_lacks_is_named_with_how_to_get_it() {
+        let text = findings().text();
+        assert!(
+            text.contains("GPU           none to use: there is no NVIDIA driver") && !text.contains("note"),
+            "{text}"
+        );
+
+        let version = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27\nGCC version:  gcc 12.2.0";
+        let found = Found {
+            ordinal: 0,
+            name: "NVIDIA H100".into(),
+            capability: (9, 0),
+            memory_bytes: 80 << 30,
+            multiprocessors: 132,
+        };
+        let speed = Ok(Speed { bandwidth: 3e12, products: [5e13, 7e14] });
+        let gpu = Gpu { found, embedded: false, speed };
+        let gpus = Gpus { driver: Some(driver_version(version)), found: Ok(vec![gpu]), ..none() };
+        let found = Findings { gpus, ..findings() };
+        let text = found.text();
+        for part in [
+            "cuda:0 NVIDIA H100, 80.0 GiB, compute capability 9.0, 3000 GB/s, 50.0 TFLOP/s in f32, 700.0 in bf16",
+            "(measured), driver 580.82.07",
+            "NVRTC not found; cuBLASLt not found",
+            "pip install nvidia-cuda-nvrtc==13.0.*",
+            "pip install nvidia-cublas==13.0.*",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let json = found.json();
+        assert_eq!(json["gpu"]["gpus"][0]["capability"], "9.0");
+        assert_eq!(json["gpu"]["gpus"][0]["bf16_flops_per_second"], 7e14);
         assert_eq!(driver_version("odd"), "of unknown version");
     }
 

@@ -5,57 +5,67 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::EvalArgs;
+use super::device::{self, Job};
 use super::logps::score;
 use crate::data::{Dataset, Form, Packing, Tokenizer};
-use crate::device::Cpu;
 use crate::error::Result;
 use crate::model::Checkpoint;
 use crate::objectives::Stats;
+use crate::ops::Backend;
 use crate::progress::say;
 use crate::train::{Summary, check_reference};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let device = super::device(&args.engine)?;
-    Checkpoint::open(&args.model)?;
-    let tokenizer = Tokenizer::load(&args.model)?;
-    let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
-    let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
-    dataset.report().iter().for_each(say);
-    args.ref_model.iter().try_for_each(|dir| check_reference(&tokenizer, dir))?;
-    let packing = super::packing(&args.batching);
-    let sums = |dir: &Path| sums(&device, dir, &dataset, packing);
-    let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);
-    let pairs = if dataset.form == Form::Pairs { dataset.examples.len() } else { 0 };
-    let stats = Stats {
-        logps: sums(&args.model)?,
-        ref_logps: args.ref_model.as_deref().map(sums).transpose()?.into_iter().collect(),
-        lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
-        pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
-        ..Stats::default()
-    };
-    let summary = Summary::of(&stats);
-    let (rows, skipped) = (dataset.examples.len(), dataset.skipped.len());
-    if args.json {
-        let result = json!({
-            "rows": rows,
-            "skipped": skipped,
-            "accuracy": summary.accuracy,
-            "margin": summary.margin,
-            "perplexity": summary.perplexity,
-        });
-        return super::print(&format!("{result}\n"));
+    device::run(&args.engine, args.precision.dtype, None, args)
+}
+
+impl Job for &EvalArgs {
+    type Output = ();
+
+    fn run<B: Backend>(self, device: &B) -> Result<()> {
+        let args = self;
+        device::check_dtype(device, args.precision.dtype)?;
+        Checkpoint::open(&args.model)?;
+        let tokenizer = Tokenizer::load(&args.model)?;
+        let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
+        let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
+        dataset.report().iter().for_each(say);
+        args.ref_model.iter().try_for_each(|dir| check_reference(&tokenizer, dir))?;
+        let packing = super::packing(&args.batching);
+        let sums = |dir: &Path| sums(device, dir, &dataset, packing);
+        let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);
+        let pairs = if dataset.form == Form::Pairs { dataset.examples.len() } else { 0 };
+        let stats = Stats {
+            logps: sums(&args.model)?,
+            ref_logps: args.ref_model.as_deref().map(sums).transpose()?.into_iter().collect(),
+            lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
+            pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
+            ..Stats::default()
+        };
+        let summary = Summary::of(&stats);
+        let (rows, skipped) = (dataset.examples.len(), dataset.skipped.len());
+        if args.json {
+            let result = json!({
+                "rows": rows,
+                "skipped": skipped,
+                "accuracy": summary.accuracy,
+                "margin": summary.margin,
+                "perplexity": summary.perplexity,
+            });
+            return super::print(&format!("{result}\n"));
+        }
+        let mut out = format!("rows        {rows} ({skipped} skipped)\n");
+        if let (Some(accuracy), Some(margin)) = (summary.accuracy, summary.margin) {
+            let against = if stats.ref_logps.is_empty() { "log-probability" } else { "log-ratio to the reference" };
+            out += &format!("accuracy    {:.1} %\nmargin      {margin:.3} nats ({against})\n", 100.0 * accuracy);
+        }
+        out += &format!("perplexity  {:.2}\n", summary.perplexity);
+        super::print(&out)
     }
-    let mut out = format!("rows        {rows} ({skipped} skipped)\n");
-    if let (Some(accuracy), Some(margin)) = (summary.accuracy, summary.margin) {
-        let against = if stats.ref_logps.is_empty() { "log-probability" } else { "log-ratio to the reference" };
-        out += &format!("accuracy    {:.1} %\nmargin      {margin:.3} nats ({against})\n", 100.0 * accuracy);
-    }
-    out += &format!("perplexity  {:.2}\n", summary.perplexity);
-    super::print(&out)
 }
 
 /// Summed log-probabilities of every sequence, in order.
-fn sums(device: &Cpu, dir: &Path, dataset: &Dataset, packing: Packing) -> Result<Vec<f64>> {
+fn sums<B: Backend>(device: &B, dir: &Path, dataset: &Dataset, packing: Packing) -> Result<Vec<f64>> {
     let logps = score(device, &Checkpoint::open(dir)?, dataset, packing)?;
     Ok(logps.iter().flatten().map(|tokens| tokens.iter().map(|x| f64::from(*x)).sum()).collect())
 }

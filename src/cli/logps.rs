@@ -8,11 +8,12 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::args::LogpsArgs;
+use super::device::{self, Job};
 use crate::checkpoint::atomic::write_file_with;
 use crate::data::{Dataset, Example, Form, Packing, Tokenizer};
-use crate::device::Cpu;
 use crate::error::{At, Error, Result};
 use crate::model::{Checkpoint, Init};
+use crate::ops::Backend;
 use crate::progress::{Progress, say};
 use crate::references::Scorer;
 use crate::train::{check_positions, check_vocabulary};
@@ -42,39 +43,56 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
 
 /// One line for each row, in order.
 fn lines(args: &LogpsArgs) -> Result<Vec<Value>> {
-    let device = super::device(&args.engine)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let tokenizer = Tokenizer::load(&args.model)?;
-    let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
-    let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
-    dataset.report().iter().for_each(say);
-    let logps = match dataset.examples.is_empty() {
-        true => Vec::new(),
-        false => score(&device, &checkpoint, &dataset, super::packing(&args.batching))?,
-    };
-    let mut lines: BTreeMap<usize, Value> =
-        dataset.skipped.iter().map(|(row, skip)| (*row, json!({"row": row, "skipped": skip.to_string()}))).collect();
-    for (example, sequences) in dataset.examples.iter().zip(&logps) {
-        let sum = |s: usize| sequences[s].iter().map(|x| f64::from(*x)).sum::<f64>();
-        let line = match dataset.form {
-            Form::Pairs => json!({
-                "row": example.row,
-                "logps_chosen": sum(0),
-                "logps_rejected": sum(1),
-                "tokens_chosen": sequences[0].len(),
-                "tokens_rejected": sequences[1].len(),
-            }),
-            Form::Completions | Form::Text => {
-                json!({"row": example.row, "logps": sum(0), "tokens": sequences[0].len()})
-            }
+    device::run(&args.engine, args.precision.dtype, None, args)
+}
+
+impl Job for &LogpsArgs {
+    type Output = Vec<Value>;
+
+    fn run<B: Backend>(self, device: &B) -> Result<Vec<Value>> {
+        let args = self;
+        device::check_dtype(device, args.precision.dtype)?;
+        let checkpoint = Checkpoint::open(&args.model)?;
+        let tokenizer = Tokenizer::load(&args.model)?;
+        let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
+        let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
+        dataset.report().iter().for_each(say);
+        let logps = match dataset.examples.is_empty() {
+            true => Vec::new(),
+            false => score(device, &checkpoint, &dataset, super::packing(&args.batching))?,
         };
-        lines.insert(example.row, line);
+        let mut lines: BTreeMap<usize, Value> = dataset
+            .skipped
+            .iter()
+            .map(|(row, skip)| (*row, json!({"row": row, "skipped": skip.to_string()})))
+            .collect();
+        for (example, sequences) in dataset.examples.iter().zip(&logps) {
+            let sum = |s: usize| sequences[s].iter().map(|x| f64::from(*x)).sum::<f64>();
+            let line = match dataset.form {
+                Form::Pairs => json!({
+                    "row": example.row,
+                    "logps_chosen": sum(0),
+                    "logps_rejected": sum(1),
+                    "tokens_chosen": sequences[0].len(),
+                    "tokens_rejected": sequences[1].len(),
+                }),
+                Form::Completions | Form::Text => {
+                    json!({"row": example.row, "logps": sum(0), "tokens": sequences[0].len()})
+                }
+            };
+            lines.insert(example.row, line);
+        }
+        Ok(lines.into_values().collect())
     }
-    Ok(lines.into_values().collect())
 }
 
 /// `[examples][sequences][scored tokens]`, with a bar.
-pub fn score(device: &Cpu, checkpoint: &Checkpoint, dataset: &Dataset, packing: Packing) -> Result<Vec<Vec<Vec<f32>>>> {
+pub fn score<B: Backend>(
+    device: &B,
+    checkpoint: &Checkpoint,
+    dataset: &Dataset,
+    packing: Packing,
+) -> Result<Vec<Vec<Vec<f32>>>> {
     check_vocabulary(checkpoint, [dataset])?;
     check_positions(checkpoint, [dataset])?;
     let largest = packing.largest(&packing.extents(&dataset.examples));

@@ -2,6 +2,7 @@
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
 pub mod args;
+mod device;
 mod doctor;
 mod eval;
 mod generate;
@@ -20,7 +21,6 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use crate::Error;
-use crate::device::{Cpu, Isa};
 use crate::progress::say;
 pub use args::{Cli, Command};
 
@@ -90,17 +90,6 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// The one device there is; `auto` takes it. What runs beside it, such as tokenization, gets as many threads.
-fn device(engine: &args::EngineArgs) -> Result<Cpu, Error> {
-    // Fails only where a pool is there already, as in a test that calls this twice.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(engine.threads.unwrap_or(0)).build_global();
-    let threads = engine.threads.unwrap_or(0);
-    match engine.device {
-        args::Device::Auto | args::Device::Cpu if engine.no_amx => Cpu::with_isa(threads, Isa::detect()),
-        args::Device::Auto | args::Device::Cpu => Cpu::new(threads),
-    }
-}
-
 fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
     let sharing = if batching.no_prefix_sharing { crate::data::Sharing::Off } else { crate::data::Sharing::On };
     let budget = batching.micro_batch_tokens.unwrap_or(crate::train::MICRO_BATCH_TOKENS);
@@ -133,8 +122,8 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     match &cli.command {
         Command::Train(args) => args.run.check(flags)?,
         Command::Plan(args) => args.run.check(flags)?,
-        Command::Logps(args) => args.limits.check(flags)?,
-        Command::Eval(args) => args.limits.check(flags)?,
+        Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Doctor(_) | Command::List(_) => {}
@@ -247,7 +236,10 @@ mod tests {
         assert_eq!(*save, SaveArgs { eval_steps: None, save_steps: None });
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
-        assert_eq!(args.run.engine, EngineArgs { threads: None, device: Device::Auto, no_amx: false });
+        assert_eq!(
+            args.run.engine,
+            EngineArgs { threads: None, device: Device::Auto, no_amx: false, batch_invariant: false }
+        );
         assert!(args.run.ref_model.is_empty());
     }
 
@@ -337,7 +329,7 @@ mod tests {
             ("cache_dir = 3", "cache_dir: expected a string, found integer 3"),
             ("cache_dir = ''", "cache_dir: expected a string, found string \"\""),
             ("beta = [0.1]", "beta: expected a number, found array [0.1]"),
-            ("device = 'gpu'", "device: expected one of auto, cpu, found \"gpu\""),
+            ("device = 'gpu'", "device: expected auto, cpu, cuda or cuda:N, found \"gpu\""),
             ("[optimizer]", "optimizer: expected a string, found table"),
             ("beta = = 1", "line 6"),
         ];
@@ -452,8 +444,8 @@ mod tests {
         resume_from_checkpoint = 'c'\n per_device_train_batch_size = 3\n gradient_accumulation_steps = 2
         max_length = 77\n on_overflow = 'truncate'\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n samples = 3
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
-        micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cpu'\n cache_dir = 'cache'
-        ref_model = ['r1', '../r2']";
+        micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
+        ref_model = ['r1', '../r2']\n profile_steps = '5..8'";
 
     #[test]
     fn a_saved_recipe_is_the_run() {

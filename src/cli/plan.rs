@@ -4,12 +4,15 @@ use std::fmt::Write;
 use std::io::{IsTerminal, stdout};
 
 use super::args::{PlanArgs, Ram};
+use super::device::{self, Place};
+use crate::device::Cuda;
 use crate::error::{Error, Result};
 use crate::machine::{human, memory};
 use crate::train::{Assumed, Choice, Memory, Phase, Plan, Settings, Task, Workload, fit};
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let mut settings = super::train::from_run(&args.run)?;
+    let place = device::place(args.run.engine.device);
+    let mut settings = super::train::from_run(&args.run, place != Place::Cpu)?;
     match &args.dataset {
         Some(dataset) => {
             settings.dataset = dataset.clone();
@@ -32,13 +35,22 @@ struct Limit {
 
 fn limit(args: &PlanArgs) -> Result<Option<Limit>> {
     let ram = |bytes| Some(Limit { flag: "--ram", of: Memory::Host, bytes });
+    let vram = |bytes| Some(Limit { flag: "--vram", of: Memory::Device, bytes });
     Ok(match (args.ram, args.vram) {
         (Some(Ram::Bytes(bytes)), _) => ram(bytes),
         (Some(Ram::Auto), _) => match memory() {
             Some(memory) => ram(memory.available),
             None => return Err(Error::option("--ram", "this system does not tell what is available; give a size")),
         },
-        (None, Some(bytes)) => Some(Limit { flag: "--vram", of: Memory::Device, bytes }),
+        (None, Some(Ram::Bytes(bytes))) => vram(bytes),
+        (None, Some(Ram::Auto)) => match device::place(args.run.engine.device) {
+            Place::Cuda(ordinal) => vram(Cuda::free_bytes(ordinal)?),
+            Place::Cpu => {
+                let detail =
+                    "auto is what is free on a GPU, and this run computes on the CPU; give a size, or --ram auto";
+                return Err(Error::option("--vram", detail));
+            }
+        },
         (None, None) => None,
     })
 }
@@ -58,7 +70,7 @@ fn show(args: &PlanArgs, settings: &Settings, workload: &Workload) -> Result<()>
     if args.json {
         return super::print(&format!("{}\n", serde_json::to_string_pretty(&plan).expect("a plan is plain data")));
     }
-    let of = found.as_ref().map_or(Memory::Host, |limit| limit.of);
+    let of = found.as_ref().map_or(plan.scarce(), |limit| limit.of);
     let mut out = table(&plan, of);
     match found {
         Some(limit) => {
@@ -72,7 +84,8 @@ fn show(args: &PlanArgs, settings: &Settings, workload: &Workload) -> Result<()>
 fn nothing_fits(limit: &Limit, choice: &Choice, free_rows: bool) -> Error {
     let plan = &choice.plan;
     let peak = plan.peak(limit.of);
-    let fixed = peak.weights + peak.grads + peak.states;
+    let tensors = limit.of == plan.scarce() || !plan.gpu;
+    let fixed = if tensors { peak.weights + peak.grads + peak.states } else { 0 };
     let why = match free_rows {
         true => format!("one example at a time (the longest has {} tokens)", choice.floor),
         false => format!("--micro-batch-tokens {}", plan.micro_batch_tokens),
@@ -87,7 +100,7 @@ fn nothing_fits(limit: &Limit, choice: &Choice, free_rows: bool) -> Error {
         (false, true) => "a lower --max-length, or a smaller model, would lower it".to_string(),
         (false, false) => "leave --micro-batch-tokens out to have it chosen".to_string(),
     };
-    let least = human(peak.bytes(limit.of));
+    let least = human(plan.bytes(peak, limit.of));
     let limit_size = human(limit.bytes);
     Error::option(
         limit.flag,
@@ -97,22 +110,37 @@ fn nothing_fits(limit: &Limit, choice: &Choice, free_rows: bool) -> Error {
 
 fn table(plan: &Plan, of: Memory) -> String {
     let mib = |bytes: usize| format!("{:.1}", bytes as f64 / (1 << 20) as f64);
-    let columns = ["weights", "grads", "states", "activations", "workspace", "host", "total"];
+    // A GPU's memory and the host's are not to be added.
+    let last = if plan.gpu { ["GPU", "host"] } else { ["host", "total"] };
+    let columns = [&["weights", "grads", "states", "activations", "workspace"][..], &last].concat();
     let bold = |text: String| if stdout().is_terminal() { format!("\x1b[1m{text}\x1b[0m") } else { text };
     let peak = plan.peak(of);
     let mut out = format!("{:<8}", "MiB");
     columns.iter().for_each(|c| out += &format!("{c:>12}"));
     out.push('\n');
     for p in &plan.phases {
-        let cells = [p.weights, p.grads, p.states, p.activations, p.workspace, p.host, p.total()];
+        let [device, total] = [Memory::Device, Memory::Host].map(|of| plan.bytes(p, of));
+        let last = if plan.gpu { [device, p.host] } else { [p.host, total] };
+        let cells = [&[p.weights, p.grads, p.states, p.activations, p.workspace][..], &last].concat();
         let cells: String = cells.iter().map(|bytes| format!("{:>12}", mib(*bytes))).collect();
         let line = format!("{:<8}{cells}", p.name);
         out += &if std::ptr::eq(p, peak) { bold(format!("{line}  <- peak")) } else { line };
         out.push('\n');
     }
-    let what = if of == Memory::Host { "peak" } else { "peak of the device" };
-    let size = human(peak.bytes(of));
-    let _ = writeln!(out, "\n{}", bold(format!("{what} {size}, {}", doing(peak))));
+    let line = |of: Memory| {
+        let what = match (of, plan.gpu) {
+            (Memory::Host, false) => "peak",
+            (Memory::Host, true) => "peak of the host",
+            (Memory::Device, false) => "peak of the tensors",
+            (Memory::Device, true) => "peak of the GPU",
+        };
+        format!("{what} {}, {}", human(plan.peak_of(of)), doing(plan.peak(of)))
+    };
+    let _ = writeln!(out, "\n{}", bold(line(of)));
+    if plan.gpu {
+        let other = if of == Memory::Device { Memory::Host } else { Memory::Device };
+        let _ = writeln!(out, "{}; on both the driver takes some hundred MiB besides", line(other));
+    }
     let (gflop, parameters) = (plan.flops_per_step / 1e9, plan.parameters);
     let _ = writeln!(out, "{gflop:.3} GFLOP a step, {parameters} parameters");
     out
@@ -141,16 +169,18 @@ fn advice(workload: &Workload, settings: &Settings, plan: &Plan) -> Result<Strin
             Settings { packing: smaller, recompute: true, ..settings.clone() },
         ),
     ];
-    let (mut lowest, mut out) = (plan.peak_bytes, String::new());
+    let of = plan.scarce();
+    let (mut lowest, mut out) = (plan.peak_of(of), String::new());
     for (flags, settings) in changes {
-        let changed = workload.plan(&settings)?.peak_bytes;
+        let changed = workload.plan(&settings)?.peak_of(of);
         // What brings less than a hundredth is no advice.
         if changed < lowest - lowest / 100 {
             let _ = writeln!(out, "  {flags:<42}{:>12}", human(changed));
             lowest = changed;
         }
     }
-    Ok(if out.is_empty() { out } else { format!("\nto lower the peak (--ram SIZE chooses)\n{out}") })
+    let chooses = if plan.gpu { "--vram" } else { "--ram" };
+    Ok(if out.is_empty() { out } else { format!("\nto lower the peak ({chooses} SIZE chooses)\n{out}") })
 }
 
 #[cfg(test)]
@@ -162,9 +192,9 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_warned_of_with_what_to_type() {
         let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/review-llama-656k");
-        let line = ["cuvee", "plan", "--objective", "sft", "--model", model, "--max-length", "100"];
+        let line = ["cuvee", "plan", "--device", "cpu", "--objective", "sft", "--model", model, "--max-length", "100"];
         let Command::Plan(args) = parse(line.map(Into::into)).unwrap().command else { panic!() };
-        let settings = super::super::train::from_run(&args.run).unwrap();
+        let settings = super::super::train::from_run(&args.run, false).unwrap();
         let assumed = Assumed::new(&settings, 100).unwrap();
         let workload = assumed.workload(&settings);
         let plan = workload.plan(&settings).unwrap();

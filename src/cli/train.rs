@@ -6,19 +6,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use super::args::{self, RunArgs, TrainArgs};
+use super::args::{self, RunArgs, StepRange, TrainArgs};
+use super::device::{self, Job};
 use crate::checkpoint::SaveDtype;
 use crate::error::{At, Result};
 use crate::model::Init;
 use crate::objectives::Params;
+use crate::ops::Backend;
 use crate::optim::{Decay, Hyper};
 use crate::train::{Outcome, Resume, Samples, Settings};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let device = super::device(&args.run.engine)?;
-    let stop = stop_on_signal()?;
-    let settings = settings(args)?;
-    match crate::train::run(&device, &settings, &|| stop.load(Ordering::Relaxed))? {
+    let run = &args.run;
+    match device::run(&run.engine, run.dtype, run.cache_dir.as_deref(), args)? {
         Outcome::Finished(report) => super::print(&report.text()),
         Outcome::Stopped(checkpoint) => {
             let how = "--resume-from-checkpoint auto continues";
@@ -33,6 +33,15 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
 }
 
+impl Job for &TrainArgs {
+    type Output = Outcome;
+
+    fn run<B: Backend>(self, device: &B) -> Result<Outcome> {
+        let stop = stop_on_signal()?;
+        crate::train::run(device, &settings(self, B::APART)?, &|| stop.load(Ordering::Relaxed))
+    }
+}
+
 /// The first Ctrl-C asks for a checkpoint, the second ends the program at once.
 fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -44,8 +53,8 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn settings(args: &TrainArgs) -> Result<Settings> {
-    let mut settings = from_run(&args.run)?;
+fn settings(args: &TrainArgs, gpu: bool) -> Result<Settings> {
+    let mut settings = from_run(&args.run, gpu)?;
     settings.dataset = args.dataset.clone();
     settings.output_dir = match args.output_dir.file_name() {
         Some(_) => args.output_dir.clone(),
@@ -56,12 +65,13 @@ fn settings(args: &TrainArgs) -> Result<Settings> {
     let mut resumable = args.clone();
     resumable.run.schedule.stop_at_step = None;
     resumable.run.schedule.resume_from_checkpoint = None;
+    resumable.run.profile_steps = None;
     settings.recipe = resumable.to_toml();
     Ok(settings)
 }
 
 /// What `train` and `plan` share.
-pub fn from_run(run: &RunArgs) -> Result<Settings> {
+pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
     let given = [("beta", run.loss.beta), ("label_smoothing", run.loss.label_smoothing)];
     let objective_params: Params = given.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
     Ok(Settings {
@@ -107,6 +117,8 @@ pub fn from_run(run: &RunArgs) -> Result<Settings> {
         packing: super::packing(&run.batching),
         recompute: run.recompute,
         threads: run.engine.threads.unwrap_or_else(|| crate::machine::processor().allowed),
+        gpu,
+        profile_steps: run.profile_steps.map(|StepRange(first, last)| (first, last)),
         eval_steps: run.save.eval_steps,
         save_steps: run.save.save_steps,
         dtype: match run.dtype {

@@ -38,6 +38,9 @@ pub const ALIGN_BYTES: usize = 256;
 pub trait Device: Sized {
     const NAME: &'static str;
 
+    /// Whether tensors lie in memory of the device's own, beside that of the program.
+    const APART: bool = false;
+
     /// A run of device memory. Deliberately not `Clone`: two live spans never overlap.
     type Span;
 
@@ -49,6 +52,17 @@ pub trait Device: Sized {
     /// What it keeps weights and activations in. Statistics, gradients of weights and optimizer states are F32 always.
     fn storage(&self) -> DType {
         DType::F32
+    }
+
+    /// What a run can have of memory that the device has apart, what it holds already included; `None` where that is the
+    /// machine's.
+    fn available_bytes(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    /// Starts or ends what the device's profiler records, once all work is done; nothing where it has none.
+    fn profile(&self, _on: bool) -> Result<()> {
+        Ok(())
     }
 
     /// Bytes of one element of `dtype` on this device.

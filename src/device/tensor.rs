@@ -157,6 +157,11 @@ impl<D: Device> ViewMut<'_, D> {
         View { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
     }
 
+    /// The same rows for one more call.
+    pub fn again(&mut self) -> ViewMut<'_, D> {
+        ViewMut { span: self.span, dtype: self.dtype, offset: self.offset, rows: self.rows, cols: self.cols }
+    }
+
     pub fn slice(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows, "rows {first}..{} of a view of {}", first + rows, self.rows);
         Self { offset: self.offset + first * self.cols, rows, ..self }

@@ -1,5 +1,7 @@
 //! Where a model's first weights come from.
 
+use rayon::prelude::*;
+
 use super::arch::Checkpoint;
 use super::load::{fingerprint, load};
 use super::{Model, Role};
@@ -34,17 +36,25 @@ impl Init {
     }
 }
 
+/// Numbers that a thread draws at a time.
+const CHUNK: usize = 1 << 14;
+
 /// Weights as transformers initializes them: matrices normal with the config's `initializer_range` (GPT-2's into
-/// the residual stream with less), biases 0, norms 1. Each tensor draws from a stream named after it, so a value depends on the seed and its place alone.
+/// the residual stream with less), biases 0, norms 1. Each tensor draws from a stream named after it, so a value depends on
+/// the seed and its place alone. One tensor at a time is in the host's memory.
 pub fn init_random<D: Device>(device: &D, model: &mut Model<D>, seed: u64) -> Result<()> {
+    let mut values = Vec::new();
     for param in model.params_mut() {
-        let random = Philox::named(seed, &param.name);
-        let value = |i: usize| match param.role {
-            Role::Matrix => (param.initializer_range * random.normal(i as u64)) as f32,
+        let (random, role, range) = (Philox::named(seed, &param.name), param.role, param.initializer_range);
+        let value = |i: usize| match role {
+            Role::Matrix => (range * random.normal(i as u64)) as f32,
             Role::Bias => 0.0,
             Role::Norm => 1.0,
         };
-        let values: Vec<f32> = (0..param.value.len()).map(value).collect();
+        values.resize(param.value.len(), 0.0);
+        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(chunk * CHUNK + i));
+        });
         param.write(device, &values)?;
     }
     model.fill_tables(device)

@@ -117,6 +117,7 @@ impl<B: Backend> Model<B> {
             scratch: top.tile.view_mut(),
             logp: top.logp.top_mut(targets),
             lse: top.lse.top_mut(targets),
+            entropy: None,
         })
     }
 
@@ -194,6 +195,8 @@ impl<B: Backend> Model<B> {
             target: batch.targets(),
             lse: top.lse.top(targets),
             dlogp: s.dlogp.top(targets),
+            dentropy: None,
+            entropy: None,
             scratch: top.tile.view_mut(),
             dh: s.d_top_normed.top_mut(targets),
             dweight: head.grad.as_mut().map(Tensor::view_mut),

@@ -23,6 +23,7 @@ pub mod merged_update;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
+pub mod sample;
 pub mod sum_squares;
 pub mod swiglu;
 
@@ -42,6 +43,7 @@ pub trait Backend:
     + rms_norm::RmsNorm
     + rope::Rope
     + rows::Rows
+    + sample::Sample
     + sum_squares::SumSquares
     + swiglu::SwiGlu
 {

@@ -2,16 +2,15 @@
 //! lie in one slot, those of each completion in another, and attention reads them through the segment table that
 //! training uses. A sample's text depends on its seed and index alone, never on what is generated beside it.
 
-mod sampling;
-
-pub use sampling::Sampling;
-
 use crate::data::Extent;
 use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Keep, KvCache, Model, Spec};
 use crate::ops::Backend;
 use crate::ops::attention::{NO_PARENT, Segment};
+use crate::ops::sample;
+
+pub use crate::ops::sample::Sampling;
 
 /// What to generate from one prompt.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +71,10 @@ struct Buffers<D: Device> {
     kv: KvCache<D>,
     /// `[samples, vocab]`
     logits: Tensor<D>,
+    /// `[samples, 3]`
+    draws: Tensor<D>,
+    /// `[samples, 1]`
+    ids: Tensor<D>,
 }
 
 impl<D: Device> Buffers<D> {
@@ -82,6 +85,8 @@ impl<D: Device> Buffers<D> {
             batch: Batch::new(arena, &extent),
             kv: KvCache::new(arena, spec, request.slot_rows(), extent.rows),
             logits: arena.floats(Kind::Workspace, request.samples, spec.vocab),
+            draws: arena.indices(Kind::Workspace, request.samples, sample::DRAW),
+            ids: arena.indices(Kind::Workspace, request.samples, 1),
         }
     }
 }
@@ -108,26 +113,45 @@ pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> 
     let mut arena = Arena::new(device, &plan(device.storage(), &model.spec, request))?;
     let mut buffers = Buffers::new(&mut arena, &model.spec, request);
     let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];
-    let first = prefill(device, model, request, &mut buffers)?;
-    let mut logits: Vec<&[f32]> = vec![&first; request.samples];
+    prefill(device, model, request, &mut buffers)?;
     let mut active: Vec<usize> = (0..request.samples).collect();
-    let mut next = Vec::new();
     loop {
-        for (logits, sample) in logits.iter().zip(&active) {
-            let completion = &mut completions[*sample];
-            let stream = request.first_sample + *sample as u64;
-            let id = request.sampling.choose(logits, stream, completion.ids.len() as u64)?;
-            completion.ids.push(id);
-            completion.finished = request.eos.contains(&id);
+        let ids = choose(device, request, &mut buffers, &completions, &active)?;
+        for (id, sample) in ids.into_iter().zip(&active) {
+            completions[*sample].ids.push(id);
+            completions[*sample].finished = request.eos.contains(&id);
         }
         let open = |s: &usize| !completions[*s].finished && completions[*s].ids.len() < request.max_new_tokens;
         active.retain(open);
         if active.is_empty() {
             return Ok(completions);
         }
-        decode(device, model, request, &mut buffers, &completions, &active, &mut next)?;
-        logits = next.chunks_exact(model.spec.vocab).collect();
+        decode(device, model, request, &mut buffers, &completions, &active)?;
     }
+}
+
+/// The next token of every active completion, from its row of logits.
+fn choose<B: Backend>(
+    device: &B,
+    request: &Request,
+    b: &mut Buffers<B>,
+    completions: &[Completion],
+    active: &[usize],
+) -> Result<Vec<u32>> {
+    let draw =
+        |sample: &usize| sample::draw(request.first_sample + *sample as u64, completions[*sample].ids.len() as u32);
+    let draws: Vec<[u32; sample::DRAW]> = active.iter().map(draw).collect();
+    let (rows, mut ids) = (active.len(), vec![0; active.len()]);
+    device.write_u32(draws.as_flattened(), b.draws.top_mut(rows))?;
+    device.sample(sample::Args {
+        logits: b.logits.top_mut(rows),
+        sampling: request.sampling,
+        draws: b.draws.top(rows),
+        ids: b.ids.top_mut(rows),
+    })?;
+    device.read_u32(b.ids.top(rows), &mut ids)?;
+    sample::tokens(&ids)?;
+    Ok(ids)
 }
 
 fn prompt_segment(request: &Request, queries: usize) -> Segment {
@@ -135,16 +159,14 @@ fn prompt_segment(request: &Request, queries: usize) -> Segment {
     Segment { start: 0, len, parent: NO_PARENT, position: 0, query_start: 0, queries: queries as u32 }
 }
 
-/// Runs the prompt; returns the logits of its last row.
-fn prefill<B: Backend>(device: &B, model: &Model<B>, request: &Request, b: &mut Buffers<B>) -> Result<Vec<f32>> {
+/// Runs the prompt; `logits` becomes those of its last row, once for each completion.
+fn prefill<B: Backend>(device: &B, model: &Model<B>, request: &Request, b: &mut Buffers<B>) -> Result<()> {
     let len = request.prompt.len();
     let rows: Vec<u32> = (0..len as u32).collect();
-    b.batch.load_decode(device, request.prompt, &rows, &[prompt_segment(request, len)], &[len as u32 - 1])?;
+    let read = vec![len as u32 - 1; request.samples];
+    b.batch.load_decode(device, request.prompt, &rows, &[prompt_segment(request, len)], &read)?;
     b.kv.set_append(device, &rows)?;
-    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)?;
-    let mut logits = vec![0.0; model.spec.vocab];
-    device.read_f32(b.logits.top(1), &mut logits)?;
-    Ok(logits)
+    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)
 }
 
 /// Runs the newest token of every active completion; `logits` becomes `[active, vocab]`.
@@ -155,7 +177,6 @@ fn decode<B: Backend>(
     b: &mut Buffers<B>,
     completions: &[Completion],
     active: &[usize],
-    logits: &mut Vec<f32>,
 ) -> Result<()> {
     let prompt = request.prompt.len();
     let done = |sample: usize| completions[sample].ids.len();
@@ -177,7 +198,5 @@ fn decode<B: Backend>(
     let read: Vec<u32> = (0..active.len() as u32).collect();
     b.batch.load_decode(device, &tokens, &positions, &segments, &read)?;
     b.kv.set_append(device, &append)?;
-    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)?;
-    logits.resize(active.len() * model.spec.vocab, 0.0);
-    device.read_f32(b.logits.top(active.len()), logits)
+    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)
 }

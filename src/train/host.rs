@@ -7,6 +7,7 @@ use std::path::Path;
 use super::settings::Settings;
 use super::task::Task;
 use crate::data::Extent;
+use crate::device::cuda::STAGING_BYTES;
 use crate::model::Spec;
 use crate::ops::{self, logprob_head};
 
@@ -34,6 +35,8 @@ const ATTENTION_VECTORS: usize = 11 * 64;
 /// Sizes that the host's memory follows from.
 pub struct Host {
     threads: usize,
+    /// Products and attention are a GPU's, which wants memory to exchange data through instead.
+    gpu: bool,
     tokenizer_bytes: usize,
     tokens: usize,
     examples: usize,
@@ -55,13 +58,18 @@ impl Host {
     pub fn without_data(settings: &Settings) -> Self {
         let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len() as usize);
         let tokenizer_bytes = size(&settings.model.join("tokenizer.json"));
-        Self { threads: settings.threads, tokenizer_bytes, tokens: 0, examples: 0, sequences: 0 }
+        let (threads, gpu) = (settings.threads, settings.gpu);
+        Self { threads, gpu, tokenizer_bytes, tokens: 0, examples: 0, sequences: 0 }
     }
 
     /// The largest amount while tokenizer and data are read.
     pub fn reading(&self) -> usize {
         let tokenizer = (TOKENIZER_READING * self.tokenizer_bytes as f64) as usize;
-        PROGRAM + tokenizer.max(self.resting() + READING_PER_TOKEN * self.tokens)
+        self.program() + tokenizer.max(self.resting() + READING_PER_TOKEN * self.tokens)
+    }
+
+    fn program(&self) -> usize {
+        PROGRAM + if self.gpu { STAGING_BYTES } else { 0 }
     }
 
     /// Of the data and its tokenizer, once read.
@@ -73,8 +81,11 @@ impl Host {
 
     /// While micro-batches up to `largest` go through the engine.
     pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
-        let threads = self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>();
-        PROGRAM + self.resting() + packed(spec, largest) + threads + largest.rows * PER_ROW
+        let arithmetic = match self.gpu {
+            true => 0,
+            false => packed(spec, largest) + self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>(),
+        };
+        self.program() + self.resting() + arithmetic + largest.rows * PER_ROW
     }
 }
 
@@ -98,7 +109,8 @@ mod tests {
 
     #[test]
     fn more_data_and_threads_take_more() {
-        let host = |threads, tokens| Host { threads, tokenizer_bytes: 1 << 20, tokens, examples: 1, sequences: 2 };
+        let host =
+            |threads, tokens| Host { threads, gpu: false, tokenizer_bytes: 1 << 20, tokens, examples: 1, sequences: 2 };
         assert!(host(1, 0).reading() > PROGRAM + (20 << 20), "the tokenizer's tree");
         let grown = host(1, 10_000_000).resting() - host(1, 1_000_000).resting();
         assert!((36_000_000..40_000_000).contains(&grown), "four bytes a token, once the caches are full: {grown}");

@@ -9,7 +9,7 @@ use super::settings::Settings;
 use super::task::Task;
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
-use crate::device::{DType, Dry, Kind, Ledger};
+use crate::device::{DType, Dry, Kind, Ledger, cuda};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
 use crate::optim;
@@ -30,15 +30,16 @@ pub struct Phase {
 }
 
 impl Phase {
-    fn new(name: &'static str, host: usize, ledgers: &[Ledger]) -> Self {
-        let sum = |kind| ledgers.iter().map(|l| l.get(kind)).sum();
+    /// `shared`: what the ops of a device share, whatever they work on.
+    fn new(name: &'static str, host: usize, shared: usize, ledgers: &[Ledger]) -> Self {
+        let sum = |kind| ledgers.iter().map(|l| l.get(kind)).sum::<usize>();
         Self {
             name,
             weights: sum(Kind::Weights),
             grads: sum(Kind::Grads),
             states: sum(Kind::States),
             activations: sum(Kind::Activations),
-            workspace: sum(Kind::Workspace),
+            workspace: shared + sum(Kind::Workspace),
             host,
         }
     }
@@ -48,7 +49,7 @@ impl Phase {
         self.weights + self.grads + self.states + self.activations + self.workspace
     }
 
-    pub fn total(&self) -> usize {
+    fn total(&self) -> usize {
         self.device() + self.host
     }
 }
@@ -56,8 +57,12 @@ impl Phase {
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Plan {
     pub phases: Vec<Phase>,
-    /// Of the host and a device that computes in its memory.
+    /// Tensors are in a GPU's memory, not in the host's.
+    pub gpu: bool,
+    /// Of the host, with the tensors if they are in its memory.
     pub peak_bytes: usize,
+    /// Of the tensors, wherever they are.
+    pub peak_device_bytes: usize,
     /// Of an average optimizer step; a multiply-add is two.
     pub flops_per_step: f64,
     pub parameters: usize,
@@ -70,30 +75,38 @@ pub struct Plan {
 /// Whose memory is limited.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Memory {
-    /// The machine's: device tensors and the program around them.
+    /// The machine's: the program and, without a GPU, the tensors.
     Host,
-    /// The device's alone.
+    /// That of the tensors alone.
     Device,
 }
 
 impl Plan {
+    /// The memory that runs out first: a GPU's where there is one.
+    pub fn scarce(&self) -> Memory {
+        if self.gpu { Memory::Device } else { Memory::Host }
+    }
+
+    pub fn bytes(&self, phase: &Phase, of: Memory) -> usize {
+        match of {
+            Memory::Host if self.gpu => phase.host,
+            Memory::Host => phase.total(),
+            Memory::Device => phase.device(),
+        }
+    }
+
     /// The phase that takes most.
     pub fn peak(&self, of: Memory) -> &Phase {
-        self.phases.iter().max_by_key(|phase| phase.bytes(of)).expect("a run has phases")
+        self.phases.iter().max_by_key(|phase| self.bytes(phase, of)).expect("a run has phases")
+    }
+
+    pub fn peak_of(&self, of: Memory) -> usize {
+        self.bytes(self.peak(of), of)
     }
 
     /// The settings that this plan is of, as flags.
     pub fn flags(&self) -> String {
         format!("--micro-batch-tokens {}{}", self.micro_batch_tokens, if self.recompute { " --recompute" } else { "" })
-    }
-}
-
-impl Phase {
-    pub fn bytes(&self, of: Memory) -> usize {
-        match of {
-            Memory::Host => self.total(),
-            Memory::Device => self.device(),
-        }
     }
 }
 
@@ -177,39 +190,42 @@ impl<'a> Workload<'a> {
         let blueprint = self.blueprint(settings);
         let (largest, host) = (blueprint.largest, &self.host);
         let scored: Vec<Extent> = self.used.iter().map(|i| self.train[*i]).chain(self.eval.iter().copied()).collect();
-        let (run, pass) = blueprint.plan(DType::F32);
+        let storage = settings.storage();
+        let (run, pass) = blueprint.plan(storage);
         let mut names = names(self.checkpoint);
         let params = names.params_mut();
         let tensor = params.iter().map(|p| p.value.len()).max().unwrap_or(0) * size_of::<f32>();
         let working = host.working(&self.checkpoint.spec, &largest);
 
-        let mut phases = vec![Phase::new("read", host.reading(), &[])];
+        let shared = if settings.gpu { cuda::Options::WORKSPACE_BYTES } else { 0 };
+        let phase = |name, host, ledgers: &[Ledger]| Phase::new(name, host, shared, ledgers);
+
+        let mut phases = vec![phase("read", host.reading(), &[])];
         for reference in self.references {
             let shard = largest_shard(settings.packing, &scored);
             let host = working + reference.largest_tensor() * size_of::<f32>();
-            phases.push(Phase::new("score", host, &[reference.plan(DType::F32, &shard)]));
+            phases.push(phase("score", host, &[reference.plan(storage, &shard)]));
         }
-        phases.push(Phase::new("load", working + tensor, &[run]));
-        phases.push(Phase::new("train", working, &[run, pass]));
+        phases.push(phase("load", working + tensor, &[run]));
+        phases.push(phase("train", working, &[run, pass]));
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);
-            phases.push(Phase::new(
-                "sample",
-                working,
-                &[run, rollout::plan(DType::F32, &self.checkpoint.spec, &request)],
-            ));
+            phases.push(phase("sample", working, &[run, rollout::plan(storage, &self.checkpoint.spec, &request)]));
         }
-        phases.push(Phase::new("save", working + tensor, &[run]));
-        let peak_bytes = phases.iter().map(Phase::total).max().unwrap_or(0);
-        Ok(Plan {
+        phases.push(phase("save", working + tensor, &[run]));
+        let mut plan = Plan {
             phases,
-            peak_bytes,
+            gpu: settings.gpu,
+            peak_bytes: 0,
+            peak_device_bytes: 0,
             flops_per_step: self.flops_per_step(&blueprint, settings.packing)?,
             parameters: params.iter().map(|p| p.value.len()).sum(),
             max_steps: self.max_steps,
             micro_batch_tokens: settings.packing.budget,
             recompute: settings.recompute,
-        })
+        };
+        (plan.peak_bytes, plan.peak_device_bytes) = (plan.peak_of(Memory::Host), plan.peak_of(Memory::Device));
+        Ok(plan)
     }
 
     /// FLOPs of forward and backward over an average step.
@@ -331,7 +347,7 @@ pub fn fit(workload: &Workload, settings: &Settings, of: Memory, limit: usize, f
         let packing = Packing { budget, ..settings.packing };
         workload.plan(&Settings { packing, recompute, ..settings.clone() })
     };
-    let fits = |plan: &Plan| plan.peak(of).bytes(of) <= limit;
+    let fits = |plan: &Plan| plan.peak_of(of) <= limit;
     let least = if free_rows { floor } else { settings.packing.budget };
     let most = if free_rows { all.min(MAX_USEFUL).max(floor) } else { settings.packing.budget };
     for recompute in if settings.recompute { [true].iter() } else { [false, true].iter() } {
@@ -355,24 +371,26 @@ pub fn fit(workload: &Workload, settings: &Settings, of: Memory, limit: usize, f
     Ok(Choice { plan: plan(least, true)?, fits: false, floor })
 }
 
-/// What to say before a run that the machine has no memory for; nothing where it has. A run that is resumed keeps its
-/// micro-batches.
+/// What to say before a run that the machine, or its GPU, has no memory for; nothing where it has. A run that is resumed
+/// keeps its micro-batches.
 pub fn warning(workload: &Workload, settings: &Settings, plan: &Plan, available: usize) -> Result<Option<String>> {
-    if plan.peak_bytes <= available {
+    let of = plan.scarce();
+    if plan.peak_of(of) <= available {
         return Ok(None);
     }
     let human = crate::machine::human;
     let resumed = settings.resume.is_some() && is_run(&settings.output_dir);
-    let choice = fit(workload, settings, Memory::Host, available, !resumed)?;
+    let choice = fit(workload, settings, of, available, !resumed)?;
     let advice = match choice.fits {
-        true => format!("{} would take {}", choice.plan.flags(), human(choice.plan.peak_bytes)),
+        true => format!("{} would take {}", choice.plan.flags(), human(choice.plan.peak_of(of))),
         false => format!(
             "no setting of --micro-batch-tokens and --recompute takes less than {}; a smaller --max-length or model would",
-            human(choice.plan.peak_bytes)
+            human(choice.plan.peak_of(of))
         ),
     };
-    let (needed, free) = (human(plan.peak_bytes), human(available));
-    Ok(Some(format!("warning: this run takes {needed} of memory and {free} are available; {advice}")))
+    let (needed, free) = (human(plan.peak_of(of)), human(available));
+    let memory = if plan.gpu { "GPU memory" } else { "memory" };
+    Ok(Some(format!("warning: this run takes {needed} of {memory} and {free} are available; {advice}")))
 }
 
 /// One sample of a prompt.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::metrics::{EVALUATIONS, Lines, METRICS, read_lines};
+use super::plan::Plan;
 use super::plot::{Panel, Series, curves_svg, sparkline};
 use super::run::SAMPLES;
 use crate::checkpoint::write_file;
@@ -19,8 +20,8 @@ pub struct Report {
     metrics: Lines,
     evaluations: Lines,
     samples: Lines,
-    /// Bytes that were in use at most, and what the plan said; of the process that finished the run.
-    memory: Option<(usize, usize)>,
+    /// What was in use at most, and what the plan said; of the process that finished the run.
+    memory: Option<String>,
 }
 
 /// (label, key of an evaluation, factor, decimals, unit)
@@ -40,8 +41,12 @@ impl Report {
     }
 
     /// Adds the peak of resident memory, where the system tells it, and the plan's.
-    pub fn with_memory(self, peak_bytes: Option<usize>, planned_bytes: usize) -> Self {
-        Self { memory: peak_bytes.map(|peak| (peak, planned_bytes)), ..self }
+    pub fn with_memory(self, peak_bytes: Option<usize>, plan: &Plan) -> Self {
+        let memory = peak_bytes.map(|peak| match plan.gpu {
+            true => format!("{}, {} planned of the GPU", human(peak), human(plan.peak_device_bytes)),
+            false => format!("{} (planned {})", human(peak), human(plan.peak_bytes)),
+        });
+        Self { memory, ..self }
     }
 
     /// The end of a run, as text.
@@ -54,8 +59,8 @@ impl Report {
         let tokens: f64 = self.metrics.iter().filter_map(|line| number(line, "tokens")).sum();
         let steps = self.metrics.len();
         let _ = writeln!(out, "{steps} steps in {seconds:.1} s, {:.0} tokens/s", tokens / seconds.max(1e-9));
-        if let Some((peak, planned)) = self.memory {
-            let _ = writeln!(out, "peak memory {} (planned {})", human(peak), human(planned));
+        if let Some(memory) = &self.memory {
+            let _ = writeln!(out, "peak memory {memory}");
         }
         let _ = writeln!(out, "model   {}", self.output.display());
         let _ = writeln!(out, "curves  {}", self.plot_path().display());

@@ -43,6 +43,7 @@ pub enum Outcome {
 
 /// Trains. `stop` is asked between steps; true writes a checkpoint and returns [`Error::Interrupted`].
 pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
+    assert_eq!((B::APART, device.storage()), (settings.gpu, settings.storage()), "settings of another device");
     let task = Task::prepare(settings)?;
     machine::release_freed();
     let workload = Workload::new(&task, settings);
@@ -53,11 +54,12 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         let cannot = |e| Error::option("--cache-dir", format!("{}: {e}", settings.cache_dir.display()));
         std::fs::create_dir_all(&settings.cache_dir).map_err(cannot)?;
     }
-    if let Some(memory) = machine::memory() {
-        // What the program has by now is part of the plan.
-        let available = memory.available + machine::resident().unwrap_or(0);
+    // What the program has by now is part of the plan.
+    let of_host = machine::memory().map(|memory| memory.available + machine::resident().unwrap_or(0));
+    if let Some(available) = device.available_bytes()?.or(of_host) {
         warning(&workload, settings, &plan, available)?.iter().for_each(say);
     }
+    check_profile::<B>(settings, task.max_steps)?;
     let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
     let _lock = &start.lock;
     let ref_logps = score_references(device, settings, &task, stop)?;
@@ -85,6 +87,16 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         task: &task,
     };
     session.train(stop)
+}
+
+/// Steps that a profiler is to record must be steps of the run, and on a GPU.
+fn check_profile<B: Backend>(settings: &Settings, max_steps: u64) -> Result<()> {
+    let detail = match settings.profile_steps {
+        Some((_, last)) if last > max_steps => format!("{last} is after the last step, {max_steps}"),
+        Some(_) if !B::APART => "shows a GPU's work to a profiler, and this run computes on the CPU".to_string(),
+        _ => return Ok(()),
+    };
+    Err(Error::option("--profile-steps", detail))
 }
 
 /// Where a run begins.
@@ -234,12 +246,20 @@ impl<B: Backend> Session<'_, B> {
             if self.settings.stop_at_step.is_some_and(|last| self.state.step >= last) {
                 return Ok(Outcome::Stopped(self.save_checkpoint()?));
             }
+            self.profile(true)?;
             let message = self.step()?;
+            self.profile(false)?;
             progress.at(self.state.step, &message);
             self.after_step(&mut progress)?;
         }
         progress.finish();
         self.finish().map(Outcome::Finished)
+    }
+
+    /// Tells a profiler that the first of the steps that it is to record comes next, or that the last is done.
+    fn profile(&self, starts: bool) -> Result<()> {
+        let edge = self.settings.profile_steps.map(|(first, last)| if starts { first - 1 } else { last });
+        if edge == Some(self.state.step) { self.device.profile(starts) } else { Ok(()) }
     }
 
     /// One optimizer step and its line; returns what the progress bar says.
@@ -410,7 +430,7 @@ impl<B: Backend> Session<'_, B> {
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
         finish(output)?;
-        Ok(report.with_memory(machine::peak_resident(), self.plan.peak_bytes))
+        Ok(report.with_memory(machine::peak_resident(), &self.plan))
     }
 }
 

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
+use crate::device::DType;
 use crate::model::Init;
 use crate::objectives::Params;
 use crate::optim::{Decay, Hyper};
@@ -41,6 +42,10 @@ pub struct Settings {
     pub recompute: bool,
     /// CPU threads.
     pub threads: usize,
+    /// Computes on a GPU, in memory of its own; `dtype` is then what is stored there, too.
+    pub gpu: bool,
+    /// The first and the last step that a profiler records.
+    pub profile_steps: Option<(u64, u64)>,
     pub eval_steps: Option<u64>,
     pub save_steps: Option<u64>,
     /// What the checkpoints hold.
@@ -48,6 +53,16 @@ pub struct Settings {
     pub samples: Samples,
     /// The same, as a recipe to be kept with the results.
     pub recipe: String,
+}
+
+impl Settings {
+    /// What the device stores weights and activations in.
+    pub fn storage(&self) -> DType {
+        match self.dtype {
+            SaveDtype::Bf16 if self.gpu => DType::Bf16,
+            _ => DType::F32,
+        }
+    }
 }
 
 /// Where to continue.

@@ -1,58 +1,169 @@
-//! Ops on the GPU against the f64 reference.
+//! Every op on the GPU against the f64 reference, with all that ops promise, in f32 and in bf16.
 
-use cuvee::device::{Arena, Cuda, DType, Device, Kind, Philox, Reference, Tensor};
-use cuvee::ops::{Backend, rms_norm};
+use std::env;
 
-use crate::Case;
+use cuvee::device::cuda::Options;
+use cuvee::device::{Cuda, DType, Device};
 
-/// A device's tensor with standard normal numbers, other ones for every name, rounded to bfloat16 so that every device
-/// holds the same.
-fn tensor<D: Device>(device: &D, dtype: DType, name: &str, [rows, cols]: [usize; 2]) -> Tensor<D> {
-    let mut arena = Arena::with_bytes(device, Arena::<D>::bytes_of(dtype, rows, cols)).unwrap();
-    let mut tensor = arena.take(Kind::Activations, dtype, rows, cols);
-    let random = Philox::named(1, name);
-    let number = |i| f64::from(half::bf16::from_f32(random.normal(i as u64) as f32).to_f32());
-    let values: Vec<f64> = (0..rows * cols).map(number).collect();
-    device.write_f64(&values, tensor.view_mut()).unwrap();
-    tensor
+use crate::common::case::Case as OpCase;
+use crate::common::checks::{
+    compare, flops, nan_surfaces, same_again, same_for_some_rows, twice_is_double, unwanted_stay,
+    wrong_shapes_are_refused,
+};
+use crate::common::ops::head::{Head, HeadBackward};
+use crate::common::ops::{self, Visitor, activations, attention, head, norms, rope, updates};
+use crate::{Case, Mode, WITH_CUBLASLT};
+
+/// Largest case in FLOPs. The emulator makes less than 10^9 a second, a fifth of that where it looks for races.
+const MOST_FLOPS: u64 = 1 << 28;
+const MOST_FLOPS_WATCHED: u64 = 1 << 25;
+
+const STORAGES: [(&str, DType); 2] = [("f32", DType::F32), ("bf16", DType::Bf16)];
+
+/// Ops with products, which cuBLASLt may make.
+const PRODUCTS: [&str; 4] = ["linear", "linear_backward", "logprob_head", "logprob_head_backward"];
+
+/// Asks all of the first run. Of the others, which differ in the order of threads or in what watches them, it asks that
+/// results are close and repeat, on cases of a moderate size.
+struct OnCuda<'a> {
+    cuda: &'a Cuda,
+    all: bool,
+    most_flops: u64,
 }
 
-fn read<D: Device>(device: &D, tensor: &Tensor<D>) -> Vec<f64> {
-    let mut values = vec![0.0; tensor.len()];
-    device.read_f64(tensor.view(), &mut values).unwrap();
-    values
-}
+impl<'a> OnCuda<'a> {
+    fn new(cuda: &'a Cuda) -> Self {
+        let first = env::var("CUVEE_EMULATOR_SEED").is_ok_and(|seed| seed == "0");
+        let all = Mode::current() == Mode::Real || Mode::current() == Mode::Plain && first;
+        Self { cuda, all, most_flops: if all { MOST_FLOPS } else { MOST_FLOPS_WATCHED } }
+    }
 
-fn forward<D: Backend>(device: &D, storage: DType, [rows, hidden]: [usize; 2]) -> [Vec<f64>; 2] {
-    let x = tensor(device, storage, "x", [rows, hidden]);
-    let weight = tensor(device, storage, "weight", [1, hidden]);
-    let mut y = tensor(device, storage, "y", [rows, hidden]);
-    let mut rstd = tensor(device, DType::F32, "rstd", [rows, 1]);
-    let arguments = rms_norm::Forward {
-        x: x.view(),
-        weight: weight.view(),
-        eps: 1e-2,
-        y: y.view_mut(),
-        rstd: rstd.view_mut(),
-    };
-    device.rms_norm(arguments).unwrap_or_else(|e| panic!("{e}"));
-    [read(device, &y), read(device, &rstd)]
-}
-
-fn rms_norm(cuda: &Cuda) {
-    let storage = cuda.storage();
-    for shape in [[1, 1], [3, 31], [47, 123], [2, 507]] {
-        let (found, oracle) = (forward(cuda, storage, shape), forward(&Reference, DType::F32, shape));
-        let close = if storage == DType::Bf16 { [1.0 / 128.0, 1e-6] } else { [1e-6, 1e-6] };
-        for ((found, oracle), close) in found.iter().zip(&oracle).zip(close) {
-            let size = oracle.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-            let wrong = found.iter().zip(oracle).position(|(x, y)| !((x - y).abs() <= close * size));
-            assert_eq!(wrong, None, "{shape:?}: {found:?}, {oracle:?}");
-        }
-        assert_eq!(found, forward(cuda, storage, shape), "another result of another order of threads");
+    fn takes<C: OpCase>(&self, case: &C) -> bool {
+        flops(self.storage(), case) <= self.most_flops
     }
 }
 
+impl Visitor for OnCuda<'_> {
+    fn storage(&self) -> DType {
+        self.cuda.storage()
+    }
+
+    fn close<C: OpCase>(&mut self, case: &C) {
+        if self.takes(case) {
+            compare(self.cuda, case);
+        }
+    }
+
+    fn repeatable<C: OpCase>(&mut self, case: &C) {
+        if self.takes(case) {
+            same_again(self.cuda, case);
+        }
+    }
+
+    fn rows<C: OpCase>(&mut self, case: &C) {
+        // cuBLASLt's kernel, and with it the order of its sums, depends on the number of rows.
+        if self.all && !self.cuda.arithmetic().ends_with("cublaslt") {
+            same_for_some_rows(self.cuda, case);
+        }
+    }
+
+    fn twice<C: OpCase>(&mut self, case: &C) {
+        if self.all {
+            twice_is_double(self.cuda, case);
+        }
+    }
+
+    fn unwanted<C: OpCase>(&mut self, all: &C, some: &C, optional: &[&str], wanted: &[bool]) {
+        if self.all {
+            unwanted_stay(self.cuda, all, some, optional, wanted);
+        }
+    }
+
+    fn nan<C: OpCase>(&mut self, case: &C) {
+        if self.all {
+            nan_surfaces(self.cuda, case);
+        }
+    }
+
+    fn shapes<C: OpCase>(&mut self, case: &C) {
+        if self.all {
+            wrong_shapes_are_refused(self.cuda, case);
+        }
+    }
+}
+
+/// All cases of an op.
+fn op(cuda: &Cuda, name: &str) {
+    let mut visitor = OnCuda::new(cuda);
+    let all = ops::all::<OnCuda>();
+    let (_, visit) = all.iter().find(|(found, _)| *found == name).expect("listed");
+    visit(&mut visitor);
+}
+
+/// The head works through rows in chunks where the workspace does not hold what all need: here one tile of rows, then less.
+fn head_in_a_small_workspace(cuda: &Cuda) {
+    let with = |workspace_bytes| {
+        Cuda::open(&Options { workspace_bytes, ..Options::new(0, cuda.storage()) }).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let (forward, backward) = (Head::new([200, 31, 5003]), HeadBackward::full([200, 31, 5003]));
+    for workspace_bytes in [8 << 10, 4 << 10] {
+        compare(&with(workspace_bytes), &forward);
+    }
+    for workspace_bytes in [3 << 20, 3 << 19] {
+        compare(&with(workspace_bytes), &backward);
+    }
+    let why = refusal(&with(1 << 10), &backward, &specs_on(cuda, &backward)).map(|e| e.to_string());
+    assert!(why.as_ref().is_some_and(|why| why.contains("bytes of workspace")), "{why:?}");
+}
+
+/// Single promises of single ops. The first are stated in numbers that bf16 does not hold.
+fn special() -> Vec<(&'static str, &'static [(&'static str, DType)], fn(&Cuda))> {
+    let f32_only = &STORAGES[..1];
+    vec![
+        ("rms_norm::zero_row", f32_only, norms::rms_norm_of_a_zero_row_is_finite),
+        ("layer_norm::large_mean", f32_only, norms::layer_norm_bears_a_large_mean_and_a_constant_row),
+        ("swiglu::saturation", f32_only, activations::swiglu_saturates_without_nan),
+        ("gelu::values", f32_only, activations::gelu_has_the_values_of_others_and_saturates_without_nan),
+        ("logprob_head::extreme_logits", f32_only, head::logprob_head_takes_extreme_logits),
+        ("logprob_head::sum", f32_only, head::logprob_head_backward_sums_to_zero_over_the_vocabulary),
+        ("logprob_head::workspace", &STORAGES, head_in_a_small_workspace),
+        ("sum_squares::overflow", f32_only, updates::sum_squares_overflow),
+        ("rope::nan", &STORAGES, rope::rope_keeps_a_nan_in_its_pair),
+        ("attention::heads", &STORAGES, attention::attention_refuses_heads_that_share_unevenly),
+        (
+            "attention::shared_prefix",
+            &STORAGES,
+            attention::attention_over_a_shared_prefix_has_the_bits_of_the_unrolled_sequence,
+        ),
+        ("attention::decoding", &STORAGES, attention::attention_of_a_decoding_step_has_the_bits_of_the_whole_sequence),
+        ("attention::extreme_scores", &STORAGES, attention::attention_takes_extreme_scores),
+        ("attention::nan", &STORAGES, attention::attention_keeps_what_is_broken_to_those_who_see_it),
+        ("ops::no_rows", &STORAGES, ops::no_rows_are_no_work),
+    ]
+}
+
 pub fn all() -> Vec<Case> {
-    vec![Case::new("rms_norm::f32", DType::F32, rms_norm), Case::new("rms_norm::bf16", DType::Bf16, rms_norm)]
+    let names: Vec<&str> = ops::all::<OnCuda>().into_iter().map(|(name, _)| name).collect();
+    let mut cases = Vec::new();
+    for (storage, dtype) in STORAGES {
+        cases.extend(
+            names
+                .iter()
+                .copied()
+                .map(|name| Case::new(format!("{name}::{storage}"), dtype, move |cuda| op(cuda, name))),
+        );
+    }
+    for (storage, dtype) in STORAGES {
+        cases.extend(PRODUCTS.map(|name| Case {
+            modes: &[Mode::Plain, Mode::Real],
+            ..Case::new(format!("{WITH_CUBLASLT}{name}::{storage}"), dtype, move |cuda| op(cuda, name))
+        }));
+    }
+    for (name, storages, run) in special() {
+        cases.extend(storages.iter().map(|(storage, dtype)| Case {
+            modes: &[Mode::Plain, Mode::Real],
+            ..Case::new(format!("{name}::{storage}"), *dtype, run)
+        }));
+    }
+    cases
 }

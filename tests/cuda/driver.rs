@@ -19,6 +19,9 @@ const HEADERS: &[(&str, &str)] =
 const RUNTIME: &str = include_str!("emulator/runtime.cpp");
 const RACE: &str = include_str!("emulator/race.cpp");
 const MOCK: &str = include_str!("emulator/mock.cpp");
+const MOCK_CUBLASLT: &str = include_str!("emulator/mock_cublaslt.cpp");
+/// Of the folder of the emulated driver: where its cuBLASLt lies.
+pub const CUBLASLT: &str = "cublaslt";
 const BUGS: &str = include_str!("emulator/bugs.cu");
 const FLAGS: &[&str] =
     &["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
@@ -217,23 +220,38 @@ pub fn build(mode: Mode, kernels: &[Source]) -> Result<PathBuf, String> {
         eprintln!("emulated GPU, {mode}: {} of {} files to compile", missing.len(), jobs.len());
     }
     compile_all(compiler, &missing)?;
-    let names: Vec<&str> = jobs.iter().map(|job| job.object.to_str().unwrap()).collect();
-    let folder = cache().join(format!("{mode}-{}", hash(&names)));
-    if folder.join("libcuda.so").is_symlink() {
+    let mut names: Vec<&str> = jobs.iter().map(|job| job.object.to_str().unwrap()).collect();
+    let folder = cache().join(format!("{mode}-{}", hash(&[&names[..], &[MOCK_CUBLASLT]].concat())));
+    let driver = folder.join("libcuda.so.1");
+    if driver.exists() {
         return Ok(folder);
     }
-    fs::create_dir_all(&folder).map_err(io)?;
-    appear(&folder.join("libcuda.so.1"), |temporary| {
-        let mut arguments: Vec<&OsStr> = ["-shared", "-Wl,-soname,libcuda.so.1", "-o"].map(OsStr::new).to_vec();
+    let cublaslt = folder.join(CUBLASLT);
+    fs::create_dir_all(&cublaslt).map_err(io)?;
+    let input = ["-xc++", "-", "-xnone", "-fvisibility=hidden"];
+    link(compiler, mode, &cublaslt.join("libcublasLt.so.13"), &input, MOCK_CUBLASLT)?;
+    // The same file, or it would be loaded twice: probe opens the first name, cudarc the second.
+    let link_name = folder.join("libcuda.so");
+    let _ = fs::remove_file(&link_name);
+    std::os::unix::fs::symlink("libcuda.so.1", &link_name).map_err(io)?;
+    names.push("-pthread");
+    link(compiler, mode, &driver, &names, "")?;
+    Ok(folder)
+}
+
+/// A shared library under its own name.
+fn link(compiler: &Compiler, mode: Mode, path: &Path, inputs: &[&str], text: &str) -> Result<(), String> {
+    let name = path.file_name().and_then(OsStr::to_str).expect("ours");
+    let soname = format!("-Wl,-soname,{name}");
+    appear(path, |temporary| {
+        let mut arguments: Vec<&OsStr> =
+            ["-std=c++17", "-O2", "-fPIC", "-shared", &soname, "-o"].map(OsStr::new).to_vec();
         arguments.push(temporary.as_os_str());
         arguments.extend(link_flags(mode).iter().map(OsStr::new));
-        arguments.extend(names.iter().map(OsStr::new));
-        arguments.extend(["-ldl", "-pthread"].map(OsStr::new));
-        run_compiler(compiler, "libcuda", &arguments, "")
-    })?;
-    // The same file, or it would be loaded twice: probe opens the first name, cudarc the second.
-    std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).map_err(io)?;
-    Ok(folder)
+        arguments.extend(inputs.iter().map(OsStr::new));
+        arguments.push(OsStr::new("-ldl"));
+        run_compiler(compiler, name, &arguments, text)
+    })
 }
 
 /// With the kernels of this program, built by whoever asks first.

@@ -60,8 +60,7 @@ fn reached(cases: &[Case]) -> Result<Reached, String> {
     let mut reached = Reached::new();
     for (i, case) in cases.iter().enumerate() {
         let trace = folder.path().join(i.to_string());
-        let run =
-            Run { case: &case.name, mode: Mode::Plain, library: Some(&library), seed: 0, trace: Some(&trace) };
+        let run = Run { case: &case.name, mode: Mode::Plain, library: Some(&library), seed: 0, trace: Some(&trace) };
         if let Outcome::Failed(why) = child::run(&run) {
             return Err(format!("{} fails before anything is deleted:\n{why}", case.name));
         }

@@ -2,21 +2,19 @@
 //! `config.v4.json` (4.x), and in `expected.safetensors` what transformers makes of it. From `tests/data/fixtures`
 //! and, when CUVEE_FIXTURES_DIR is set, from there too: same layout, other numbers.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use cuvee::checkpoint::Weights;
-use cuvee::data::{self, Example, Extent, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, DType, Dry, Ledger};
-use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, load};
+use cuvee::data::{self, Example, Sequence, Sharing};
+use cuvee::device::{Arena, Cpu, DType, Dry};
+use cuvee::model::{Checkpoint, Model, Options, load};
 use cuvee::objectives::{self, Params, Stats, Totals};
 use cuvee::rollout::{Request, Sampling, generate};
 use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 
-const LOGPS_TOLERANCE: f64 = 1e-4;
-const GRADIENT_TOLERANCE: f64 = 1e-4;
+use crate::shared::{Bench, Expected, LOGPS_TOLERANCE, check_folder};
 
 pub fn trials(root: &Path) -> Vec<Trial> {
     let mut trials = trials_of("repo", &root.join("tests/data/fixtures"));
@@ -73,142 +71,9 @@ fn folder(name: String, dir: PathBuf, config: &'static str) -> Trial {
             Err(e) => return Err(e.into()),
         };
         let expected = Expected::read(&dir)?;
-        check_folder(&checkpoint, &expected)?;
+        check_folder(Cpu::new(2)?, &checkpoint, &expected)?;
         Ok(Completion::Completed)
     })
-}
-
-/// What transformers computed: rows padded on the right.
-struct Expected {
-    file: Weights,
-    rows: Vec<Vec<u32>>,
-    /// `[rows, columns - 1]`
-    logps: Vec<f32>,
-    columns: usize,
-}
-
-impl Expected {
-    fn read(dir: &Path) -> Result<Self, Failed> {
-        let path = dir.join("expected.safetensors");
-        let bytes = fs::read(&path)?;
-        let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
-        let integers = |name: &str| -> Result<Vec<i64>, Failed> {
-            let tensor = tensors.tensor(name)?;
-            Ok(tensor.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes"))).collect())
-        };
-        let (ids, mask) = (integers("input_ids")?, integers("attention_mask")?);
-        let columns = tensors.tensor("input_ids")?.shape()[1];
-        let row = |(ids, mask): (&[i64], &[i64])| {
-            ids.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id as u32).collect()
-        };
-        let rows: Vec<Vec<u32>> = ids.chunks(columns).zip(mask.chunks(columns)).map(row).collect();
-        let file = Weights::open_file(&path)?;
-        let mut logps = vec![0.0; rows.len() * (columns - 1)];
-        file.read("logps", &[rows.len(), columns - 1], &mut logps)?;
-        Ok(Self { file, rows, logps, columns })
-    }
-}
-
-/// A model on the CPU with everything that a training step needs.
-struct Bench {
-    cpu: Cpu,
-    model: Model<Cpu>,
-    acts: Acts<Cpu>,
-    batch: Batch<Cpu>,
-}
-
-impl Bench {
-    fn new(checkpoint: &Checkpoint, host: &data::Batch) -> Result<Self, Failed> {
-        let (spec, naming, extent) = (&checkpoint.spec, checkpoint.architecture.naming, host.extent());
-        let options = Options::train_all(extent.longest);
-        let cpu = Cpu::new(2)?;
-        let mut arena = Arena::new(&cpu, &plan(checkpoint, &extent))?;
-        let mut model = Model::new(&mut arena, spec, naming, options);
-        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything);
-        let mut batch = Batch::new(&mut arena, &extent);
-        load(&cpu, checkpoint, &Weights::open(&checkpoint.dir)?, &mut model)?;
-        batch.load(&cpu, host)?;
-        Ok(Self { cpu, model, acts, batch })
-    }
-
-    fn forward(&mut self) -> Result<Vec<f32>, Failed> {
-        use cuvee::device::Device;
-        self.model.forward(&self.cpu, &self.batch, &mut self.acts)?;
-        let mut logps = vec![0.0; self.batch.size().targets];
-        self.cpu.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
-        Ok(logps)
-    }
-
-    fn backward(&mut self, dlogp: &[f64]) -> Result<(), Failed> {
-        Ok(self.model.backward(&self.cpu, &self.batch, dlogp, &mut self.acts)?)
-    }
-
-    /// As a checkpoint would keep them: the way that weights take into a file.
-    fn gradients(&mut self) -> impl Iterator<Item = (String, Vec<f32>)> {
-        let mut tensors: BTreeMap<String, Vec<f32>> = BTreeMap::new();
-        for param in self.model.params_mut() {
-            let len = param.stored.shape(&param.shape()).iter().product();
-            let tensor = tensors.entry(param.stored.tensor.clone()).or_insert_with(|| vec![f32::NAN; len]);
-            let gradient = param.grad.as_ref().expect("trained").view().f32s();
-            param.stored.insert(gradient, param.matrix_shape(), tensor);
-        }
-        tensors.into_iter()
-    }
-}
-
-fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
-    let mut arena = Dry::arena(DType::F32);
-    let options = Options::train_all(extent.longest);
-    Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
-    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything);
-    Batch::new(&mut arena, extent);
-    arena.ledger()
-}
-
-fn check_folder(checkpoint: &Checkpoint, expected: &Expected) -> Result<(), Failed> {
-    let example = |(row, ids): (usize, &Vec<u32>)| {
-        let sequences = vec![Sequence { ids: ids.clone(), first: 1 }];
-        Example { row, sequences }
-    };
-    let examples: Vec<Example> = expected.rows.iter().enumerate().map(example).collect();
-    let host = data::Batch::new(&examples, Sharing::On);
-    let mut bench = Bench::new(checkpoint, &host)?;
-    let logps = bench.forward()?;
-    for (row, range) in host.sequences.iter().enumerate() {
-        let theirs = &expected.logps[row * (expected.columns - 1)..][..range.len()];
-        for (t, (ours, theirs)) in logps[range.clone()].iter().zip(theirs).enumerate() {
-            let off = f64::from((ours - theirs).abs());
-            if off.is_nan() || off > LOGPS_TOLERANCE {
-                return Err(format!("row {row}, token {}: log-prob {ours}, expected {theirs}", t + 1).into());
-            }
-        }
-    }
-    // loss = mean over all tokens of -logp
-    bench.backward(&vec![-1.0 / logps.len() as f64; logps.len()])?;
-    let mut checked = 0;
-    for (name, ours) in bench.gradients() {
-        // transformers 5 calls GPT-NeoX's head lm_head in memory and embed_out in files.
-        compare_gradient(expected, if name == "embed_out.weight" { "lm_head.weight" } else { &name }, &ours)?;
-        checked += 1;
-    }
-    let named = expected.file.names().filter(|name| name.starts_with("grad.")).count();
-    if checked == named { Ok(()) } else { Err(format!("{checked} gradients of {named} checked").into()) }
-}
-
-fn compare_gradient(expected: &Expected, name: &str, ours: &[f32]) -> Result<(), Failed> {
-    let stored = format!("grad.{name}");
-    let shape = expected.file.shape(&stored).ok_or(format!("{stored} is missing"))?.to_vec();
-    let mut theirs = vec![0.0; ours.len()];
-    expected.file.read(&stored, &shape, &mut theirs)?;
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let off = norm(&mut ours.iter().zip(&theirs).map(|(a, b)| f64::from(a - b)));
-    let size = norm(&mut theirs.iter().map(|x| f64::from(*x)));
-    let worst = ours.iter().zip(&theirs).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
-    let largest = theirs.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
-    if off > GRADIENT_TOLERANCE * size || worst > GRADIENT_TOLERANCE * largest || off.is_nan() {
-        return Err(format!("{stored}: off by {off:e} of {size:e}, worst element {worst:e} of {largest:e}").into());
-    }
-    Ok(())
 }
 
 /// TRL's losses on a policy and its perturbed reference, with the gradient that reaches the head.
@@ -248,8 +113,8 @@ fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> 
     };
     let examples = trl_pairs(file)?;
     let host = data::Batch::new(&examples, Sharing::On);
-    let mut policy = Bench::new(&Checkpoint::open(&dir.join("llama_gqa_untied"))?, &host)?;
-    let mut reference = Bench::new(&Checkpoint::open(&dir.join("llama_gqa_untied_ref"))?, &host)?;
+    let mut policy = Bench::new(Cpu::new(2)?, &Checkpoint::open(&dir.join("llama_gqa_untied"))?, &host)?;
+    let mut reference = Bench::new(Cpu::new(2)?, &Checkpoint::open(&dir.join("llama_gqa_untied_ref"))?, &host)?;
     let stats = pair_stats(&host, &policy.forward()?, &reference.forward()?);
     let outcome = objective.evaluate(&stats, &Totals::of(&stats));
     close("loss", outcome.loss, case["loss"].as_f64(), 1e-4)?;
@@ -262,7 +127,7 @@ fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> 
     }
     policy.backward(&dlogp)?;
     let (mut square, hidden) = (0.0, policy.model.spec.hidden);
-    for (name, gradient) in policy.gradients() {
+    for (name, gradient) in policy.gradients()? {
         square += gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>();
         if name == "lm_head.weight" {
             let theirs = case["lm_head_grad_row7"].as_array().ok_or("no lm_head_grad_row7")?;
@@ -401,7 +266,7 @@ fn real_model(dir: &Path, case: &Value) -> Result<(), Failed> {
         }
     }
     let example = Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] };
-    let mut bench = Bench::new(&checkpoint, &data::Batch::new([&example], Sharing::On))?;
+    let mut bench = Bench::new(Cpu::new(2)?, &checkpoint, &data::Batch::new([&example], Sharing::On))?;
     let (ours, theirs) = (bench.forward()?, numbers("logps"));
     if ours.len() != theirs.len() {
         return Err(format!("{} log-probs, expected {}", ours.len(), theirs.len()).into());

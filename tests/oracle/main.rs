@@ -6,6 +6,8 @@ mod chat;
 mod fixtures;
 mod golden;
 mod memory;
+#[path = "../common/fixtures.rs"]
+mod shared;
 
 use std::path::PathBuf;
 

@@ -355,7 +355,7 @@ fn a_limit_on_memory_chooses_settings() {
     );
     w.fails(2, &format!("{base} --ram 1G --vram 1G"), &["cannot be used with"]);
     w.fails(2, &format!("{base} --ram 8"), &["such as 8GiB"]);
-    w.fails(2, &format!("{base} --vram auto"), &["such as 8GiB"]);
+    fails("--vram auto", &["--vram: auto is what is free on a GPU", "on the CPU"]);
     w.write("r.toml", "ram = '1G'");
     w.fails(2, "plan r.toml", &["unknown key \"ram\""]);
 
@@ -363,6 +363,68 @@ fn a_limit_on_memory_chooses_settings() {
     assert!(text.contains("<- peak") && text.ends_with(&format!("with\n  --micro-batch-tokens {whole}\n")), "{text}");
     let text = w.ok(base).stdout;
     assert!(text.contains("while training\n") && text.contains("to lower the peak"), "{text}");
+}
+
+#[test]
+fn a_run_on_a_gpu_is_planned_without_one() {
+    const WEIGHTS: u64 = 656_000;
+    let w = Workspace::with_reviews(20);
+    let base = format!("{} --model model --output-dir run", TRAIN.replace("train ", "plan "));
+    let plan = |flags: &str| parse(&w.ok(&format!("{base} {flags} --json")).stdout);
+    let (cpu, f32, bf16) = (plan(""), plan("--device cuda"), plan("--device cuda:1 --dtype bf16 --vram 24GiB"));
+    assert_eq!([&cpu, &f32, &bf16].map(|plan| plan["gpu"].as_bool().unwrap()), [false, true, true]);
+    for (plan, weight, states) in [(&f32, 4, 8), (&bf16, 2, 12)] {
+        let (mut host, mut device) = (0, 0);
+        for phase in plan["phases"].as_array().unwrap() {
+            let bytes = |key: &str| phase[key].as_u64().unwrap();
+            let parts = ["weights", "grads", "states", "activations", "workspace"].map(bytes);
+            assert!(bytes("workspace") >= 128 << 20, "what the ops of a GPU share: {phase}");
+            assert!(bytes("host") > 16 << 20, "what goes to and from a GPU goes through the host: {phase}");
+            (host, device) = (host.max(bytes("host")), device.max(parts.iter().sum()));
+            if phase["name"] == "train" {
+                let near = |bytes: u64, each: u64| bytes >= each * WEIGHTS && bytes < each * WEIGHTS + WEIGHTS / 4;
+                assert!(near(bytes("weights"), weight) && near(bytes("states"), states), "{phase}");
+                assert!(near(bytes("grads"), 4), "{phase}");
+            }
+        }
+        assert_eq!((plan["peak_bytes"].as_u64(), plan["peak_device_bytes"].as_u64()), (Some(host), Some(device)));
+    }
+    let train = |plan: &Value, key: &str| plan["phases"][3][key].as_u64().unwrap();
+    let (half, whole) = (train(&bf16, "activations"), train(&f32, "activations"));
+    assert!(half * 2 > whole && half < whole * 6 / 10, "statistics stay in f32: {half} of {whole}");
+    assert_eq!(train(&cpu, "activations"), whole);
+
+    let text = w.ok(&format!("{base} --device cuda --dtype bf16 --vram 24GiB")).stdout;
+    for part in ["GPU        host\n", "peak of the GPU ", "peak of the host ", "fits in --vram 24.0 GiB"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    w.fails(1, &format!("{base} --device cuda --vram 130MiB"), &["--vram: nothing fits in 130.0 MiB"]);
+    w.fails(1, &format!("{base} --device cuda --ram 1MiB"), &["--ram: nothing fits in 1.0 MiB", "max-length"]);
+}
+
+/// What it would do on a GPU, tests/cuda shows.
+#[test]
+fn what_needs_a_gpu_says_so() {
+    let w = Workspace::with_reviews(12);
+    let generate = "generate --model model --prompt Hi --max-new-tokens 2";
+    let score = "--model model --dataset train.jsonl";
+    let train = format!("{TRAIN} --model model --output-dir run");
+    for line in [generate, &format!("eval {score}"), &format!("logps {score} --out -"), &train] {
+        w.fails(1, &format!("{line} --device cuda"), &["--device cuda:0: ", "NVIDIA driver"]);
+        let message = w.fails(2, &format!("{line} --device cuda:1 --no-amx"), &["--no-amx: does nothing with"]);
+        assert!(message.contains("--device cuda:1"), "{message}");
+        w.fails(2, &format!("{line} --device cpu --batch-invariant"), &["--batch-invariant: does nothing with"]);
+        w.fails(2, &format!("{line} --device gpu"), &["expected auto, cpu, cuda or cuda:N"]);
+        if line != train {
+            w.fails(1, &format!("{line} --dtype bf16"), &["--dtype: bf16 needs a GPU"]);
+        }
+    }
+    assert_eq!(w.ok(&format!("{generate} --device cpu")).stdout, w.ok(generate).stdout);
+    w.fails(1, &format!("plan {} --device cuda --vram auto", &train["train ".len()..]), &["NVIDIA driver"]);
+    w.fails(1, &format!("{train} --profile-steps 1..2"), &["--profile-steps: ", "computes on the CPU"]);
+    w.fails(1, &format!("{train} --profile-steps 2..5"), &["5 is after the last step, 4"]);
+    w.fails(2, &format!("{train} --profile-steps 2..1"), &["expected two steps, such as 5..8"]);
+    assert!(!w.exists("run"), "nothing was begun");
 }
 
 /// The bound is what an allocator and a system may differ by; the model itself takes 10 MiB.
@@ -385,8 +447,7 @@ fn a_run_takes_what_its_plan_says() {
 fn a_doctor_says_what_is_there() {
     let w = Workspace::new();
     let text = w.ok("doctor").stdout;
-    let parts =
-        ["threads", "the kernels use", "GFLOP/s", "GB/s", "available", "this build computes on the CPU", "works"];
+    let parts = ["threads", "the kernels use", "GFLOP/s", "GB/s", "available", "NVIDIA driver", "works"];
     parts.iter().for_each(|part| assert!(text.contains(part), "{part}: {text}"));
     let found = parse(&w.ok("doctor --json --cache-dir other").stdout);
     assert!(found["flops_per_second"].as_f64() > Some(1e7) && found["memory_bytes_per_second"].as_f64() > Some(1e7));

@@ -1,5 +1,6 @@
 mod anomalies;
 mod cli;
+#[path = "../common/mod.rs"]
 mod common;
 mod exactness;
 mod model;

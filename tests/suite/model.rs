@@ -14,7 +14,7 @@ use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use serde_json::json;
 
-use crate::common::families;
+use crate::ops::families;
 use crate::tiny::{self, Rig, SEED, Size, Step, Tiny, weights};
 
 fn host(size: Size, sharing: Sharing) -> HostBatch {
@@ -625,7 +625,7 @@ fn save(tiny: &Tiny, edit: impl Fn(&mut Vec<TensorSource>)) -> BTreeMap<String, 
     let params = rig.model.params_mut();
     let mut tensors = sources(&rig.device, &params);
     edit(&mut tensors);
-    save_safetensors(&tiny.dir.path().join("model.safetensors"), &tensors, SaveDtype::F32).unwrap();
+    save_safetensors(&tiny.checkpoint.dir.join("model.safetensors"), &tensors, SaveDtype::F32).unwrap();
     values
 }
 
@@ -644,8 +644,8 @@ fn loaded(dir: &Path, config: &str) -> cuvee::Result<BTreeMap<String, Vec<f64>>>
 fn weights_survive_a_file() {
     for tiny in tiny::all(Size::Small) {
         let values = save(&tiny, |_| {});
-        assert_same_tensors(tiny.name, &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
-        let weights = Weights::open(tiny.dir.path()).unwrap();
+        assert_same_tensors(tiny.name, &loaded(&tiny.checkpoint.dir, "config.json").unwrap(), &values);
+        let weights = Weights::open(&tiny.checkpoint.dir).unwrap();
         let mut rig = cpu_sized(&tiny, &Extent { rows: 1, targets: 1, segments: 1, sequences: 1, longest: 1 });
         let params = rig.model.params_mut();
         let tensors: std::collections::BTreeSet<&str> = params.iter().map(|p| p.stored.tensor.as_str()).collect();
@@ -669,7 +669,7 @@ fn a_loaded_model_computes_the_same() {
         let options = Options::frozen(host.extent().longest);
         let mut arena = Arena::new(&rig.device, &Model::<Dry>::plan(DType::F32, spec, naming, options)).unwrap();
         rig.model = Model::new(&mut arena, spec, naming, options);
-        load(&rig.device, &tiny.checkpoint, &Weights::open(tiny.dir.path()).unwrap(), &mut rig.model).unwrap();
+        load(&rig.device, &tiny.checkpoint, &Weights::open(&tiny.checkpoint.dir).unwrap(), &mut rig.model).unwrap();
         assert_bits(tiny.name, &rig.forward(&host), &expected);
     }
 }
@@ -694,16 +694,16 @@ fn a_tied_file_may_hold_the_embedding_the_head_or_both() {
     };
     for edit in [&|_: &mut Vec<TensorSource>| {}, &rename] as [&dyn Fn(&mut Vec<TensorSource>); 2] {
         let values = save(&tiny, edit);
-        assert_same_tensors("one of them", &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
+        assert_same_tensors("one of them", &loaded(&tiny.checkpoint.dir, "config.json").unwrap(), &values);
     }
     // With both, the embedding counts, as for transformers.
     let values = save(&tiny, |tensors| {
         let head = copy(&tensors[0], HEAD, 7.0);
         tensors.push(head);
     });
-    assert_same_tensors("both", &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
+    assert_same_tensors("both", &loaded(&tiny.checkpoint.dir, "config.json").unwrap(), &values);
     save(&tiny, |tensors| tensors.retain(|t| t.name != EMBEDDING));
-    let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+    let message = loaded(&tiny.checkpoint.dir, "config.json").unwrap_err().to_string();
     assert!(message.contains(EMBEDDING), "{message}");
 }
 
@@ -733,9 +733,9 @@ fn files_that_others_wrote_are_read() {
             }
             tensors.extend(buffers.iter().map(|name| zeros(name, &[1, 1, 4, 4])));
         });
-        assert_same_tensors(name, &loaded(tiny.dir.path(), "config.json").unwrap(), &values);
+        assert_same_tensors(name, &loaded(&tiny.checkpoint.dir, "config.json").unwrap(), &values);
         save(&tiny, |tensors| tensors.push(zeros("h.0.attn.c_attn.sinks", &[4])));
-        let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+        let message = loaded(&tiny.checkpoint.dir, "config.json").unwrap_err().to_string();
         assert!(message.contains("\"h.0.attn.c_attn.sinks\" has no place"), "{message}");
 
         let fused = (tiny.checkpoint.architecture.naming)(&tiny.checkpoint.spec, Slot::Key, 1).tensor;
@@ -743,7 +743,7 @@ fn files_that_others_wrote_are_read() {
             let tensor = tensors.iter_mut().find(|t| t.name == fused).unwrap();
             *tensor = zeros(&fused, &[24, 71]);
         });
-        let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+        let message = loaded(&tiny.checkpoint.dir, "config.json").unwrap_err().to_string();
         let implied = if name == "gpt2" { "[24, 72]" } else { "[72, 24]" };
         assert!(message.contains(&format!("{fused:?} has shape [24, 71], the config implies {implied}")), "{message}");
     }
@@ -759,7 +759,7 @@ fn weights_and_config_that_do_not_belong_together_are_refused_by_name() {
     const UP: &str = "model.layers.1.mlp.up_proj.weight";
     const BIAS: &str = "model.layers.0.self_attn.q_proj.bias";
     let tiny = tiny::with(Size::Small, "llama", json!({}));
-    let dir = tiny.dir.path();
+    let dir = tiny.checkpoint.dir.as_path();
     let refused = |config: &str, parts: &[&str]| {
         let message = loaded(dir, config).unwrap_err().to_string();
         for part in [&["model.safetensors: "], parts].concat() {
@@ -834,7 +834,7 @@ fn a_folder_that_is_no_model_says_what_a_model_is() {
     assert!(unknown.contains("config.json: \"model_type\": \"mamba\" is not supported; llama, "), "{unknown}");
 
     let tiny = tiny::with(Size::Small, "llama", json!({}));
-    let message = loaded(tiny.dir.path(), "config.json").unwrap_err().to_string();
+    let message = loaded(&tiny.checkpoint.dir, "config.json").unwrap_err().to_string();
     assert!(message.contains("holds neither model.safetensors nor"), "{message}");
 }
 

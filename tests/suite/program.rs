@@ -116,6 +116,8 @@ impl Workspace {
     pub fn command_of(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cuvee"));
         command.args(args).current_dir(self.dir.path()).env("CUVEE_CACHE_DIR", self.path("cache"));
+        // A machine with a GPU shows what others do.
+        command.env("CUDA_VISIBLE_DEVICES", "");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

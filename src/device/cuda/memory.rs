@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
@@ -47,10 +48,52 @@ impl Context {
         }
     }
 
+    /// Of the GPU's memory, what nobody has.
+    pub fn free_bytes(&self) -> Result<usize> {
+        self.bind()?;
+        result::mem_get_info().map(|(free, _)| free).map_err(failed("memory"))
+    }
+
     /// Waits for all work. What an earlier kernel did wrong comes out here.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as this.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("waiting for kernels"))
+    }
+
+    /// Time between two events around `work`.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.bind()?;
+        let (start, end) = (Event::new()?, Event::new()?);
+        start.record(self.stream)?;
+        work()?;
+        end.record(self.stream)?;
+        // SAFETY: both events were recorded; the second is waited for.
+        let milliseconds = unsafe {
+            result::event::synchronize(end.0).map_err(failed("waiting for kernels"))?;
+            result::event::elapsed(start.0, end.0).map_err(failed("an event"))?
+        };
+        Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
+    }
+}
+
+/// A point in a stream, with the time at which it was reached.
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Self> {
+        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self).map_err(failed("an event"))
+    }
+
+    fn record(&self, stream: sys::CUstream) -> Result<()> {
+        // SAFETY: both live.
+        unsafe { result::event::record(self.0, stream) }.map_err(failed("an event"))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by us, destroyed once.
+        let _ = unsafe { result::event::destroy(self.0) };
     }
 }
 
@@ -126,6 +169,9 @@ fn out_of_memory(bytes: usize, error: &result::DriverError) -> Error {
 
 /// Bytes of one half of the pinned memory: large enough that a copy runs at the bus's speed.
 const HALF_BYTES: usize = 8 << 20;
+
+/// Host memory that a GPU keeps for itself.
+pub const STAGING_BYTES: usize = 2 * HALF_BYTES;
 
 /// Pinned memory in two halves: the host fills or empties one while the other is on its way.
 pub(super) struct Staging {

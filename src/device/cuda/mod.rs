@@ -26,12 +26,14 @@ use std::ffi::c_void;
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 use half::bf16;
 
 pub use launch::{Element, Entry, Grid, In, Module, Out, RESOURCES, kernels};
-pub use memory::CudaSpan;
+pub use memory::{CudaSpan, STAGING_BYTES};
+pub use module::embedded;
 pub use probe::{Found, Unavailable, probe};
 pub use products::{Operand, Product};
 
@@ -79,6 +81,8 @@ pub struct Cuda {
     /// By entry; with the dynamic shared memory that was asked for.
     functions: Vec<OnceCell<(sys::CUfunction, Cell<usize>)>>,
     workspace: CudaSpan,
+    /// Of both, cuBLASLt's and that of the ops.
+    workspace_bytes: usize,
     blas: Option<Blas>,
     staging: RefCell<Staging>,
     cache_dir: Option<PathBuf>,
@@ -86,22 +90,27 @@ pub struct Cuda {
     context: Arc<Context>,
 }
 
+/// The GPU of this number, if the kernels run on it.
+fn usable(ordinal: usize) -> Result<&'static Found> {
+    let refused = |why: String| Error::option(format!("--device cuda:{ordinal}"), why);
+    let all = probe().map_err(|why| refused(why.to_string()))?;
+    let found = all.get(ordinal).ok_or_else(|| {
+        let names: Vec<String> = all.iter().map(|found| format!("cuda:{} {}", found.ordinal, found.name)).collect();
+        refused(format!("there is {}", names.join(", ")))
+    })?;
+    if !found.fits() {
+        let (name, (major, minor)) = (&found.name, found.capability);
+        return Err(refused(format!(
+            "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
+        )));
+    }
+    Ok(found)
+}
+
 impl Cuda {
     /// Opens a GPU. Fails, saying what is missing, where there is none or it is too old.
     pub fn open(options: &Options) -> Result<Self> {
-        let all = probe().map_err(|why| Error::option("--device cuda", why))?;
-        let found = all.get(options.ordinal).ok_or_else(|| {
-            let names: Vec<String> = all.iter().map(|found| format!("cuda:{} {}", found.ordinal, found.name)).collect();
-            Error::option(format!("--device cuda:{}", options.ordinal), format!("there is {}", names.join(", ")))
-        })?;
-        if !found.fits() {
-            let (major, minor) = found.capability;
-            let detail = format!(
-                "{} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer",
-                found.name
-            );
-            return Err(Error::option("--device cuda", detail));
-        }
+        let found = usable(options.ordinal)?;
         let context = Context::new(options.ordinal)?;
         let workspace = CudaSpan::new(&context, options.workspace_bytes)?;
         let (workspace, blas) = if options.batch_invariant { (workspace, None) } else { Blas::open(workspace)? };
@@ -111,11 +120,18 @@ impl Cuda {
             modules: kernels::MODULES.iter().map(|_| OnceCell::new()).collect(),
             functions: kernels::ENTRIES.iter().map(|_| OnceCell::new()).collect(),
             workspace,
+            workspace_bytes: options.workspace_bytes,
             blas,
             staging: RefCell::new(Staging::new(&context)?),
             cache_dir: options.cache_dir.clone(),
             context,
         })
+    }
+
+    /// What is free on a GPU, once this program has its context there.
+    pub fn free_bytes(ordinal: usize) -> Result<usize> {
+        usable(ordinal)?;
+        Context::new(ordinal)?.free_bytes()
     }
 
     pub fn found(&self) -> &Found {
@@ -126,6 +142,11 @@ impl Cuda {
     pub fn synchronize(&self) -> Result<()> {
         self.context.bind()?;
         self.context.synchronize()
+    }
+
+    /// The GPU's own time for what `work` puts into the stream. Waits for it.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.context.timed(work)
     }
 
     /// The shared memory of the ops, as `len` elements from byte `offset` on: whoever asks next gets the same. Contents of
@@ -247,6 +268,7 @@ impl Cuda {
 
 impl Device for Cuda {
     const NAME: &'static str = "cuda";
+    const APART: bool = true;
     type Span = CudaSpan;
 
     fn storage(&self) -> DType {
@@ -260,6 +282,18 @@ impl Device for Cuda {
             (_, None) => "cuda f32",
             (_, Some(_)) => "cuda f32 cublaslt",
         }
+    }
+
+    fn available_bytes(&self) -> Result<Option<usize>> {
+        self.context.bind()?;
+        Ok(Some(self.context.free_bytes()? + self.workspace_bytes))
+    }
+
+    fn profile(&self, on: bool) -> Result<()> {
+        self.synchronize()?;
+        // SAFETY: the context is current; a profiler that is not there is no error.
+        let result = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+        result.result().map_err(failed("profiler"))
     }
 
     fn width(dtype: DType) -> usize {

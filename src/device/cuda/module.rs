@@ -8,7 +8,7 @@ use std::{fs, process};
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc;
 
-use super::launch::Module;
+use super::launch::{Module, kernels};
 use super::probe::Found;
 use super::{failed, libraries};
 use crate::error::{At, Error, Result};
@@ -61,6 +61,11 @@ fn image(module: &Module, found: &Found, cache_dir: Option<&Path>) -> Result<Vec
             ))
         }
     }
+}
+
+/// Whether this build has cubins for GPUs of this compute capability.
+pub fn embedded(capability: (i32, i32)) -> bool {
+    kernels::MODULES.iter().all(|module| fitting(module.images, capability).is_some())
 }
 
 /// The cubin for a GPU of this compute capability: `sm_90a` runs on 9.0 alone, `sm_8x` on 8.y with y >= x.

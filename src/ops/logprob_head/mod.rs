@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! l = h W^T        lse = ln sum_v e^(l_v)        logp = l_target - lse            (nats)
-//! dl_v = dlogp (1[v = target] - e^(l_v - lse))        dh += dl W        dW += dl^T h
+//! p_v = e^(l_v - lse)        H = -sum_v p_v ln p_v        (on request, nats)
+//! dl_v = dlogp (1[v = target] - p_v) - dH p_v (ln p_v + H)        dh += dl W        dW += dl^T h
 //! ```
 //! Logits exist one tile at a time in `scratch`; the backward computes them again from `h` and `lse` (as Cut
 //! Cross-Entropy does, Wijmans et al., arXiv:2411.09009). Tiles start at multiples of [`TILE_VOCAB`], so the
-//! log-sum-exp of a row is reduced in one order whatever the batch. Saved for the backward: `h`, `lse`.
+//! log-sum-exp of a row is reduced in one order whatever the batch. Saved for the backward: `h`, `lse` (and `entropy`).
 
 mod cpu;
 mod cuda;
@@ -32,12 +33,14 @@ pub struct Forward<'a, D: Device> {
     pub weight: View<'a, D>,
     /// `[rows, 1]`, each < vocab
     pub target: View<'a, D>,
-    /// `[min(rows, TILE_ROWS), TILE_VOCAB]`, overwritten
+    /// `[min(rows, TILE_ROWS), TILE_VOCAB]` f32, overwritten; CUDA takes its workspace instead
     pub scratch: ViewMut<'a, D>,
     /// `=` `[rows, 1]`
     pub logp: ViewMut<'a, D>,
     /// `=` `[rows, 1]`
     pub lse: ViewMut<'a, D>,
+    /// `=` `[rows, 1]`: of the distribution over the vocabulary, nats
+    pub entropy: Option<ViewMut<'a, D>>,
 }
 
 pub struct Backward<'a, D: Device> {
@@ -51,7 +54,11 @@ pub struct Backward<'a, D: Device> {
     pub lse: View<'a, D>,
     /// `[rows, 1]`: the objective's derivative by each row's log-probability
     pub dlogp: View<'a, D>,
-    /// `[min(rows, TILE_ROWS), TILE_VOCAB]`, overwritten
+    /// `[rows, 1]`: the objective's derivative by each row's entropy
+    pub dentropy: Option<View<'a, D>>,
+    /// `[rows, 1]`: what the forward wrote; needed with `dentropy`
+    pub entropy: Option<View<'a, D>>,
+    /// `[min(rows, TILE_ROWS), TILE_VOCAB]` f32, overwritten; CUDA takes its workspace instead
     pub scratch: ViewMut<'a, D>,
     /// `+=` `[rows, hidden]`
     pub dh: ViewMut<'a, D>,
@@ -86,6 +93,9 @@ impl<D: Device> Forward<'_, D> {
         for (what, view) in [("target", self.target), ("logp", self.logp.view()), ("lse", self.lse.view())] {
             super::require(OP, what, view.shape(), [rows, 1])?;
         }
+        if let Some(entropy) = &self.entropy {
+            super::require(OP, "entropy", entropy.shape(), [rows, 1])?;
+        }
         check_scratch(OP, rows, self.scratch.shape())?;
         Ok(Dims { rows, hidden, vocab })
     }
@@ -96,7 +106,13 @@ impl<D: Device> Backward<'_, D> {
         const OP: &str = "logprob_head_backward";
         let ([rows, hidden], vocab) = (self.h.shape(), self.weight.rows());
         super::require(OP, "weight", self.weight.shape(), [vocab, hidden])?;
-        for (what, view) in [("target", self.target), ("lse", self.lse), ("dlogp", self.dlogp)] {
+        if self.dentropy.is_some() && self.entropy.is_none() {
+            return Err(Error::op(OP, "dentropy without entropy: give what the forward wrote there"));
+        }
+        let rest = [("dentropy", self.dentropy), ("entropy", self.entropy)];
+        let rest = rest.into_iter().filter_map(|(what, view)| Some((what, view?)));
+        for (what, view) in [("target", self.target), ("lse", self.lse), ("dlogp", self.dlogp)].into_iter().chain(rest)
+        {
             super::require(OP, what, view.shape(), [rows, 1])?;
         }
         super::require(OP, "dh", self.dh.shape(), [rows, hidden])?;
