@@ -5,7 +5,7 @@ use std::env;
 use cuvee::device::cuda::Options;
 use cuvee::device::{Cuda, DType, Device};
 
-use crate::common::case::Case as OpCase;
+use crate::common::case::{Case as OpCase, refusal, specs_on};
 use crate::common::checks::{
     compare, flops, nan_surfaces, same_again, same_for_some_rows, twice_is_double, unwanted_stay,
     wrong_shapes_are_refused,
@@ -109,7 +109,7 @@ fn head_in_a_small_workspace(cuda: &Cuda) {
     for workspace_bytes in [8 << 10, 4 << 10] {
         compare(&with(workspace_bytes), &forward);
     }
-    for workspace_bytes in [3 << 20, 3 << 19] {
+    for workspace_bytes in [9 << 18, 9 << 17] {
         compare(&with(workspace_bytes), &backward);
     }
     let why = refusal(&with(1 << 10), &backward, &specs_on(cuda, &backward)).map(|e| e.to_string());

@@ -99,8 +99,8 @@ impl<'a, T: Element> Work<'a, T> {
 }
 
 fn backward<T: Element>(cuda: &Cuda, d: Dims, mut a: Backward<Cuda>) -> Result<()> {
-    // The last quarter of the workspace belongs to the products.
-    let bytes = (cuda.workspace_bytes() / 4 * 3).saturating_sub(ALIGN_BYTES);
+    // What stands behind the sums starts where tensors do.
+    let bytes = cuda.workspace_bytes().saturating_sub(ALIGN_BYTES);
     let at_once = rows_at_once("logprob_head_backward", d.rows, Work::<T>::bytes_of_row(&d), bytes)?;
     for first in (0..d.rows).step_by(at_once) {
         let rows = at_once.min(d.rows - first);
