@@ -60,7 +60,7 @@ void *device_alloc(size_t bytes) {
   char *first = next_page, *start = first + pages - size;
   if (mprotect(first, pages, PROT_READ | PROT_WRITE) != 0) return nullptr;
   memset(first, POISON, pages);
-  __asan_poison_memory_region(first, pages);
+  __asan_poison_memory_region(first, pages + PAGE);
   __asan_unpoison_memory_region(start, bytes);
   next_page += pages + PAGE;
   allocations[start] = bytes;
