@@ -9,6 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -20,7 +21,7 @@ mod signature;
 
 use signature::{Signature, signatures};
 
-/// Architectures of the embedded cubins: one that all of the 8.x run, one for Hopper with what only it has.
+/// Architectures of the embedded cubins: one that all of the 8.x run, and Hopper.
 const ARCHS: &str = "80 90a";
 /// Architecture of the PTX that a driver compiles where no cubin fits and NVRTC is missing.
 const PTX_ARCH: &str = "80";
@@ -227,6 +228,14 @@ fn resources(said: &[(String, String)]) -> String {
     lines.into_iter().collect()
 }
 
+/// Where the image lies compressed: a third of its size.
+fn compressed(image: &Path) -> PathBuf {
+    let path = image.with_extension(format!("{}.gz", image.extension().unwrap().to_str().unwrap()));
+    let mut out = flate2::write::GzEncoder::new(fs::File::create(&path).unwrap(), flate2::Compression::best());
+    out.write_all(&fs::read(image).unwrap()).and_then(|()| out.finish().map(drop)).unwrap();
+    path
+}
+
 /// `kernels.rs`: the structs, the entry points and the images.
 fn rust(modules: &[Module], compiled: &[Job], version: Option<&str>) -> String {
     let mut out = format!("/// Of the nvcc that compiled the images.\npub const NVCC: Option<&str> = {version:?};\n");
@@ -240,7 +249,8 @@ fn rust(modules: &[Module], compiled: &[Job], version: Option<&str>) -> String {
             }
         }
         let of_module = compiled.iter().filter(|job| job.module == i);
-        let image = |job: &Job| format!("(\"{}\", include_bytes!({:?}) as &[u8]), ", job.image, job.output);
+        let image =
+            |job: &Job| format!("(\"{}\", include_bytes!({:?}) as &[u8]), ", job.image, compressed(&job.output));
         let list: String = of_module.map(image).collect();
         let _ = writeln!(
             images,

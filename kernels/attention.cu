@@ -83,7 +83,7 @@ KERNEL(128) attention(const unsigned *segments, const T *q, const T *k, const T 
   for (unsigned turn = 0;; turn++, key -= KEYS) {
     cp_async_wait<0>();
     __syncthreads();
-    load_tile<KEYS, COLS, THREADS>(v_tile, LD, cols, v_vectors, [&](int i) {
+    load_tile<KEYS, COLS, THREADS, false>(v_tile, LD, cols, v_vectors, [&](int i) {
       const T *row = b.key_in(v, path, key + i, head_dim);
       return row == nullptr ? row : row + chunk;
     });

@@ -107,7 +107,7 @@ template <int N, int COLS, class T, class Row>
 __device__ __forceinline__ void load_panels(T *shared, unsigned head_dim, bool vectors, Row row) {
   constexpr int LD = Tiles<T, COLS>::LD;
   for (unsigned from = 0; from < head_dim; from += COLS, shared += N * LD)
-    load_tile<N, COLS, THREADS>(shared, LD, min(head_dim - from, static_cast<unsigned>(COLS)), vectors, [&](int i) {
+    load_tile<N, COLS, THREADS, false>(shared, LD, min(head_dim - from, static_cast<unsigned>(COLS)), vectors, [&](int i) {
       const T *p = row(i);
       return p == nullptr ? p : p + from;
     });

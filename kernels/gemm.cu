@@ -33,10 +33,10 @@ template <class T, Lies LIES, int ROWS, int DEPTH> struct Staged {
   // Starts to copy rows first.. at depth k0.. of an operand [rows, depth] that lies in the same way; zeros around it.
   static __device__ __forceinline__ void load(T *tile, const T *p, unsigned ld, bool vectors, unsigned rows, unsigned depth, unsigned first, unsigned k0) {
     if (LIES == BY_ROWS) {
-      load_tile<ROWS, DEPTH, THREADS>(tile, LD, static_cast<int>(min(depth - k0, static_cast<unsigned>(DEPTH))), vectors,
+      load_tile<ROWS, DEPTH, THREADS, true>(tile, LD, static_cast<int>(min(depth - k0, static_cast<unsigned>(DEPTH))), vectors,
                                       [&](int i) { return first + i < rows ? p + static_cast<unsigned long long>(first + i) * ld + k0 : nullptr; });
     } else {
-      load_tile<DEPTH, ROWS, THREADS>(tile, LD, static_cast<int>(min(rows - first, static_cast<unsigned>(ROWS))), vectors,
+      load_tile<DEPTH, ROWS, THREADS, true>(tile, LD, static_cast<int>(min(rows - first, static_cast<unsigned>(ROWS))), vectors,
                                       [&](int d) { return k0 + d < depth ? p + static_cast<unsigned long long>(k0 + d) * ld + first : nullptr; });
     }
   }

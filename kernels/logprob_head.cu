@@ -51,8 +51,8 @@ __device__ __forceinline__ void for_each_tile(const T *h, const T *weight, unsig
       T *stage = stages + fetched % STAGES * Stage<T>::LEN;
       const unsigned entry = entry_to_fetch, k = k_to_fetch;
       const int cols = static_cast<int>(min(hidden - k, static_cast<unsigned>(DEPTH)));
-      load_tile<ROWS, DEPTH, THREADS>(stage, LD, cols, vectors, [&](int i) { return row + i < rows ? h + static_cast<unsigned long long>(row + i) * hidden + k : nullptr; });
-      load_tile<ENTRIES, DEPTH, THREADS>(stage + ROWS * LD, LD, cols, vectors, [&](int i) { return entry + i < last ? weight + static_cast<unsigned long long>(entry + i) * hidden + k : nullptr; });
+      load_tile<ROWS, DEPTH, THREADS, true>(stage, LD, cols, vectors, [&](int i) { return row + i < rows ? h + static_cast<unsigned long long>(row + i) * hidden + k : nullptr; });
+      load_tile<ENTRIES, DEPTH, THREADS, true>(stage + ROWS * LD, LD, cols, vectors, [&](int i) { return entry + i < last ? weight + static_cast<unsigned long long>(entry + i) * hidden + k : nullptr; });
       fetched++;
       k_to_fetch += DEPTH;
       if (k_to_fetch >= hidden) k_to_fetch = 0, entry_to_fetch += ENTRIES;

@@ -176,19 +176,28 @@ __device__ __forceinline__ void product_of(Acc<M, N> &acc, const Acc<M, K> &p, c
 
 // Starts to copy a [ROWS, COLS] tile into shared memory, by all THREADS threads of the block; `row(i)` points to row i in
 // global memory or is null, `cols` of its elements exist, and zeros stand for the rest. With `vectors`, rows start at 16-byte
-// boundaries and `cols` is a multiple of sixteen bytes. Complete after cp_async_commit, cp_async_wait and a barrier.
-template <int ROWS, int COLS, int THREADS, class T, class Row>
+// boundaries and `cols` is a multiple of sixteen bytes. Complete after cp_async_commit, cp_async_wait and a barrier. A thread's
+// TURNS are written out where a row is found cheaply: the compiler does not see that their number is known.
+template <int ROWS, int COLS, int THREADS, bool WRITTEN_OUT, class T, class Row>
 __device__ __forceinline__ void load_tile(T *shared, int ld, int cols, bool vectors, Row row) {
   constexpr int N = Pack<T>::N, CHUNKS = COLS / N;
   static_assert(COLS % N == 0, "rows are copied sixteen bytes at a time");
-  if (vectors) {
+  const auto copy = [&](int at) {
+    const int i = at / CHUNKS, c = at % CHUNKS * N;
+    const T *from = row(i);
+    const bool there = from != nullptr && c < cols;
+    cp_async_16(shared + i * ld + c, there ? from + c : from, there);
+  };
+  if (vectors && WRITTEN_OUT) {
+    constexpr int TURNS = (ROWS * CHUNKS + THREADS - 1) / THREADS;
 #pragma unroll
-    for (int at = threadIdx.x; at < ROWS * CHUNKS; at += THREADS) {
-      const int i = at / CHUNKS, c = at % CHUNKS * N;
-      const T *from = row(i);
-      const bool there = from != nullptr && c < cols;
-      cp_async_16(shared + i * ld + c, there ? from + c : from, there);
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int at = threadIdx.x + turn * THREADS;
+      if (ROWS * CHUNKS % THREADS == 0 || at < ROWS * CHUNKS) copy(at);
     }
+  } else if (vectors) {
+#pragma unroll
+    for (int at = threadIdx.x; at < ROWS * CHUNKS; at += THREADS) copy(at);
   } else {
 #pragma unroll 1
     for (int at = threadIdx.x; at < ROWS * COLS; at += THREADS) {

@@ -32,7 +32,13 @@ pub fn place(choice: Choice) -> Place {
         Choice::Auto => probe(),
     };
     match found {
-        Ok(found) => found.iter().find(|gpu| gpu.fits()).map_or(Place::Cpu, |gpu| Place::Cuda(gpu.ordinal)),
+        Ok(found) => match found.iter().find(|gpu| gpu.fits()) {
+            Some(gpu) => Place::Cuda(gpu.ordinal),
+            None => {
+                say(format_args!("computing on the CPU: {}", found[0].unfit()));
+                Place::Cpu
+            }
+        },
         Err(Unavailable::NoDriver(_) | Unavailable::NoDevice) => Place::Cpu,
         Err(broken) => {
             say(format_args!("computing on the CPU: {broken}"));

@@ -381,25 +381,42 @@ fn gpus(kernels: &Path) -> Gpus {
     }
 }
 
-/// Sides of the matrices that are multiplied and copied: the last fill any GPU.
+/// Copied in one go: more than any second-level cache holds.
+const COPIED_ON_GPU: usize = 256 << 20;
+
+/// Bytes read and written a second by a copy.
+fn bandwidth_of(ordinal: usize) -> Result<f64> {
+    let cuda = Cuda::open(&Options::new(ordinal, DType::F32))?;
+    let mut arena = Arena::with_bytes(&cuda, 2 * COPIED_ON_GPU)?;
+    let [x, mut y] = [(); 2].map(|()| arena.floats(Kind::Activations, 1, COPIED_ON_GPU / size_of::<f32>()));
+    Ok(2.0 * COPIED_ON_GPU as f64 * rate(&cuda, || cuda.copy(x.view(), y.view_mut()))?)
+}
+
+/// Like a network's: zeros spare power, and a GPU is then faster than it is.
+fn numbers(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect()
+}
+
+/// Sides of the matrices that are multiplied: the last fill any GPU.
 const SIDES: [usize; 3] = [256, 1024, 4096];
 /// A call that takes longer has shown what the GPU can do.
 const LONG: Duration = Duration::from_millis(20);
 
 fn speed(ordinal: usize, kernels: &Path) -> Result<Speed> {
-    let mut speed = Speed { bandwidth: 0.0, products: [0.0; 2] };
+    let mut speed = Speed { bandwidth: bandwidth_of(ordinal)?, products: [0.0; 2] };
     for (storage, product) in [DType::F32, DType::Bf16].into_iter().zip(&mut speed.products) {
         let cuda = Cuda::open(&Options { cache_dir: Some(kernels.into()), ..Options::new(ordinal, storage) })?;
         for side in SIDES {
             let bytes = Arena::<Cuda>::bytes_of(storage, side, side);
             let mut arena = Arena::with_bytes(&cuda, 3 * bytes)?;
-            let [x, weight, mut y] = [(); 3].map(|()| arena.stored(Kind::Activations, side, side));
-            let copies = rate(&cuda, || cuda.copy(x.view(), y.view_mut()))?;
+            let [mut x, mut weight, mut y] = [(); 3].map(|()| arena.stored(Kind::Activations, side, side));
+            for tensor in [&mut x, &mut weight] {
+                cuda.write_f32(&numbers(side * side), tensor.view_mut())?;
+            }
             let multiply = |y: ViewMut<Cuda>| {
                 cuda.linear(linear::Forward { x: x.view(), weight: weight.view(), bias: None, residual: None, y })
             };
             let products = rate(&cuda, || multiply(y.view_mut()))?;
-            speed.bandwidth = speed.bandwidth.max(2.0 * bytes as f64 * copies);
             *product = product.max(2.0 * (side as f64).powi(3) * products);
             if products < 1.0 / LONG.as_secs_f64() {
                 break;
@@ -488,6 +505,7 @@ mod tests {
             capability: (9, 0),
             memory_bytes: 80 << 30,
             multiprocessors: 132,
+            shared_bytes: 227 << 10,
         };
         let speed = Ok(Speed { bandwidth: 3e12, products: [5e13, 7e14] });
         let gpu = Gpu { found, embedded: false, speed };

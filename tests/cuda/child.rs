@@ -49,7 +49,7 @@ fn command(run: &Run) -> Result<Command, String> {
     command.env(CASE, run.case).env(MODE, run.mode.to_string()).env("CUVEE_EMULATOR_SEED", run.seed.to_string());
     command.env("RUST_BACKTRACE", "0");
     if let Some(library) = run.library {
-        command.env("LD_LIBRARY_PATH", library).env(libraries::VARIABLE, library.join(driver::CUBLASLT));
+        command.env("LD_LIBRARY_PATH", library).env(libraries::VARIABLE, library.join(driver::LIBRARIES));
     }
     if let Some(trace) = run.trace {
         command.env("CUVEE_EMULATOR_TRACE", trace);

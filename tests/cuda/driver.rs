@@ -20,8 +20,9 @@ const RUNTIME: &str = include_str!("emulator/runtime.cpp");
 const RACE: &str = include_str!("emulator/race.cpp");
 const MOCK: &str = include_str!("emulator/mock.cpp");
 const MOCK_CUBLASLT: &str = include_str!("emulator/mock_cublaslt.cpp");
-/// Of the folder of the emulated driver: where its cuBLASLt lies.
-pub const CUBLASLT: &str = "cublaslt";
+const MOCK_NVRTC: &str = include_str!("emulator/mock_nvrtc.cpp");
+/// Of the folder of the emulated driver: where its cuBLASLt and NVRTC lie.
+pub const LIBRARIES: &str = "libraries";
 const BUGS: &str = include_str!("emulator/bugs.cu");
 const FLAGS: &[&str] =
     &["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"];
@@ -221,15 +222,16 @@ pub fn build(mode: Mode, kernels: &[Source]) -> Result<PathBuf, String> {
     }
     compile_all(compiler, &missing)?;
     let mut names: Vec<&str> = jobs.iter().map(|job| job.object.to_str().unwrap()).collect();
-    let folder = cache().join(format!("{mode}-{}", hash(&[&names[..], &[MOCK_CUBLASLT]].concat())));
+    let folder = cache().join(format!("{mode}-{}", hash(&[&names[..], &[MOCK_CUBLASLT, MOCK_NVRTC]].concat())));
     let driver = folder.join("libcuda.so.1");
     if driver.exists() {
         return Ok(folder);
     }
-    let cublaslt = folder.join(CUBLASLT);
-    fs::create_dir_all(&cublaslt).map_err(io)?;
+    let libraries = folder.join(LIBRARIES);
+    fs::create_dir_all(&libraries).map_err(io)?;
     let input = ["-xc++", "-", "-xnone", "-fvisibility=hidden"];
-    link(compiler, mode, &cublaslt.join("libcublasLt.so.13"), &input, MOCK_CUBLASLT)?;
+    link(compiler, mode, &libraries.join("libcublasLt.so.13"), &input, MOCK_CUBLASLT)?;
+    link(compiler, mode, &libraries.join("libnvrtc.so.13"), &input, MOCK_NVRTC)?;
     // The same file, or it would be loaded twice: probe opens the first name, cudarc the second.
     let link_name = folder.join("libcuda.so");
     let _ = fs::remove_file(&link_name);

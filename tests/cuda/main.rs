@@ -23,6 +23,7 @@ mod fixtures;
 mod models;
 mod mutate;
 mod program;
+mod ptxas;
 
 use std::env;
 use std::fmt;
@@ -117,7 +118,7 @@ impl Case {
 }
 
 fn all_cases() -> Vec<Case> {
-    cases::all().into_iter().chain(models::all()).chain(program::all()).chain(bugs::all()).collect()
+    cases::all().into_iter().chain(models::all()).chain(program::all()).chain(ptxas::all()).chain(bugs::all()).collect()
 }
 
 /// Why the mode cannot run on this machine.

@@ -46,7 +46,8 @@ impl Workspace {
     }
 
     fn run(&self, line: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cuvee"));
+        let mut command =
+            Command::new(std::env::var_os("CUVEE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_cuvee").into()));
         command.args(line.split_whitespace()).current_dir(self.0.path()).env("CUVEE_CACHE_DIR", self.path("cache"));
         command.output().unwrap()
     }

@@ -64,7 +64,7 @@ struct Plan {
 }
 
 fn failed(what: &'static str) -> impl Fn(CublasError) -> Error {
-    move |e| Error::op("cuBLASLt", format!("{what}: {e}; batch-invariant products do without it"))
+    move |e| Error::op("cuBLASLt", format!("{what}: {e}; --batch-invariant does without it"))
 }
 
 fn data_type(dtype: DType) -> sys::cudaDataType {

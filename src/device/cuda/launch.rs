@@ -166,7 +166,7 @@ pub struct Module {
     pub name: &'static str,
     /// Complete, for NVRTC and for the tests' emulator.
     pub source: &'static str,
-    /// `sm_80`, `sm_90a`, ... and `ptx`, where an nvcc was there at build time.
+    /// `sm_80`, `sm_90a`, ... and `ptx`, compressed (gzip), where an nvcc was there at build time.
     pub images: &'static [(&'static str, &'static [u8])],
 }
 

@@ -1,5 +1,6 @@
 //! Finding CUDA's libraries before cudarc looks for them: it knows the loader's path alone, and panics. A library that we
-//! opened by its full name, and never close, is the one that cudarc's later open of the same soname gets.
+//! opened by its full name, and never close, is the one that cudarc gets when it asks for the same soname. It asks for
+//! `libX.so` first, though, which may be another toolkit's: so the version of what it got is checked.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -13,24 +14,47 @@ use super::probe::detail;
 
 /// Colon-separated folders to look in first.
 pub const VARIABLE: &str = "CUVEE_CUDA_LIBS";
-/// What makes NVRTC work, in the order of their dependence: the wheel's NVRTC does not find its builtins by itself.
-const NVRTC: [&str; 2] = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"];
-/// Products.
-const CUBLASLT: [&str; 1] = ["libcublasLt.so.13"];
+/// Of the libraries' names, and of the bindings.
+const MAJOR: usize = 13;
+/// NVRTC's other half, with a minor version behind the name; the wheel's NVRTC does not find it by itself.
+const BUILTINS: &str = "libnvrtc-builtins.so.13.";
 
 /// Opens the compiler for kernels, if there is one; where it lies, or why not.
 pub fn nvrtc() -> Result<PathBuf, String> {
-    open_all(&NVRTC)
+    let path = open("libnvrtc.so.13")?;
+    open_beside(&path, BUILTINS);
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library is open, and writes two integers.
+    unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| e.to_string())?;
+    of_our_version(path, major as usize)
 }
 
 /// Opens cuBLASLt, if there is one; where it lies, or why not.
 pub fn cublaslt() -> Result<PathBuf, String> {
-    open_all(&CUBLASLT)
+    let path = open("libcublasLt.so.13")?;
+    // SAFETY: the library is open; it tells major * 10000 + minor * 100 + patch.
+    of_our_version(path, unsafe { cudarc::cublaslt::sys::cublasLtGetVersion() } / 10_000)
 }
 
-fn open_all(names: &[&'static str]) -> Result<PathBuf, String> {
-    let opened: Vec<PathBuf> = names.iter().map(|name| open(name)).collect::<Result<_, _>>()?;
-    Ok(opened.into_iter().next_back().expect("a library has a name"))
+fn of_our_version(path: PathBuf, major: usize) -> Result<PathBuf, String> {
+    match major == MAJOR {
+        true => Ok(path),
+        false => Err(format!(
+            "the loader finds version {major} before {}; {VARIABLE} names folders to look in",
+            path.display()
+        )),
+    }
+}
+
+/// Opens what lies in the same folder under a name that begins so; what does not open is missed later, and says so there.
+fn open_beside(path: &Path, beginning: &str) {
+    let Some(entries) = path.parent().and_then(|folder| fs::read_dir(folder).ok()) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(beginning)) {
+        // SAFETY: as in `search`.
+        if let Ok(library) = unsafe { Library::open(Some(entry.path()), RTLD_NOW | RTLD_GLOBAL) } {
+            std::mem::forget(library);
+        }
+    }
 }
 
 /// Each library is looked for once.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
-use super::failed;
+use super::{failed, refused};
 use crate::error::{Error, Result};
 
 /// The primary context of one GPU and the stream that all work goes to.
@@ -24,19 +24,13 @@ unsafe impl Sync for Context {}
 
 impl Context {
     pub fn new(ordinal: usize) -> Result<Arc<Self>> {
-        let device = result::device::get(ordinal as i32).map_err(failed("device"))?;
+        let device = result::device::get(ordinal as i32).map_err(refused("device"))?;
         // SAFETY: the device exists; the context is released when this is dropped.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("context"))?;
-        let made = Self { device, context, stream: ptr::null_mut() };
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(refused("context"))?;
+        let mut made = Self { device, context, stream: ptr::null_mut() };
         made.bind()?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"))?;
-        Ok(Arc::new(Self { stream, ..made.keep() }))
-    }
-
-    /// Moves the handles out without releasing them.
-    fn keep(self) -> Self {
-        let this = std::mem::ManuallyDrop::new(self);
-        Self { device: this.device, context: this.context, stream: this.stream }
+        made.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused("stream"))?;
+        Ok(Arc::new(made))
     }
 
     /// Makes the context current on this thread.
@@ -44,14 +38,14 @@ impl Context {
         match result::ctx::get_current() {
             Ok(Some(current)) if current == self.context => Ok(()),
             // SAFETY: the context lives as long as this.
-            _ => unsafe { result::ctx::set_current(self.context) }.map_err(failed("context")),
+            _ => unsafe { result::ctx::set_current(self.context) }.map_err(refused("context")),
         }
     }
 
     /// Of the GPU's memory, what nobody has.
     pub fn free_bytes(&self) -> Result<usize> {
         self.bind()?;
-        result::mem_get_info().map(|(free, _)| free).map_err(failed("memory"))
+        result::mem_get_info().map(|(free, _)| free).map_err(refused("memory"))
     }
 
     /// Waits for all work. What an earlier kernel did wrong comes out here.
@@ -70,7 +64,7 @@ impl Context {
         // SAFETY: both events were recorded; the second is waited for.
         let milliseconds = unsafe {
             result::event::synchronize(end.0).map_err(failed("waiting for kernels"))?;
-            result::event::elapsed(start.0, end.0).map_err(failed("an event"))?
+            result::event::elapsed(start.0, end.0).map_err(refused("an event"))?
         };
         Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
     }
@@ -81,12 +75,12 @@ struct Event(sys::CUevent);
 
 impl Event {
     fn new() -> Result<Self> {
-        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self).map_err(failed("an event"))
+        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self).map_err(refused("an event"))
     }
 
     fn record(&self, stream: sys::CUstream) -> Result<()> {
         // SAFETY: both live.
-        unsafe { result::event::record(self.0, stream) }.map_err(failed("an event"))
+        unsafe { result::event::record(self.0, stream) }.map_err(refused("an event"))
     }
 }
 
@@ -135,7 +129,7 @@ impl CudaSpan {
     pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         context.bind()?;
         // SAFETY: a plain allocation; the memory is written below before anyone reads it.
-        let start = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| out_of_memory(bytes, &e))?;
+        let start = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| no_memory(bytes, e))?;
         let block = Arc::new(Block { start, context: context.clone() });
         // SAFETY: the whole of what was just allocated.
         unsafe { result::memset_d8_async(start, 0, bytes, context.stream) }.map_err(failed("memory"))?;
@@ -159,7 +153,10 @@ impl CudaSpan {
     }
 }
 
-fn out_of_memory(bytes: usize, error: &result::DriverError) -> Error {
+fn no_memory(bytes: usize, error: result::DriverError) -> Error {
+    if error.0 != sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
+        return failed("memory")(error);
+    }
     let gib = |bytes: usize| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
     let free =
         result::mem_get_info().map_or(String::new(), |(free, all)| format!(" ({} of {} free)", gib(free), gib(all)));
@@ -195,7 +192,7 @@ impl Staging {
             Ok(Half { memory, done })
         };
         Ok(Self {
-            halves: [half().map_err(failed("pinned memory"))?, half().map_err(failed("pinned memory"))?],
+            halves: [half().map_err(refused("pinned memory"))?, half().map_err(refused("pinned memory"))?],
             context: context.clone(),
         })
     }

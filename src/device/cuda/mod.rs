@@ -48,6 +48,11 @@ fn failed<E: Display>(what: &'static str) -> impl Fn(E) -> Error {
     move |e| Error::op(what, format!("{e} (CUDA_LAUNCH_BLOCKING=1 shows which kernel failed)"))
 }
 
+/// The same of what needs no kernel.
+fn refused<E: Display>(what: &'static str) -> impl Fn(E) -> Error {
+    move |e| Error::op(what, format!("{e}; `cuvee doctor` looks at the GPU, --device cpu does without"))
+}
+
 /// How a GPU is used.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -99,10 +104,7 @@ fn usable(ordinal: usize) -> Result<&'static Found> {
         refused(format!("there is {}", names.join(", ")))
     })?;
     if !found.fits() {
-        let (name, (major, minor)) = (&found.name, found.capability);
-        return Err(refused(format!(
-            "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
-        )));
+        return Err(refused(found.unfit()));
     }
     Ok(found)
 }
@@ -209,6 +211,11 @@ impl Cuda {
             )
         };
         let (function, shared_so_far) = self.function(entry)?;
+        if shared_bytes > self.found.shared_bytes {
+            let (gpu, most) = (&self.found.name, self.found.shared_bytes);
+            let advice = "--dtype bf16 needs half of what f32 needs, and --device cpu none";
+            return Err(Error::op(name, format!("{shared_bytes} bytes of shared memory, {gpu} has {most}; {advice}")));
+        }
         if shared_bytes > shared_so_far.get() {
             use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
             // SAFETY: the function belongs to a module that lives as long as this.

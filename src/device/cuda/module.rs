@@ -2,11 +2,13 @@
 //! the disk keeps; else the embedded PTX, which the driver compiles.
 
 use std::ffi::{CString, c_char, c_void};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::{fs, process};
 
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc;
+use flate2::read::GzDecoder;
 
 use super::launch::{Module, kernels};
 use super::probe::Found;
@@ -40,7 +42,7 @@ impl Loaded {
 /// What the driver is given.
 fn image(module: &Module, found: &Found, cache_dir: Option<&Path>) -> Result<Vec<u8>> {
     if let Some(cubin) = fitting(module.images, found.capability) {
-        return Ok(cubin.to_vec());
+        return Ok(inflated(cubin));
     }
     let why = match libraries::nvrtc() {
         Ok(_) => match compiled(module, found.capability, cache_dir) {
@@ -50,7 +52,7 @@ fn image(module: &Module, found: &Found, cache_dir: Option<&Path>) -> Result<Vec
         Err(why) => format!("NVRTC cannot be opened: {why}"),
     };
     match module.images.iter().find(|(name, _)| *name == PTX) {
-        Some((_, ptx)) => Ok([ptx, &b"\0"[..]].concat()),
+        Some((_, ptx)) => Ok([inflated(ptx), b"\0".to_vec()].concat()),
         None => {
             let (major, minor) = found.capability;
             let gpu = format!("{} (compute capability {major}.{minor})", found.name);
@@ -66,6 +68,12 @@ fn image(module: &Module, found: &Found, cache_dir: Option<&Path>) -> Result<Vec
 /// Whether this build has cubins for GPUs of this compute capability.
 pub fn embedded(capability: (i32, i32)) -> bool {
     kernels::MODULES.iter().all(|module| fitting(module.images, capability).is_some())
+}
+
+fn inflated(image: &[u8]) -> Vec<u8> {
+    let mut whole = Vec::new();
+    GzDecoder::new(image).read_to_end(&mut whole).expect("build.rs compressed it");
+    whole
 }
 
 /// The cubin for a GPU of this compute capability: `sm_90a` runs on 9.0 alone, `sm_8x` on 8.y with y >= x.
@@ -162,6 +170,17 @@ mod tests {
             ((7, 5), None),
         ] {
             assert_eq!(fitting(images, capability), expected, "{capability:?}");
+        }
+    }
+
+    #[test]
+    fn embedded_images_are_whole() {
+        for (module, (name, image)) in
+            super::super::kernels::MODULES.iter().flat_map(|m| m.images.iter().map(move |image| (m, image)))
+        {
+            let whole = inflated(image);
+            let begins = if *name == PTX { whole.starts_with(b"//") } else { whole.starts_with(b"\x7fELF") };
+            assert!(begins, "{} {name}", module.name);
         }
     }
 

@@ -56,12 +56,20 @@ pub struct Found {
     pub capability: (i32, i32),
     pub memory_bytes: usize,
     pub multiprocessors: usize,
+    /// Shared memory that a block may have at most.
+    pub shared_bytes: usize,
 }
 
 impl Found {
     /// Whether the kernels run on it.
     pub fn fits(&self) -> bool {
         self.capability >= NEEDED_CAPABILITY
+    }
+
+    /// Why they do not.
+    pub fn unfit(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("{} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer", self.name)
     }
 }
 
@@ -81,11 +89,14 @@ fn look() -> Result<Vec<Found>, Unavailable> {
         // SAFETY: the driver's library has no initializers that ask anything of the program.
         unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_GLOBAL) }
     });
-    let library = opened.reduce(|first, second| first.or(second)).expect("two names");
-    // Stays open: cudarc opens it by the same name.
+    let library = opened.reduce(|first, second| first.or_else(|e| second.map_err(|_| e))).expect("two names");
+    // Stays open: cudarc looks for `libcuda.so` first, which is the same library, then finds this one.
     std::mem::forget(library.map_err(|e| Unavailable::NoDriver(detail(&e)))?);
     let failed = |e: result::DriverError| Unavailable::DriverFailed(e.to_string());
-    result::init().map_err(failed)?;
+    result::init().map_err(|e| match e.0 {
+        sys::cudaError_enum::CUDA_ERROR_NO_DEVICE => Unavailable::NoDevice,
+        _ => failed(e),
+    })?;
     let mut api = 0;
     // SAFETY: the driver is initialized, and writes one integer.
     unsafe { sys::cuDriverGetVersion(&mut api) }.result().map_err(failed)?;
@@ -112,5 +123,6 @@ fn describe(ordinal: i32) -> Result<Found, result::DriverError> {
         // SAFETY: as above.
         memory_bytes: unsafe { result::device::total_mem(device)? },
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
     })
 }

@@ -29,6 +29,7 @@ enum Result {
   INVALID_HANDLE = 400,
   NOT_FOUND = 500,
   NOT_READY = 600,
+  CONTEXT_IS_DESTROYED = 709,
   LAUNCH_FAILED = 719,
 };
 
@@ -54,6 +55,8 @@ std::map<Result, std::string> reasons;
 Result sticky = SUCCESS;
 bool initialized;
 int the_context;
+// Without anyone, the primary context is destroyed.
+int retained;
 thread_local void *current_context;
 Stream null_stream;
 std::map<Stream *, bool> streams = {{&null_stream, true}};
@@ -130,6 +133,7 @@ int attribute(int which) {
 #define WORKS                                                                                     \
   Guard guard(driver);                                                                            \
   if (current_context == nullptr) return because(INVALID_CONTEXT, "no context is current on this thread"); \
+  if (retained == 0) return because(CONTEXT_IS_DESTROYED, "the primary context was released by all who retained it"); \
   if (sticky != SUCCESS) return sticky
 
 // ---- the device --------------------------------------------------------------------------------------------------------
@@ -167,10 +171,17 @@ API cuDeviceGetAttribute(int *value, int which, int) {
   return SUCCESS;
 }
 API cuDevicePrimaryCtxRetain(void **context, int) {
+  Guard guard(driver);
+  retained++;
   *context = &the_context;
   return SUCCESS;
 }
-API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API cuDevicePrimaryCtxRelease_v2(int) {
+  Guard guard(driver);
+  if (retained == 0) return because(INVALID_CONTEXT, "the primary context is released more often than it was retained");
+  retained--;
+  return SUCCESS;
+}
 API cuCtxSetCurrent(void *context) {
   current_context = context;
   return SUCCESS;
