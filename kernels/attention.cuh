@@ -173,12 +173,11 @@ __device__ __forceinline__ void quarantine(Acc<16, COLS> &acc, T *tile, Sees see
 }
 
 // Writes this warp's rows times their factors, `row(i)` being where row i of the sixteen goes, if anywhere. They pass through
-// `shared`, rows of a tile that no other warp reads.
+// `shared`, rows of a tile that no other warp reads and that this one is done with.
 template <int COLS, class T, class Row>
 __device__ __forceinline__ void store_rows(const Acc<16, COLS> &acc, const float (&factor)[2], T *shared, unsigned cols, bool vectors,
                                            Row row) {
   constexpr int LD = Tiles<T, COLS>::LD, W = Pack<T>::N, CHUNKS = COLS / W;
-  __syncwarp();
 #pragma unroll
   for (int j = 0; j < COLS / 8; j++)
 #pragma unroll

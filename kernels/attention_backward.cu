@@ -103,6 +103,7 @@ KERNEL(128) attention_queries(const unsigned *segments, const T *d_o, const T *q
 
   if (!b.active()) return;
   const unsigned cols = min(head_dim - blockIdx.z * COLS, static_cast<unsigned>(COLS));
+  __syncwarp();  // every lane is done with the rows of q
   store_rows(acc, {scale, scale}, q_rows, cols, by_vectors(dq, head_dim), [&](int i) {
     T *row = b.in(dq, warp * 16 + i, head_dim);
     return row == nullptr ? row : row + blockIdx.z * COLS;
@@ -267,6 +268,7 @@ KERNEL(128) attention_keys(const unsigned *segments, const T *d_o, const T *q, c
   if (!active) return;
   const unsigned cols = min(head_dim - blockIdx.z * COLS, static_cast<unsigned>(COLS));
   const auto out = [&](T *x, int i) { return warp * 16 + i < keys ? x + key_at(warp * 16 + i) + blockIdx.z * COLS : nullptr; };
+  __syncwarp();  // every lane is done with the rows of k and v
   store_rows(dk_acc, {scale, scale}, k_rows, cols, by_vectors(dk, head_dim), [&](int i) { return out(dk, i); });
   store_rows(dv_acc, {1.0f, 1.0f}, v_rows, cols, by_vectors(dv, head_dim), [&](int i) { return out(dv, i); });
 }

@@ -8,7 +8,7 @@ pub(super) const THREADS: usize = 256;
 pub(super) fn group<T: Element>(hidden: usize) -> usize {
     match hidden.div_ceil(16 / size_of::<T>()) {
         ..=16 => 8,
-        ..=256 => 32,
+        17..=256 => 32,
         _ => THREADS,
     }
 }

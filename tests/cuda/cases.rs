@@ -123,8 +123,11 @@ fn head_in_a_small_workspace(cuda: &Cuda) {
     assert!(why.as_ref().is_some_and(|why| why.contains("bytes of workspace")), "{why:?}");
 }
 
+/// Name, storage types, test.
+type Promise = (&'static str, &'static [(&'static str, DType)], fn(&Cuda));
+
 /// Single promises of single ops. The first are stated in numbers that bf16 does not hold.
-fn special() -> Vec<(&'static str, &'static [(&'static str, DType)], fn(&Cuda))> {
+fn special() -> Vec<Promise> {
     let f32_only = &STORAGES[..1];
     vec![
         ("rms_norm::zero_row", f32_only, norms::rms_norm_of_a_zero_row_is_finite),

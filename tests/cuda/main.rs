@@ -24,6 +24,7 @@ mod models;
 mod mutate;
 mod program;
 mod ptxas;
+mod sample;
 
 use std::env;
 use std::fmt;
@@ -118,7 +119,14 @@ impl Case {
 }
 
 fn all_cases() -> Vec<Case> {
-    cases::all().into_iter().chain(models::all()).chain(program::all()).chain(ptxas::all()).chain(bugs::all()).collect()
+    cases::all()
+        .into_iter()
+        .chain(sample::all())
+        .chain(models::all())
+        .chain(program::all())
+        .chain(ptxas::all())
+        .chain(bugs::all())
+        .collect()
 }
 
 /// Why the mode cannot run on this machine.

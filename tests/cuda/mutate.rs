@@ -99,7 +99,11 @@ fn mutate(name: &str) -> Result<bool, String> {
         let names: Vec<&str> = kernels::MODULES.iter().map(|module| module.name).collect();
         return Err(format!("there is no kernels/{name}.cu; there are {}, and `all`", names.join(", ")));
     }
-    let cases: Vec<Case> = crate::cases::all().into_iter().filter(|c| matches!(c.body, Body::OnCuda(..))).collect();
+    let cases: Vec<Case> = crate::cases::all()
+        .into_iter()
+        .chain(crate::sample::all())
+        .filter(|c| matches!(c.body, Body::OnCuda(..)))
+        .collect();
     let reached = reached(&cases)?;
     let mut all_caught = true;
     for (i, module) in kernels::MODULES.iter().enumerate().filter(|(_, module)| is_meant(module.name)) {

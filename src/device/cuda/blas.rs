@@ -98,7 +98,7 @@ impl Blas {
     /// Puts a product into the stream, or says that it cannot be done here.
     pub fn product<T: Element, O: Element>(&self, context: &Context, p: &Product<T, O>) -> Result<bool> {
         let bias = p.bias.address();
-        let unlike = bias != 0 && (T::DTYPE != O::DTYPE || bias % BIAS_ALIGNMENT != 0);
+        let unlike = bias != 0 && (T::DTYPE != O::DTYPE || !bias.is_multiple_of(BIAS_ALIGNMENT));
         if unlike || (p.accumulate && !p.residual.is_null()) || p.shape.contains(&0) {
             return Ok(false);
         }

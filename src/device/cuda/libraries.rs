@@ -82,7 +82,8 @@ fn search(name: &str) -> Result<PathBuf, String> {
 
 /// Where the libraries may lie, ours first, then toolkits, then the wheels of Python environments.
 fn folders() -> Vec<PathBuf> {
-    let paths = |variable: &str| env::var_os(variable).map(|v| env::split_paths(&v).collect()).unwrap_or(Vec::new());
+    let paths =
+        |variable: &str| env::var_os(variable).map(|v| env::split_paths(&v).collect::<Vec<_>>()).unwrap_or_default();
     let mut found = paths(VARIABLE);
     let toolkits = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"].into_iter().flat_map(paths);
     let installed = ["/usr/local/cuda-13.0", "/usr/local/cuda", "/opt/cuda"].into_iter().map(PathBuf::from);

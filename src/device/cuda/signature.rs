@@ -247,9 +247,12 @@ impl Signature {
         };
         let arms: String = self.instances.iter().enumerate().map(arm).collect();
         let key: String = key.iter().map(|k| k.clone() + ",").collect();
-        let other = match self.template.is_empty() {
-            true => String::new(),
-            false => format!("            other => return Err(cuda.no_instance({:?}, &other)),\n", self.name),
+        let entry = match self.template.is_empty() {
+            true => first.to_string(),
+            false => {
+                let other = format!("            other => return Err(cuda.no_instance({:?}, &other)),\n", self.name);
+                format!("match ({key}) {{\n{arms}{other}        }}")
+            }
         };
         let arguments: String = self.parameters.iter().map(|p| format!("argument(&self.{}), ", p.name)).collect();
         let numbers: Vec<&str> = self.parameters.iter().filter(|p| !p.pointer).map(|p| p.name.as_str()).collect();
@@ -260,7 +263,7 @@ impl Signature {
             "pub struct {camel}<'a{bounds}> {{\n{declared}}}\n\
              impl<'a{bounds}> {camel}<'a{names}> {{\n    pub const THREADS: u32 = {threads};\n\
              \x20   pub fn launch(self, cuda: &Cuda, grid: impl Into<Grid>) -> Result<()> {{\n\
-             \x20       let entry = match ({key}) {{\n{arms}{other}        }};\n\
+             \x20       let entry = {entry};\n\
              \x20       let describe = || {describe};\n\
              \x20       cuda.launch(entry, grid.into(), Self::THREADS, &mut [{arguments}], &describe)\n    }}\n}}\n",
             threads = self.threads(),

@@ -35,7 +35,7 @@ fn choose(isa: Isa, logits: &mut [f32], sampling: &Sampling, draw: &[u32]) -> u3
         u64::MAX => Nucleus { least: 0.0, last: weights.len(), mass: total },
         share => nucleus(weights, (u128::from(total) * u128::from(share)).div_ceil(1 << 64) as u64),
     };
-    let mut left = (u128::from(sampling.word(draw)) * u128::from(nucleus.mass) >> 64) as u64;
+    let mut left = ((u128::from(sampling.word(draw)) * u128::from(nucleus.mass)) >> 64) as u64;
     let drawn = weights.iter().enumerate().position(|(id, w)| {
         let held = nucleus.of(id, *w);
         let past = left < held;
