@@ -11,6 +11,7 @@ mod registry;
 mod sft;
 mod sigmoid;
 
+use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
 
 pub use registry::{Entry, ParamSpec, Params, build, find};
@@ -40,8 +41,17 @@ pub struct Stats {
     pub lens: Vec<f64>,
     /// (chosen, rejected) as indices of sequences. A sequence may be in several pairs.
     pub pairs: Vec<(usize, usize)>,
-    /// `[S]` desirable (true) or undesirable.
+    /// `[pairs]` factors of each pair's loss and gradient, constants; empty means 1. No field of the data: an objective that
+    /// weights another's pairs sets them.
+    pub pair_weights: Vec<f64>,
+    /// `[pairs]` how much better the chosen completion is than the rejected one, as the data says; 0 where it does not.
+    pub margins: Vec<f64>,
+    /// `[S]` desirable (true) or undesirable. Of a pair, the chosen completion is desirable.
     pub labels: Vec<bool>,
+    /// `[M]` the policy's `logps` of completions under prompts that are not theirs, constants.
+    pub mismatched_logps: Vec<f64>,
+    /// `[K][M]` the same of each reference.
+    pub mismatched_ref_logps: Vec<Vec<f64>>,
     /// The sequences sampled from one prompt, for each prompt.
     pub groups: Vec<Range<usize>>,
     /// `[S]` what a reward rule or a reward model said.
@@ -63,6 +73,13 @@ pub struct Stats {
     pub ln_sum_p2: Vec<f64>,
     /// `[T]` the output of the value head.
     pub values: Vec<f64>,
+    /// `[K][T]` KL(policy || reference) of the next-token distributions, exact over the vocabulary, nats, >= 0.
+    pub token_kl: Vec<Vec<f64>>,
+
+    /// `[K]` weights of the references in this step, >= 0, sum 1.
+    pub ref_weights: Vec<f64>,
+    /// What [`Outcome::state`] was after the step before, or [`Objective::initial_state`].
+    pub state: Vec<f64>,
 }
 
 impl Stats {
@@ -82,6 +99,7 @@ pub struct Grads {
     pub entropy: Vec<f64>,
     pub scores: Vec<f64>,
     pub values: Vec<f64>,
+    pub token_kl: Vec<Vec<f64>>,
 }
 
 /// The fields of [`Stats`] that an objective reads besides `logps` and `lens`. `offsets` comes with any field
@@ -91,7 +109,10 @@ pub struct Needs {
     /// How many references it can work with.
     pub refs: RangeInclusive<usize>,
     pub pairs: bool,
+    pub margins: bool,
     pub labels: bool,
+    /// Both `mismatched_logps` and, of each reference, `mismatched_ref_logps`.
+    pub mismatched: bool,
     pub groups: bool,
     pub rewards: bool,
     pub scores: bool,
@@ -101,6 +122,8 @@ pub struct Needs {
     pub entropy: bool,
     pub ln_sum_p2: bool,
     pub values: bool,
+    pub token_kl: bool,
+    pub ref_weights: bool,
 }
 
 impl Needs {
@@ -108,7 +131,9 @@ impl Needs {
     pub const POLICY: Needs = Needs {
         refs: 0..=0,
         pairs: false,
+        margins: false,
         labels: false,
+        mismatched: false,
         groups: false,
         rewards: false,
         scores: false,
@@ -118,12 +143,14 @@ impl Needs {
         entropy: false,
         ln_sum_p2: false,
         values: false,
+        token_kl: false,
+        ref_weights: false,
     };
 
     /// Whether it reads any field on the token index, and with it `offsets`.
     pub fn per_token(&self) -> bool {
         let log_probs = self.token_logps || self.ref_token_logps || self.old_token_logps;
-        log_probs || self.entropy || self.ln_sum_p2 || self.values
+        log_probs || self.entropy || self.ln_sum_p2 || self.values || self.token_kl
     }
 }
 
@@ -143,6 +170,8 @@ pub struct Totals {
     pub sequences: f64,
     /// Completion tokens of the [supervised](Stats::supervised) sequences: of the chosen ones if there are pairs.
     pub tokens: f64,
+    /// Completion tokens of all sequences.
+    pub completion_tokens: f64,
 }
 
 impl Totals {
@@ -152,6 +181,7 @@ impl Totals {
             pairs: stats.pairs.len() as f64,
             sequences: stats.lens.len() as f64,
             tokens: stats.supervised().map(|s| stats.lens[s]).sum(),
+            completion_tokens: stats.lens.iter().sum(),
         }
     }
 }
@@ -161,8 +191,12 @@ impl AddAssign for Totals {
         self.pairs += other.pairs;
         self.sequences += other.sequences;
         self.tokens += other.tokens;
+        self.completion_tokens += other.completion_tokens;
     }
 }
+
+/// A metric's name, as metrics.jsonl has it, and its value.
+pub type Metric = (Cow<'static, str>, f64);
 
 /// What `Stats` contribute to the optimizer batch. Loss and metrics are divided by [`Totals`] already, so they
 /// add over micro-batches.
@@ -170,7 +204,9 @@ impl AddAssign for Totals {
 pub struct Outcome {
     pub loss: f64,
     pub grads: Grads,
-    pub metrics: Vec<(&'static str, f64)>,
+    pub metrics: Vec<Metric>,
+    /// What the next step finds in [`Stats::state`]; saved with checkpoints. Only of [`Scope::Batch`], else empty.
+    pub state: Vec<f64>,
 }
 
 pub trait Objective: Send + Sync {
@@ -178,5 +214,9 @@ pub trait Objective: Send + Sync {
     fn name(&self) -> &'static str;
     fn needs(&self) -> Needs;
     fn scope(&self) -> Scope;
+    /// What it remembers from step to step, before the first one. An objective that remembers anything sees whole batches.
+    fn initial_state(&self) -> Vec<f64> {
+        Vec::new()
+    }
     fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome;
 }

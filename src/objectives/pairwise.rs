@@ -67,7 +67,12 @@ pub(super) fn mean(stats: &Stats, totals: &Totals, beta: f64, loss: impl Fn(&Pai
             *metric += term / totals.pairs;
         }
     }
-    Outcome { loss: value, grads, metrics: metrics.to_vec() }
+    Outcome {
+        loss: value,
+        grads,
+        metrics: metrics.map(|(name, value)| (name.into(), value)).to_vec(),
+        ..Outcome::default()
+    }
 }
 
 /// ln(1 / (1 + e^-x)), without overflow or cancellation.

@@ -42,6 +42,6 @@ impl Objective for Sft {
             loss -= stats.logps[s] / totals.tokens;
             grads.logps[s] -= 1.0 / totals.tokens;
         }
-        Outcome { loss, grads, metrics: vec![] }
+        Outcome { loss, grads, ..Outcome::default() }
     }
 }

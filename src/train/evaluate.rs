@@ -7,7 +7,7 @@ use super::step::{append, finite_logps, stats};
 use crate::data::{Example, Packing};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::{Objective, Stats, Totals};
+use crate::objectives::{Metric, Objective, Stats, Totals};
 use crate::ops::Backend;
 use crate::references::RefLogps;
 
@@ -63,7 +63,7 @@ pub struct Evaluation {
 pub struct Measured {
     pub loss: f64,
     pub summary: Summary,
-    pub metrics: Vec<(&'static str, f64)>,
+    pub metrics: Vec<Metric>,
 }
 
 /// Rows that are not trained on.

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::json::{read_json, write_json};
 use crate::error::{At, Error, Result};
+use crate::objectives::Metric;
 
 pub const METRICS: &str = "metrics.jsonl";
 pub const EVALUATIONS: &str = "evaluations.jsonl";
@@ -20,7 +21,7 @@ pub struct Line<'a> {
     pub grad_norm: f64,
     /// Of this step.
     pub learning_rate: f64,
-    pub metrics: &'a [(&'static str, f64)],
+    pub metrics: &'a [Metric],
     /// Seconds of this optimizer step, without evaluation, saving or reference scoring.
     pub step_time: f64,
     /// Rows run through the policy in this step, after sharing.
@@ -37,7 +38,7 @@ impl Line<'_> {
         line.insert("loss".into(), self.loss.into());
         line.insert("grad_norm".into(), self.grad_norm.into());
         line.insert("learning_rate".into(), self.learning_rate.into());
-        self.metrics.iter().for_each(|(name, value)| drop(line.insert((*name).into(), (*value).into())));
+        self.metrics.iter().for_each(|(name, value)| drop(line.insert(name.to_string(), (*value).into())));
         line.insert("step_time".into(), self.step_time.into());
         line.insert("tokens".into(), self.tokens.into());
         line.insert("num_tokens".into(), self.num_tokens.into());

@@ -353,7 +353,7 @@ impl<B: Backend> Session<'_, B> {
             rows: eval.examples.len(),
             loss: measured.loss,
             summary: measured.summary,
-            metrics: measured.metrics.into_iter().map(|(name, value)| (name.to_string(), value)).collect(),
+            metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
             runtime: started.elapsed().as_secs_f64(),
         };
         self.evaluations.append(&evaluation.to_json())?;

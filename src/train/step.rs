@@ -6,7 +6,7 @@ use super::policy::Policy;
 use crate::data::{self, Example, Packing};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::{Grads, Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::objectives::{Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::ops::Backend;
 
 /// Examples of one optimizer batch, with what the references said about them.
@@ -20,7 +20,7 @@ pub struct StepBatch<'a> {
 #[derive(Debug)]
 pub struct StepResult {
     pub loss: f64,
-    pub metrics: Vec<(&'static str, f64)>,
+    pub metrics: Vec<Metric>,
     /// Before clipping.
     pub grad_norm: f64,
     /// Rows run through the policy.
@@ -157,7 +157,7 @@ struct Pass<'a> {
     step: u64,
 }
 
-type LossAndMetrics = (f64, Vec<(&'static str, f64)>);
+type LossAndMetrics = (f64, Vec<Metric>);
 
 impl Pass<'_> {
     /// Means over the optimizer batch, known before any forward pass.
@@ -234,11 +234,11 @@ impl Pass<'_> {
     }
 }
 
-fn add(metrics: &mut Vec<(&'static str, f64)>, outcome: &Outcome) {
+fn add(metrics: &mut Vec<Metric>, outcome: &Outcome) {
     for (name, value) in &outcome.metrics {
         match metrics.iter_mut().find(|(known, _)| known == name) {
             Some((_, sum)) => *sum += value,
-            None => metrics.push((name, *value)),
+            None => metrics.push((name.clone(), *value)),
         }
     }
 }

@@ -119,7 +119,7 @@ fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> 
     let outcome = objective.evaluate(&stats, &Totals::of(&stats));
     close("loss", outcome.loss, case["loss"].as_f64(), 1e-4)?;
     for (metric, ours) in &outcome.metrics {
-        close(metric, *ours, case["metrics"][*metric].as_f64(), 1e-3)?;
+        close(metric, *ours, case["metrics"][metric.as_ref()].as_f64(), 1e-3)?;
     }
     let mut dlogp = vec![0.0; host.targets.len()];
     for (range, d) in host.sequences.iter().zip(&outcome.grads.logps) {

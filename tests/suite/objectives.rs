@@ -82,7 +82,7 @@ fn micro_batches_add_up_to_the_batch() {
         assert!(near(expected.loss, first.loss + second.loss), "{what}");
         assert_eq!(expected.metrics.len(), first.metrics.len(), "{what}");
         for (i, (metric, value)) in expected.metrics.iter().enumerate() {
-            assert_eq!((*metric, *metric), (first.metrics[i].0, second.metrics[i].0), "{what}");
+            assert_eq!((metric, metric), (&first.metrics[i].0, &second.metrics[i].0), "{what}");
             assert!(near(*value, first.metrics[i].1 + second.metrics[i].1), "{what}: {metric}");
         }
         let join = |of: fn(Grads) -> Vec<f64>| [of(first.grads.clone()), of(second.grads.clone())].concat();
@@ -92,6 +92,9 @@ fn micro_batches_add_up_to_the_batch() {
             entropy: join(|g| g.entropy),
             scores: join(|g| g.scores),
             values: join(|g| g.values),
+            token_kl: (0..expected.grads.token_kl.len())
+                .map(|k| [first.grads.token_kl[k].clone(), second.grads.token_kl[k].clone()].concat())
+                .collect(),
         };
         assert_eq!(expected.grads, joined, "{what}");
     });
@@ -101,9 +104,9 @@ fn micro_batches_add_up_to_the_batch() {
 fn nothing_is_nan_or_infinite_at_extreme_inputs() {
     for_every_objective(|what, objective, stats| {
         let outcome = objective.evaluate(stats, &Totals::of(stats));
-        let Grads { logps, token_logps, entropy, scores, values } = &outcome.grads;
+        let Grads { logps, token_logps, entropy, scores, values, token_kl } = &outcome.grads;
         let metrics = outcome.metrics.iter().map(|metric| &metric.1);
-        let grads = [logps, token_logps, entropy, scores, values].into_iter().flatten();
+        let grads = [logps, token_logps, entropy, scores, values].into_iter().chain(token_kl).flatten();
         assert!(outcome.loss.is_finite() && grads.chain(metrics).all(|x| x.is_finite()), "{what}: {outcome:?}");
     });
 }
@@ -138,7 +141,7 @@ fn where_policy_and_reference_agree_losses_are_known_and_margins_exactly_zero() 
         let outcome = objective.evaluate(&stats, &Totals::of(&stats));
         assert!((outcome.loss - loss).abs() <= 1e-12 * loss, "{name}: {} instead of {loss}", outcome.loss);
         for metric in ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"] {
-            assert!(outcome.metrics.contains(&(metric, 0.0)), "{name}: {metric} in {:?}", outcome.metrics);
+            assert!(outcome.metrics.contains(&(metric.into(), 0.0)), "{name}: {metric} in {:?}", outcome.metrics);
         }
     }
 }
@@ -189,7 +192,7 @@ fn accuracy_counts_strict_wins() {
         ..Stats::default()
     };
     let outcome = dpo.evaluate(&stats, &Totals::of(&stats));
-    assert!(outcome.metrics.contains(&("rewards/accuracies", 0.5)), "{:?}", outcome.metrics);
+    assert!(outcome.metrics.contains(&("rewards/accuracies".into(), 0.5)), "{:?}", outcome.metrics);
 }
 
 // ---- what the user types --------------------------------------------------------------------------------------
@@ -269,6 +272,8 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
     let mut near = |x: &[f64]| x.iter().map(|x| x + spread * (2.0 * random.unit() - 1.0)).collect::<Vec<_>>();
     let ref_logps = (0..refs).map(|_| near(&logps)).collect();
     let ref_token_logps = (0..refs).map(|_| near(&token_logps)).collect();
+    let mismatched_logps = near(&logps);
+    let mismatched_ref_logps = (0..refs).map(|_| near(&mismatched_logps)).collect();
     let old_token_logps = near(&token_logps);
 
     let offsets = || (0..=SEQUENCES).map(|s| lens[..s].iter().sum()).collect();
@@ -277,7 +282,11 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
         ref_logps,
         lens: lens.iter().map(|&len| len as f64).collect(),
         pairs: when(needs.pairs, || (0..SEQUENCES).step_by(2).map(|s| (s, s + 1)).collect()),
+        pair_weights: vec![],
+        margins: when(needs.margins, || random.vec(SEQUENCES / 2, 0.0..2.0)),
         labels: when(needs.labels, || (0..SEQUENCES).map(|s| s % 3 == 0).collect()),
+        mismatched_logps: when(needs.mismatched, || mismatched_logps),
+        mismatched_ref_logps: when(needs.mismatched, || mismatched_ref_logps),
         groups: when(needs.groups, || vec![0..2, 2..5, 5..SEQUENCES]),
         rewards: when(needs.rewards, || random.vec(SEQUENCES, -1.0..1.0)),
         scores: when(needs.scores, || random.vec(SEQUENCES, -spread..spread)),
@@ -288,6 +297,9 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
         entropy: when(needs.entropy, || random.vec(tokens, 0.0..5.0)),
         ln_sum_p2: when(needs.ln_sum_p2, || random.vec(tokens, -5.0..0.0)),
         values: when(needs.values, || random.vec(tokens, -spread..spread)),
+        token_kl: when(needs.token_kl, || (0..refs).map(|_| random.vec(tokens, 0.0..spread)).collect()),
+        ref_weights: when(needs.ref_weights, || (0..refs).map(|_| 1.0 / refs as f64).collect()),
+        state: vec![],
     }
 }
 
@@ -302,14 +314,18 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
     }
     let base = range.start;
     let tokens = if stats.offsets.is_empty() { 0..0 } else { stats.offsets[base]..stats.offsets[range.end] };
-    let pairs = stats.pairs.iter().filter(|(chosen, _)| range.contains(chosen));
+    let pairs = stats.pairs.iter().enumerate().filter(|(_, (chosen, _))| range.contains(chosen));
     let groups = stats.groups.iter().filter(|group| range.contains(&group.start));
     Stats {
         logps: cut(&stats.logps, &range),
         ref_logps: stats.ref_logps.iter().map(|x| cut(x, &range)).collect(),
         lens: cut(&stats.lens, &range),
-        pairs: pairs.map(|(chosen, rejected)| (chosen - base, rejected - base)).collect(),
+        pairs: pairs.clone().map(|(_, (chosen, rejected))| (chosen - base, rejected - base)).collect(),
+        pair_weights: vec![],
+        margins: when(!stats.margins.is_empty(), || pairs.clone().map(|(i, _)| stats.margins[i]).collect()),
         labels: cut(&stats.labels, &range),
+        mismatched_logps: vec![],
+        mismatched_ref_logps: vec![],
         groups: groups.map(|group| group.start - base..group.end - base).collect(),
         rewards: cut(&stats.rewards, &range),
         scores: cut(&stats.scores, &range),
@@ -320,6 +336,9 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
         entropy: cut(&stats.entropy, &tokens),
         ln_sum_p2: cut(&stats.ln_sum_p2, &tokens),
         values: cut(&stats.values, &tokens),
+        token_kl: stats.token_kl.iter().map(|x| cut(x, &tokens)).collect(),
+        ref_weights: stats.ref_weights.clone(),
+        state: vec![],
     }
 }
 

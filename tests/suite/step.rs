@@ -107,7 +107,7 @@ impl Objective for PerToken {
         }
         let loss = -stats.token_logps.iter().sum::<f64>() / totals.tokens;
         let token_logps = vec![-1.0 / totals.tokens; stats.token_logps.len()];
-        Outcome { loss, grads: Grads { token_logps, ..Grads::default() }, metrics: Vec::new() }
+        Outcome { loss, grads: Grads { token_logps, ..Grads::default() }, ..Outcome::default() }
     }
 }
 
@@ -193,7 +193,7 @@ fn a_loss_that_is_not_finite_stops_before_the_update() {
         }
         fn evaluate(&self, stats: &Stats, _: &Totals) -> Outcome {
             let grads = Grads { logps: vec![0.0; stats.logps.len()], ..Grads::default() };
-            Outcome { loss: f64::NAN, grads, metrics: Vec::new() }
+            Outcome { loss: f64::NAN, grads, ..Outcome::default() }
         }
     }
     let mut rig = Rig::new();
