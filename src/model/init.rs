@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::arch::Checkpoint;
 use super::load::{fingerprint, load};
-use super::{Model, Role};
+use super::{Model, Param, Role};
 use crate::checkpoint::Weights;
 use crate::device::{Device, Philox};
 use crate::error::Result;
@@ -45,17 +45,22 @@ const CHUNK: usize = 1 << 14;
 pub fn init_random<D: Device>(device: &D, model: &mut Model<D>, seed: u64) -> Result<()> {
     let mut values = Vec::new();
     for param in model.params_mut() {
-        let (random, role, range) = (Philox::named(seed, &param.name), param.role, param.initializer_range);
-        let value = |i: usize| match role {
-            Role::Matrix => (range * random.normal(i as u64)) as f32,
-            Role::Bias => 0.0,
-            Role::Norm => 1.0,
-        };
-        values.resize(param.value.len(), 0.0);
-        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(chunk * CHUNK + i));
-        });
+        draw(param, seed, &mut values);
         param.write(device, &values)?;
     }
     model.fill_tables(device)
+}
+
+/// The first values of one weight.
+pub(super) fn draw<D: Device>(param: &Param<D>, seed: u64, values: &mut Vec<f32>) {
+    let (random, role, range) = (Philox::named(seed, &param.name), param.role, param.initializer_range);
+    let value = |i: usize| match role {
+        Role::Matrix => (range * random.normal(i as u64)) as f32,
+        Role::Bias => 0.0,
+        Role::Norm => 1.0,
+    };
+    values.resize(param.value.len(), 0.0);
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        values.iter_mut().enumerate().for_each(|(i, x)| *x = value(chunk * CHUNK + i));
+    });
 }

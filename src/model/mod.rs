@@ -13,6 +13,7 @@ mod load;
 mod mlp;
 mod param;
 mod spec;
+mod token_kl;
 
 pub use acts::{Acts, Keep};
 pub use arch::Checkpoint;
@@ -22,6 +23,7 @@ pub use kv::KvCache;
 pub use load::{Reader, load, sources};
 pub use param::{Param, Role};
 pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+pub use token_kl::{KlActs, KlTerm, RefHeads};
 
 use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
@@ -118,6 +120,7 @@ impl<B: Backend> Model<B> {
             logp: top.logp.top_mut(targets),
             lse: top.lse.top_mut(targets),
             entropy: None,
+            ln_sum_p2: top.ln_sum_p2.as_mut().map(|ln_sum_p2| ln_sum_p2.top_mut(targets)),
         })
     }
 
@@ -158,10 +161,17 @@ impl<B: Backend> Model<B> {
     }
 
     /// Adds to every trained weight's gradient. `dlogp` is the objective's derivative by each target's
-    /// log-probability; `acts` is what `forward` left.
-    pub fn backward(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
+    /// log-probability; `acts` is what `forward` left; `kl` is what it takes of the KLs to references, if anything.
+    pub fn backward(
+        &mut self,
+        device: &B,
+        batch: &Batch<B>,
+        dlogp: &[f64],
+        acts: &mut Acts<B>,
+        kl: Option<KlTerm<B>>,
+    ) -> Result<()> {
         let size = batch.size();
-        self.backward_head(device, batch, dlogp, acts)?;
+        self.backward_head(device, batch, dlogp, acts, kl)?;
         let context = Context { device, batch, rope: self.rope.as_ref() };
         for (layer, block) in self.blocks.iter_mut().enumerate().rev() {
             let recompute = acts.keep() == Keep::Inputs;
@@ -182,8 +192,15 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// From `dlogp` to the gradient by the residual stream above the last block.
-    fn backward_head(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
+    /// From `dlogp`, and from `kl`, to the gradient by the residual stream above the last block.
+    fn backward_head(
+        &mut self,
+        device: &B,
+        batch: &Batch<B>,
+        dlogp: &[f64],
+        acts: &mut Acts<B>,
+        kl: Option<KlTerm<B>>,
+    ) -> Result<()> {
         let (rows, targets) = (batch.size().rows, batch.size().targets);
         let (top, s) = acts.top_and_scratch();
         device.write_f64(dlogp, s.dlogp.top_mut(targets))?;
@@ -201,6 +218,9 @@ impl<B: Backend> Model<B> {
             dh: s.d_top_normed.top_mut(targets),
             dweight: head.grad.as_mut().map(Tensor::view_mut),
         })?;
+        if let Some(kl) = kl {
+            kl.backward(device, top.normed.top(targets), head, s.d_top_normed.top_mut(targets))?;
+        }
         device.zero(s.d_top.top_mut(targets))?;
         let (dy, x, stats) = (s.d_top_normed.top(targets), top.rows.top(targets), top.stats.top(targets));
         self.norm.backward(device, dy, x, stats, s.d_top.top_mut(targets))?;

@@ -9,3 +9,4 @@ mod ops;
 mod program;
 mod step;
 mod tiny;
+mod token_kl;
