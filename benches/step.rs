@@ -53,7 +53,9 @@ impl Case {
             let ids = ids(pair, prompt).chain(ids(1000 + 2 * pair + side, completion)).map(|id| id % self.vocab);
             Sequence { ids: ids.collect(), first: prompt }
         };
-        (0..self.pairs).map(|row| Example { row, sequences: vec![sequence(row, 0), sequence(row, 1)] }).collect()
+        (0..self.pairs)
+            .map(|row| Example { row, sequences: vec![sequence(row, 0), sequence(row, 1)], ..Example::default() })
+            .collect()
     }
 
     fn checkpoint(&self) -> Checkpoint {

@@ -149,7 +149,7 @@ fn trl_pairs(file: &Value) -> Result<Vec<Example>, Failed> {
     let example = |(row, pair): (usize, &Value)| {
         let prompt = ids(pair, "prompt");
         let sequence = |key| Sequence { ids: [&prompt[..], &ids(pair, key), &[2]].concat(), first: prompt.len() };
-        Example { row, sequences: vec![sequence("chosen"), sequence("rejected")] }
+        Example { row, sequences: vec![sequence("chosen"), sequence("rejected")], ..Example::default() }
     };
     Ok(pairs.iter().enumerate().map(example).collect())
 }
@@ -265,7 +265,7 @@ fn real_model(dir: &Path, case: &Value) -> Result<(), Failed> {
             return Err(format!("{text:?}: ids {ours:?}, expected {ids:?}").into());
         }
     }
-    let example = Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] };
+    let example = Example { sequences: vec![Sequence { ids, first: 1 }], ..Example::default() };
     let mut bench = Bench::new(Cpu::new(2)?, &checkpoint, &data::Batch::new([&example], Sharing::On))?;
     let (ours, theirs) = (bench.forward()?, numbers("logps"));
     if ours.len() != theirs.len() {
