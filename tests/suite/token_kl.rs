@@ -18,7 +18,7 @@ fn host(size: Size) -> HostBatch {
 
 /// Another architecture and another hidden size than any policy of these tests, and a tied head.
 fn references(size: Size) -> [Tiny; 2] {
-    let wider = json!({"hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2});
+    let wider = json!({"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1});
     [tiny::with(size, "qwen2", wider), tiny::with(size, "neox", json!({}))]
 }
 
@@ -153,7 +153,7 @@ fn of_a_reference_the_head_is_read_and_nothing_else() {
             let (mut model, mut policy_acts, mut batch) = policy.build(&mut arena, &one, Keep::Nothing, &|_| false);
             init_random(&cpu, &mut model, SEED).unwrap();
             let sequences = vec![Sequence { ids: vec![3, 5], first: 1 }];
-            batch.load(&cpu, &HostBatch::new(&[Example { row: 0, sequences }], Sharing::On)).unwrap();
+            batch.load(&cpu, &HostBatch::new(&[Example { sequences, ..Example::default() }], Sharing::On)).unwrap();
             model.forward(&cpu, &batch, &mut policy_acts).unwrap();
             model.token_kl(&cpu, &batch, &policy_acts, &heads, &mut acts).unwrap();
             acts.read(&cpu, 1).unwrap()
