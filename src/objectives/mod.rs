@@ -6,7 +6,10 @@
 
 mod hinge;
 mod ipo;
+pub mod kl;
+pub mod mrpo;
 mod pairwise;
+pub mod ref_weights;
 mod registry;
 mod sft;
 mod sigmoid;
