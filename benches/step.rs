@@ -10,7 +10,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence, Sharing};
 use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
-use cuvee::objectives::{self, Params};
+use cuvee::objectives::{Choice, Params};
 use cuvee::optim::{self, Hyper};
 use cuvee::train::{Blueprint, StepBatch, step};
 
@@ -53,7 +53,9 @@ impl Case {
             let ids = ids(pair, prompt).chain(ids(1000 + 2 * pair + side, completion)).map(|id| id % self.vocab);
             Sequence { ids: ids.collect(), first: prompt }
         };
-        (0..self.pairs).map(|row| Example { row, sequences: vec![sequence(row, 0), sequence(row, 1)] }).collect()
+        (0..self.pairs)
+            .map(|row| Example { row, sequences: vec![sequence(row, 0), sequence(row, 1)], ..Example::default() })
+            .collect()
     }
 
     fn checkpoint(&self) -> Checkpoint {
@@ -90,7 +92,7 @@ fn steps(c: &mut Criterion) {
         let blueprint = Blueprint { checkpoint: &checkpoint, optimizer, hyper: HYPER, largest, positions, keep };
         let mut policy = blueprint.build(&cpu).expect("memory");
         init_random(&cpu, &mut policy.model, 1).expect("filled");
-        let objective = objectives::build("sigmoid", &Params::from_iter([("beta", 0.1)])).expect("registered");
+        let objective = Choice::one("sigmoid", Params::from_iter([("beta", 0.1)])).build().expect("registered");
         let scored = vec![[-1.0, -2.0]; examples.len()];
         let ref_logps = vec![scored.iter().map(|sums| sums.as_slice()).collect::<Vec<_>>()];
         let mut count = 0;

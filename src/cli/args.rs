@@ -5,11 +5,14 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
+use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::{needs, recipe};
 use crate::device::DType;
+use crate::objectives::{self, Choice, Domain, Params, Shared};
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -43,7 +46,7 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Show what a model will see of a data set: its tokens, what is scored, why rows are dropped
     Preview(PreviewArgs),
-    /// List what this build knows: objectives, optimizers, architectures
+    /// List what this build knows: objectives, modifiers of objectives, optimizers, architectures
     List(ListArgs),
 }
 
@@ -162,18 +165,134 @@ pub struct RunArgs {
     pub engine: EngineArgs,
 }
 
-#[derive(Debug, Clone, PartialEq, Args, Serialize)]
-#[command(next_help_heading = "Objective")]
+/// What to train towards. The flags of parameters are those of the registry: an objective's file is all that knows them.
+#[derive(Debug, Clone, PartialEq)]
 pub struct LossArgs {
-    /// Loss to minimise; `cuvee list objectives` names them all
-    #[arg(long, alias = "loss-type", value_name = "NAME")]
-    pub objective: String,
-    /// Strength of the pull towards the reference, in 1/nat; 0.1 is usual [default: the objective's own, if any]
-    #[arg(long, value_name = "F", value_parser = positive)]
-    pub beta: Option<f64>,
-    /// Share of labels taken to be wrong, 0 to below 0.5, where the objective has it [default: 0]
-    #[arg(long, value_name = "F", value_parser = below_half)]
-    pub label_smoothing: Option<f64>,
+    pub objective: Vec<String>,
+    /// As many as objectives, or none: then each is 1.
+    pub objective_weights: Vec<f64>,
+    pub params: Params,
+}
+
+const OBJECTIVE: &str = "objective";
+const WEIGHTS: &str = "objective_weights";
+
+impl Args for LossArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let objective = Arg::new(OBJECTIVE)
+            .long("objective")
+            .alias("loss-type")
+            .value_name("NAME")
+            .action(ArgAction::Append)
+            .required(true)
+            .help("Loss to minimise; repeat the flag for a sum of several; `cuvee list objectives` names them all");
+        let weights = Arg::new(WEIGHTS)
+            .long("objective-weights")
+            .alias("loss-weights")
+            .value_name("F")
+            .action(ArgAction::Append)
+            .num_args(1..)
+            .value_parser(positive)
+            .help("Weight of each objective in the sum, in their order [default: 1 each]");
+        let params = objectives::params().into_iter().map(|(name, shared)| param(name, &shared));
+        command.args([objective, weights].into_iter().chain(params).map(|arg| arg.help_heading("Objective")))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+/// The flag of a parameter.
+fn param(name: &'static str, shared: &Shared) -> Arg {
+    let arg = Arg::new(name).long(name.replace('_', "-")).help(param_help(shared));
+    let specs = shared.specs.clone();
+    match specs[0].domain {
+        Domain::Number { .. } => arg.value_name("F").value_parser(move |text: &str| {
+            let fits = |x: f64| specs.iter().any(|spec| spec.accepts(&x.into()));
+            number(text, &format!("with {}", specs[0].domain_text()), fits)
+        }),
+        Domain::Choice { values, .. } => arg.value_name("NAME").value_parser(PossibleValuesParser::new(values)),
+        Domain::Switch => arg.action(ArgAction::SetTrue),
+    }
+}
+
+/// Meaning, who takes it, what happens without it.
+fn param_help(shared: &Shared) -> String {
+    let spec = shared.specs[0];
+    let mut help = spec.help.to_string();
+    help[..1].make_ascii_uppercase();
+    let others: Vec<&str> =
+        objectives::all().iter().map(|e| e.name).filter(|name| !shared.objectives.contains(name)).collect();
+    if shared.objectives.is_empty() {
+        help += "; around any loss on pairs that it fits";
+    } else if others.len() < shared.objectives.len() {
+        help += &format!("; all but {}", others.join(", "));
+    } else {
+        help += &format!("; {}", shared.objectives.join(", "));
+    }
+    if let Some((other, value)) = spec.only_with {
+        help += &format!("; with --{} {value}", other.replace('_', "-"));
+    }
+    let mut defaults = shared.specs.iter().filter_map(|spec| spec.default());
+    match (defaults.next(), spec.domain) {
+        (Some(default), Domain::Number { .. } | Domain::Choice { .. }) => help += &format!(" [default: {default}]"),
+        _ => {}
+    }
+    help
+}
+
+impl FromArgMatches for LossArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let many = |id| matches.get_many::<String>(id).into_iter().flatten().cloned().collect();
+        let mut params = Params::default();
+        for (name, shared) in objectives::params() {
+            match shared.specs[0].domain {
+                Domain::Number { .. } => {
+                    matches.get_one::<f64>(name).into_iter().for_each(|number| params.set(name, *number));
+                }
+                Domain::Choice { .. } => {
+                    matches.get_one::<String>(name).into_iter().for_each(|choice| params.set(name, choice.as_str()));
+                }
+                Domain::Switch if matches.get_flag(name) => params.set(name, true),
+                Domain::Switch => {}
+            }
+        }
+        let objective_weights = matches.get_many::<f64>(WEIGHTS).into_iter().flatten().copied().collect();
+        Ok(Self { objective: many(OBJECTIVE), objective_weights, params })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Serialize for LossArgs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = serializer.serialize_map(None)?;
+        match &self.objective[..] {
+            [one] => table.serialize_entry(OBJECTIVE, one)?,
+            several => table.serialize_entry(OBJECTIVE, several)?,
+        }
+        if !self.objective_weights.is_empty() {
+            table.serialize_entry(WEIGHTS, &self.objective_weights)?;
+        }
+        self.params.iter().try_for_each(|(name, value)| table.serialize_entry(name, value))?;
+        table.end()
+    }
+}
+
+impl LossArgs {
+    pub(super) fn choice(&self) -> Result<Choice> {
+        let (names, weights) = (self.objective.len(), self.objective_weights.len());
+        if weights > 0 && weights != names {
+            let detail = format!("{weights} weights for {names} objectives; give one for each, in their order");
+            return Err(Error::option("--objective-weights", detail));
+        }
+        let weights = self.objective_weights.iter().copied().chain(std::iter::repeat(1.0));
+        Ok(Choice { terms: self.objective.iter().cloned().zip(weights).collect(), params: self.params.clone() })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -509,6 +628,7 @@ pub struct ListArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Registry {
     Objectives,
+    Modifiers,
     Optimizers,
     Architectures,
 }
@@ -751,10 +871,6 @@ fn zero_to_one(text: &str) -> Result<f64, String> {
 
 fn below_one(text: &str) -> Result<f64, String> {
     number(text, "from 0 to below 1", |x| (0.0..1.0).contains(&x))
-}
-
-fn below_half(text: &str) -> Result<f64, String> {
-    number(text, "from 0 to below 0.5", |x| (0.0..0.5).contains(&x))
 }
 
 fn share(text: &str) -> Result<f64, String> {

@@ -7,6 +7,7 @@ use crate::{model, objectives, optim};
 pub fn run(args: &ListArgs) -> Result<()> {
     let rows: Vec<(String, String)> = match args.what {
         Registry::Objectives => objectives::all().iter().map(objective).collect(),
+        Registry::Modifiers => objectives::modifiers().iter().map(modifier).collect(),
         Registry::Optimizers => {
             optim::all().iter().map(|e| (e.name.to_string(), format!("{} ({})", e.summary, e.paper))).collect()
         }
@@ -19,11 +20,20 @@ pub fn run(args: &ListArgs) -> Result<()> {
 }
 
 fn objective(entry: &objectives::Entry) -> (String, String) {
-    let flag = |p: &objectives::ParamSpec| if p.required() { p.flag() } else { format!("[{}]", p.flag()) };
+    let flag = |p: &objectives::ParamSpec| match p.only_with {
+        _ if p.required() => p.flag(),
+        Some((_, value)) => format!("[{} with {value}]", p.flag()),
+        None => format!("[{}]", p.flag()),
+    };
     let flags: Vec<String> = entry.params.iter().map(flag).collect();
     let also = match entry.aliases {
         [] => String::new(),
         names => format!("; also {}", names.join(", ")),
     };
     (entry.name.to_string(), format!("{} ({}{also}) {}", entry.summary, entry.paper, flags.join(" ")).trim_end().into())
+}
+
+fn modifier(modifier: &objectives::Modifier) -> (String, String) {
+    let text = format!("{} ({}) {}: {}", modifier.summary, modifier.paper, modifier.param.flag(), modifier.fits);
+    (modifier.name.to_string(), text)
 }

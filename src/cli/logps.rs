@@ -76,6 +76,9 @@ impl Job for &LogpsArgs {
                     "tokens_chosen": sequences[0].len(),
                     "tokens_rejected": sequences[1].len(),
                 }),
+                Form::Unpaired => {
+                    json!({"row": example.row, "label": example.label, "logps": sum(0), "tokens": sequences[0].len()})
+                }
                 Form::Completions | Form::Text => {
                     json!({"row": example.row, "logps": sum(0), "tokens": sequences[0].len()})
                 }

@@ -184,6 +184,7 @@ mod tests {
 
     use super::args::*;
     use super::*;
+    use crate::objectives;
 
     fn run(line: &[&str]) -> Result<Cli, Failure> {
         parse(["cuvee"].iter().chain(line).map(OsString::from))
@@ -202,6 +203,10 @@ mod tests {
             Failure::Clap(error) => error.to_string(),
             Failure::Error(error) => error.to_string(),
         }
+    }
+
+    fn beta(args: &TrainArgs) -> Option<f64> {
+        args.run.loss.params.number("beta")
     }
 
     const REQUIRED: [&str; 8] =
@@ -225,7 +230,8 @@ mod tests {
     fn defaults_are_those_of_the_help() {
         let args = train(&REQUIRED);
         let RunArgs { loss, optim, schedule, data, save, sampling, .. } = &args.run;
-        assert_eq!((loss.objective.as_str(), loss.beta, loss.label_smoothing), ("sigmoid", None, None));
+        assert_eq!((&loss.objective[..], loss.params.names().count()), (&["sigmoid".to_string()][..], 0));
+        assert!(loss.objective_weights.is_empty());
         assert_eq!((optim.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
         assert_eq!((optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((optim.max_grad_norm, optim.weight_decay, optim.warmup_ratio), (1.0, 0.0, 0.0));
@@ -273,18 +279,18 @@ mod tests {
     fn flags_override_the_recipe() {
         let (_folder, path) = recipe("beta = 0.1\nref_model = ['r1', 'r2']\nrecompute = true\nsamples = 3\n");
         let args = train(&[&path]);
-        assert_eq!((args.run.loss.beta, args.run.recompute, args.run.ref_model.len()), (Some(0.1), true, 2));
+        assert_eq!((beta(&args), args.run.recompute, args.run.ref_model.len()), (Some(0.1), true, 2));
 
         let line = [&path, "--beta", "0.3", "--ref-model", "other", "--recompute=false", "--dataset", "mine.jsonl"];
         let args = train(&line);
-        assert_eq!((args.run.loss.beta, args.run.recompute), (Some(0.3), false));
+        assert_eq!((beta(&args), args.run.recompute), (Some(0.3), false));
         assert_eq!(args.run.ref_model, [Path::new("other")]);
         assert_eq!(args.dataset, Path::new("mine.jsonl"));
-        assert_eq!(train(&["--beta=0.3", &path, "--no-shuffle"]).run.loss.beta, Some(0.3));
+        assert_eq!(beta(&train(&["--beta=0.3", &path, "--no-shuffle"])), Some(0.3));
 
         // A value that the user replaced need not be right.
         let (_folder, path) = recipe("beta = 'high'\n");
-        assert_eq!(train(&[&path, "--beta", "2"]).run.loss.beta, Some(2.0));
+        assert_eq!(beta(&train(&[&path, "--beta", "2"])), Some(2.0));
     }
 
     #[test]
@@ -321,8 +327,8 @@ mod tests {
             ("recipe = 'y.toml'", "unknown key \"recipe\""),
             ("json = true", "unknown key \"json\""),
             ("beta = 'high'", "beta: expected a number, found string \"high\""),
-            ("beta = -1", "beta: expected a number above 0, found -1"),
-            ("beta = nan", "beta: expected a number above 0, found nan"),
+            ("beta = -1", "beta: expected a number with 0 < beta < inf, found -1"),
+            ("beta = nan", "beta: expected a number with 0 < beta < inf, found nan"),
             ("max_steps = 1.5", "max_steps: expected a whole number, found float 1.5"),
             ("max_steps = 0", "max_steps: expected a whole number of 1 or more, found 0"),
             ("recompute = 1", "recompute: expected true or false, found integer 1"),
@@ -436,9 +442,9 @@ mod tests {
         assert_eq!(help.exit_code(), 0);
     }
 
-    /// Every flag of train, none at its default.
+    /// Every flag of train but those of objectives, none at its default.
     const EVERYTHING: &str = "
-        beta = 0.3\n label_smoothing = 0.1\n optimizer = 'other'\n learning_rate = 5e-4\n lr_scheduler_type = 'cosine'
+        optimizer = 'other'\n learning_rate = 5e-4\n lr_scheduler_type = 'cosine'
         warmup_ratio = 0.1\n weight_decay = 1\n adam_beta1 = 0.8\n adam_beta2 = 0.95\n adam_epsilon = 1e-6
         max_grad_norm = 0\n num_train_epochs = 2.5\n max_steps = 100\n stop_at_step = 50\n seed = 9223372036854775807
         resume_from_checkpoint = 'c'\n per_device_train_batch_size = 3\n gradient_accumulation_steps = 2
@@ -447,9 +453,19 @@ mod tests {
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'";
 
+    /// Every flag of train, none at its default.
+    fn everything() -> String {
+        let example = |(name, shared): (&str, objectives::Shared)| match shared.specs[0].example() {
+            objectives::Value::Choice(choice) => format!("{name} = '{choice}'\n"),
+            value => format!("{name} = {value}\n"),
+        };
+        let params: String = objectives::params().into_iter().map(example).collect();
+        format!("{EVERYTHING}\nobjective_weights = 0.5\n{params}")
+    }
+
     #[test]
     fn a_saved_recipe_is_the_run() {
-        for text in [EVERYTHING, ""] {
+        for text in [&everything()[..], ""] {
             let (_folder, path) = recipe(text);
             let args = train(&[&path]);
             let saved = args.output_dir.join("recipe.toml");
@@ -459,12 +475,42 @@ mod tests {
         }
 
         // No flag may be missing from what is saved.
-        let (_folder, path) = recipe(EVERYTHING);
+        let (_folder, path) = recipe(&everything());
         let table: toml::Table = train(&[&path]).to_toml().parse().unwrap();
         let cli = Cli::command();
         for arg in cli.find_subcommand("train").unwrap().get_arguments() {
             assert!(table.contains_key(arg.get_id().as_str()), "{arg} is not in to_toml()");
         }
+    }
+
+    #[test]
+    fn objectives_are_a_list_with_weights() {
+        let terms = |args: &TrainArgs| args.run.loss.choice().unwrap().terms;
+        let two = train(&with(&["--objective", "sft", "--objective-weights", "1", "0.2", "--beta", "0.1"]));
+        assert_eq!(terms(&two), [("sigmoid".into(), 1.0), ("sft".into(), 0.2)]);
+        let plain = train(&with(&["--objective", "sft"]));
+        assert_eq!(terms(&plain), [("sigmoid".into(), 1.0), ("sft".into(), 1.0)]);
+        let message = train(&with(&["--loss-weights", "1", "2"])).run.loss.choice().unwrap_err().to_string();
+        assert!(message.starts_with("--objective-weights: 2 weights for 1 objectives"), "{message}");
+        for weight in ["0", "-1", "nan", "x"] {
+            assert!(failure(&with_train(&["--objective-weights", weight])).contains("expected a number above 0"));
+        }
+
+        // A recipe has a list, and so has what is saved.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.toml");
+        let text =
+            "objective = ['ipo', 'sft']\nobjective_weights = [1, 0.5]\nmodel = 'm'\ndataset = 'd'\noutput_dir = 'o'\n";
+        std::fs::write(&path, text).unwrap();
+        let args = train(&[path.to_str().unwrap()]);
+        assert_eq!(terms(&args), [("ipo".into(), 1.0), ("sft".into(), 0.5)]);
+        let saved: toml::Table = args.to_toml().parse().unwrap();
+        assert_eq!(saved["objective"], toml::Value::Array(vec!["ipo".into(), "sft".into()]));
+        assert_eq!(train(&with(&[])).to_toml().parse::<toml::Table>().unwrap()["objective"], "sigmoid".into());
+    }
+
+    fn with_train(line: &[&str]) -> Vec<&'static str> {
+        [&["train"][..], &with(line)].concat()
     }
 
     #[test]

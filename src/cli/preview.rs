@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use serde_json::{Value, json};
 
 use super::args::{Color, PreviewArgs};
-use crate::data::{Batch, Dataset, Example, Form, Piece, Segment, Sequence, Sharing, Skip, Tokenizer};
+use crate::data::{Batch, Dataset, Example, Form, Piece, Segment, Sequence, Sharing, Skip, Tokenizer, label_name};
 use crate::error::{Error, Result};
 use crate::progress::say;
 
@@ -53,11 +53,13 @@ fn colored(choice: Color, variable: impl Fn(&str) -> Option<String>, terminal: b
     }
 }
 
-fn names(form: Form) -> &'static [&'static str] {
+/// What the example's sequences are called.
+fn names(example: &Example, form: Form) -> Vec<&'static str> {
     match form {
-        Form::Pairs => &["chosen", "rejected"],
-        Form::Completions => &["completion"],
-        Form::Text => &["text"],
+        Form::Pairs => vec!["chosen", "rejected"],
+        Form::Unpaired => vec![example.label.map_or("completion", label_name)],
+        Form::Completions => vec!["completion"],
+        Form::Text => vec!["text"],
     }
 }
 
@@ -78,19 +80,26 @@ fn skipped(row: usize, dataset: &Dataset, json: bool, palette: Palette) -> Strin
 fn example_json(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer) -> Result<Value> {
     let batch = Batch::new([example], Sharing::On);
     let segment = |s: &Segment| json!({"start": s.start, "len": s.len, "parent": s.parent, "position": s.position});
-    let sequence = |(name, sequence): (&&str, &Sequence)| {
+    let sequence = |(name, sequence): (&str, &Sequence)| {
         let text = tokenizer.decode_all(&sequence.ids)?;
         Ok(json!({"name": name, "ids": sequence.ids, "first": sequence.first, "text": text}))
     };
     let sequences: Vec<Value> =
-        names(dataset.form).iter().zip(&example.sequences).map(sequence).collect::<Result<_>>()?;
-    Ok(json!({
+        names(example, dataset.form).into_iter().zip(&example.sequences).map(sequence).collect::<Result<_>>()?;
+    let mut row = json!({
         "row": example.row,
         "line": dataset.line(example.row),
         "sequences": sequences,
         "segments": batch.segments.iter().map(segment).collect::<Vec<_>>(),
         "positions": batch.positions,
-    }))
+    });
+    if let Some(label) = example.label {
+        row["label"] = label.into();
+    }
+    if let Some(margin) = example.margin {
+        row["margin"] = margin.into();
+    }
+    Ok(row)
 }
 
 // ---- for people --------------------------------------------------------------------------------------------------
@@ -125,13 +134,14 @@ struct Part<'a> {
 }
 
 fn example_text(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer, palette: Palette) -> String {
-    let named: Vec<(&str, &Sequence)> = names(dataset.form).iter().copied().zip(&example.sequences).collect();
+    let named: Vec<(&str, &Sequence)> = names(example, dataset.form).into_iter().zip(&example.sequences).collect();
     let pieces: Vec<Vec<Piece>> = example.sequences.iter().map(|sequence| tokenizer.pieces(&sequence.ids)).collect();
     let parts = parts(&named, &pieces);
 
     let counts: Vec<String> = parts.iter().map(|part| format!("{} {}", part.ids.len(), part.label)).collect();
     let heading = palette.paint(BOLD, &format!("row {}, line {}", example.row, dataset.line(example.row)));
-    let mut out = format!("{heading}   {} tokens\n", counts.join(" + "));
+    let margin = example.margin.map_or_else(String::new, |margin| format!(", margin {margin}"));
+    let mut out = format!("{heading}   {} tokens{margin}\n", counts.join(" + "));
     for part in &parts {
         tokens_of(part, palette, &mut out);
     }
@@ -158,7 +168,7 @@ fn parts<'a>(named: &[(&'a str, &'a Sequence)], pieces: &'a [Vec<Piece>]) -> Vec
             let label = if *label == "text" { "start" } else { "prompt" };
             parts.push(Part { label, style: DIM, ids: prompt(i), pieces: before });
         }
-        let style = if *label == "rejected" { RED } else { GREEN };
+        let style = if ["rejected", "undesirable"].contains(label) { RED } else { GREEN };
         parts.push(Part { label, style, ids: &sequence.ids[sequence.first..], pieces: scored });
     }
     parts

@@ -11,7 +11,6 @@ use super::device::{self, Job};
 use crate::checkpoint::SaveDtype;
 use crate::error::{At, Result};
 use crate::model::Init;
-use crate::objectives::Params;
 use crate::ops::Backend;
 use crate::optim::{Decay, Hyper};
 use crate::train::{Outcome, Resume, Samples, Settings};
@@ -72,8 +71,6 @@ fn settings(args: &TrainArgs, gpu: bool) -> Result<Settings> {
 
 /// What `train` and `plan` share.
 pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
-    let given = [("beta", run.loss.beta), ("label_smoothing", run.loss.label_smoothing)];
-    let objective_params: Params = given.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
     Ok(Settings {
         model: run.model.clone(),
         init: match run.init {
@@ -85,8 +82,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         eval_dataset: run.eval_dataset.clone(),
         output_dir: Default::default(),
         cache_dir: run.cache_dir()?,
-        objective: run.loss.objective.clone(),
-        objective_params,
+        objective: run.loss.choice()?,
         optimizer: run.optim.optimizer.clone(),
         hyper: Hyper {
             beta1: run.optim.adam_beta1,

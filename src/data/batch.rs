@@ -194,7 +194,7 @@ mod tests {
 
     fn example(first: usize, sequences: &[&[u32]]) -> Example {
         let sequences = sequences.iter().map(|ids| Sequence { ids: ids.to_vec(), first }).collect();
-        Example { row: 0, sequences }
+        Example { sequences, ..Example::default() }
     }
 
     #[test]
@@ -274,7 +274,7 @@ mod tests {
                 let first = prompt.len() + more % completion.len();
                 Sequence { ids, first }
             });
-            Example { row: 0, sequences: sequences.collect() }
+            Example { sequences: sequences.collect(), ..Example::default() }
         });
         prop::collection::vec(example, 0..6)
     }

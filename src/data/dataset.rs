@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 
 use super::encode::{EncodeOptions, Encoded, Overflow, RowEncoder, Skip};
-use super::jsonl::{Form, read_numbered};
+use super::jsonl::{Form, Row, read_numbered};
 use super::lint::Lint;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -21,11 +21,16 @@ pub struct Sequence {
 
 /// One row ready to train on: 2 sequences (chosen, rejected) for pairs, with equal `first`; else 1. Their prompts
 /// are equal too, unless the whole prompt merged into the first token of each.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Default, Debug)]
 pub struct Example {
     /// Index among the rows of the file, from 0; blank lines do not count.
     pub row: usize,
     pub sequences: Vec<Sequence>,
+    /// Unpaired data alone have it: whether the completion is desirable.
+    pub label: Option<bool>,
+    /// Pairs may have it: by how much chosen is better than rejected, in units of a reward. Finite; all pairs of a
+    /// data set or none.
+    pub margin: Option<f64>,
 }
 
 /// A prompt whose tokens change when its completion follows.
@@ -100,9 +105,9 @@ impl Dataset {
             options: *options,
             lines: numbered.iter().map(|(line, _)| *line).collect(),
         };
-        for (row, encoded) in encoded.into_iter().enumerate() {
+        for (row, (encoded, (_, source))) in encoded.into_iter().zip(&numbered).enumerate() {
             match encoded.map_err(|e| dataset.error_at(row, e.to_string()))? {
-                Ok(encoded) => dataset.keep(row, encoded, tokenizer),
+                Ok(encoded) => dataset.keep(row, source, encoded, tokenizer),
                 Err(Skip::TooLong { tokens, max_length }) if options.on_overflow == Overflow::Error => {
                     let detail = format!(
                         "the row has {tokens} tokens, more than --max-length {max_length}; raise it, or use \
@@ -126,7 +131,7 @@ impl Dataset {
         }
     }
 
-    fn keep(&mut self, row: usize, encoded: Encoded, tokenizer: &Tokenizer) {
+    fn keep(&mut self, row: usize, source: &Row, encoded: Encoded, tokenizer: &Tokenizer) {
         let Encoded { sequences, parting, prompt_rest, cut, lints } = encoded;
         self.lints.extend(lints.into_iter().map(|lint| (row, lint)));
         self.truncated += usize::from(cut);
@@ -140,7 +145,7 @@ impl Dataset {
                 Merge { row, prompt: text(&prompt_rest), instead: text(&[instead]) }
             });
         }
-        self.examples.push(Example { row, sequences });
+        self.examples.push(Example { row, sequences, label: source.label, margin: source.margin });
     }
 
     /// The line of a row in the file, from 1.
@@ -190,6 +195,7 @@ impl Dataset {
                 self.line(first.row)
             ));
         }
+        lines.extend(self.one_label());
         for lint in Lint::ALL {
             let found = || self.lints.iter().filter(|(_, other)| *other == lint);
             if let Some((first, _)) = found().next() {
@@ -207,6 +213,14 @@ impl Dataset {
             lines.push(format!("{path}: the tokenizer names no EOS token; rows do not end with one"));
         }
         lines
+    }
+
+    /// Where there is nothing to tell apart.
+    fn one_label(&self) -> Option<String> {
+        let first = self.examples.first()?.label?;
+        let same = self.examples.iter().all(|example| example.label == Some(first));
+        let (path, rows, label) = (self.path.display(), self.examples.len(), label_name(first));
+        same.then(|| format!("{path}: all {rows} completions are labelled {label}: there is nothing to tell apart"))
     }
 
     /// `3 of 100 rows dropped: 2 too long (.. first at line 5), 1 empty completion (first at line 17)`.
@@ -227,7 +241,7 @@ impl Dataset {
         (!parts.is_empty()).then(dropped)
     }
 
-    /// blake3 over the form, all token ids and all firsts: what a resumed run must find unchanged.
+    /// blake3 over the form, all token ids, firsts, labels and margins: what a resumed run must find unchanged.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.form.to_string().as_bytes());
@@ -236,8 +250,17 @@ impl Dataset {
             let header = [sequence.ids.len() as u64, sequence.first as u64];
             hasher.update(bytemuck::cast_slice(&header)).update(bytemuck::cast_slice(&sequence.ids));
         }
+        // Of all examples or of none; the form says whether of labels.
+        let labels: Vec<u8> = self.examples.iter().filter_map(|example| example.label).map(u8::from).collect();
+        let margins: Vec<u64> = self.examples.iter().filter_map(|example| example.margin).map(f64::to_bits).collect();
+        hasher.update(&labels).update(bytemuck::cast_slice(&margins));
         *hasher.finalize().as_bytes()
     }
+}
+
+/// What a label calls its completion.
+pub fn label_name(desirable: bool) -> &'static str {
+    if desirable { "desirable" } else { "undesirable" }
 }
 
 #[cfg(test)]
@@ -263,6 +286,10 @@ mod tests {
         json!({"prompt": prompt, "chosen": chosen, "rejected": rejected}).to_string() + "\n"
     }
 
+    fn unpaired(completion: &str, label: bool) -> String {
+        json!({"prompt": "c", "completion": completion, "label": label}).to_string() + "\n"
+    }
+
     fn completion(prompt: &str, completion: &str) -> String {
         json!({"prompt": prompt, "completion": completion}).to_string() + "\n"
     }
@@ -285,6 +312,28 @@ mod tests {
         assert_eq!(data.form, Form::Pairs);
         assert_eq!(data.examples[0].sequences, [sequence(&[0, 5, 6, 1], 2), sequence(&[0, 5, 7, 8, 1], 2)]);
         assert_eq!(data.report(), [""; 0]);
+    }
+
+    #[test]
+    fn labels_and_margins_stay_with_their_rows() {
+        let data = dataset(&(unpaired("d", true) + &unpaired("", true) + &unpaired("c", false)));
+        assert_eq!((data.form, data.report().len()), (Form::Unpaired, 1));
+        let labels: Vec<_> = data.examples.iter().map(|example| (example.row, example.label)).collect();
+        assert_eq!(labels, [(0, Some(true)), (2, Some(false))]);
+        // The tokens are those of the same completion without a label.
+        assert_eq!(data.examples[0].sequences, dataset(&completion("c", "d")).examples[0].sequences);
+
+        let margin = |margin: f64| json!({"prompt": "c", "chosen": "d", "rejected": "a", "margin": margin}).to_string();
+        let data = dataset(&(margin(0.5) + "\n" + &margin(-1.0)));
+        assert_eq!(data.examples.iter().map(|example| example.margin).collect::<Vec<_>>(), [Some(0.5), Some(-1.0)]);
+    }
+
+    #[test]
+    fn labels_that_are_all_the_same_are_reported() {
+        let report = |rows: &[String]| dataset(&rows.concat()).report().join("\n");
+        let same = report(&[unpaired("d", false), unpaired("c", false)]);
+        assert!(same.contains("train.jsonl: all 2 completions are labelled undesirable"), "{same}");
+        assert_eq!(report(&[unpaired("d", false), unpaired("c", true)]), "");
     }
 
     #[test]
@@ -534,13 +583,18 @@ mod tests {
     }
 
     #[test]
-    fn the_fingerprint_follows_tokens_starts_and_form_only() {
+    fn the_fingerprint_follows_tokens_starts_labels_margins_and_form() {
         let of = |rows: &str| dataset(rows).fingerprint();
         let reference = of(&completion("c", "dd"));
         assert_eq!(reference, of(&("\n".to_string() + &completion("c", "dd</s>"))));
         assert_ne!(reference, of(&completion("cd", "d")));
         assert_ne!(reference, of(&completion("c", "dc")));
         assert_ne!(of(&text("c")), of(&completion("", "c")));
+        assert_ne!(of(&unpaired("d", true)), of(&unpaired("d", false)));
+        assert_ne!(of(&unpaired("d", true)), of(&completion("c", "d")));
+        let margin = |margin: f64| json!({"prompt": "c", "chosen": "d", "rejected": "a", "margin": margin}).to_string();
+        assert_ne!(of(&margin(1.0)), of(&margin(2.0)));
+        assert_ne!(of(&margin(0.0)), of(&pair("c", "d", "a")));
         assert_ne!(of(&(text("c") + &text("cc"))), of(&(text("cc") + &text("c"))));
     }
 }

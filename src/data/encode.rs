@@ -1,4 +1,5 @@
-//! One row as token sequences, by the rules of TRL 1.16 (`DPOTrainer` for pairs, `SFTTrainer` for the rest).
+//! One row as token sequences, by the rules of TRL 1.16 (`DPOTrainer` for pairs, `KTOTrainer` for labelled completions,
+//! `SFTTrainer` for the rest).
 //!
 //! * Text: EOS is appended to `chosen`, `rejected`, `completion` and `text` where they do not end with it (`add_eos` in
 //!   dpo_trainer.py and sft_trainer.py), and the tokenizer adds the special tokens that it adds to any text.

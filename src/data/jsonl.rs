@@ -15,6 +15,8 @@ use crate::error::{At, Error, Result};
 pub enum Form {
     /// A prompt with a chosen and a rejected completion.
     Pairs,
+    /// A prompt with a completion that is labelled: desirable or undesirable.
+    Unpaired,
     /// A prompt with a completion.
     Completions,
     /// One text or conversation.
@@ -25,6 +27,10 @@ pub enum Form {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Row {
     pub parts: Parts,
+    /// Of every unpaired row: whether the completion is desirable.
+    pub label: Option<bool>,
+    /// Of every pair of a file, or of none: by how much `chosen` is better, in units of a reward. Finite.
+    pub margin: Option<f64>,
     /// What the row gives the chat template besides messages: `tools`, and what is in `chat_template_kwargs`.
     pub variables: Object,
 }
@@ -47,19 +53,24 @@ impl Row {
 
 type Object = Map<String, Value>;
 
-/// The columns of each form; a row is of the first whose columns it has. Further columns are ignored. Pairs without
-/// a prompt have it as the common start of both completions.
+/// The columns of each form; a row is of the first whose columns it has. Further columns are ignored, but for a pair's
+/// `margin`. Pairs without a prompt have it as the common start of both completions; of labelled messages the last one
+/// is the completion.
 const COLUMNS: &[(Form, &[&str])] = &[
     (Form::Pairs, &["prompt", "chosen", "rejected"]),
     (Form::Pairs, &["chosen", "rejected"]),
+    (Form::Unpaired, &["prompt", "completion", "label"]),
+    (Form::Unpaired, &["messages", "label"]),
+    (Form::Unpaired, &["conversations", "label"]),
     (Form::Completions, &["prompt", "completion"]),
     (Form::Text, &["text"]),
     (Form::Text, &["messages"]),
     (Form::Text, &["conversations"]),
 ];
 
-const ACCEPTED: &str = "accepted are pairs (prompt, chosen, rejected, or the last two alone), completions \
-                        (prompt, completion), text (text) and conversations (messages)";
+const ACCEPTED: &str = "accepted are pairs (prompt, chosen, rejected, or the last two alone), unpaired \
+                        (prompt, completion, label), completions (prompt, completion), text (text) and conversations \
+                        (messages, with a label or without)";
 
 /// Of `COLUMNS`, the first that the object has.
 fn columns_of(object: &Object) -> Option<(Form, &'static [&'static str])> {
@@ -70,6 +81,7 @@ impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
             Form::Pairs => "pairs",
+            Form::Unpaired => "unpaired",
             Form::Completions => "completions",
             Form::Text => "text",
         })
@@ -100,9 +112,10 @@ pub(super) fn read_numbered(path: &Path) -> Result<(Form, Vec<(usize, Row)>)> {
     };
     let first = parse_object(text).map_err(|detail| at(line, detail))?;
     let (form, columns) = columns_of(&first).ok_or_else(|| at(line, unfit(&first)))?;
+    let margins = form == Form::Pairs && first.get("margin").is_some_and(|margin| !margin.is_null());
 
-    let rows: Vec<_> =
-        lines.par_iter().map(|(_, text)| parse_object(text).and_then(|object| to_row(form, columns, object))).collect();
+    let row = |text| parse_object(text).and_then(|object| to_row(form, columns, margins, object));
+    let rows: Vec<_> = lines.par_iter().map(|(_, text)| row(text)).collect();
     lines
         .iter()
         .zip(rows)
@@ -146,7 +159,7 @@ fn parse_object(text: &[u8]) -> Result<Object, String> {
     }
 }
 
-fn to_row(form: Form, columns: &[&str], mut object: Object) -> Result<Row, String> {
+fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
     if let Some(missing) = columns.iter().find(|column| !object.contains_key(**column)) {
         return Err(match columns_of(&object) {
             Some((other, _)) if other != form => {
@@ -155,13 +168,16 @@ fn to_row(form: Form, columns: &[&str], mut object: Object) -> Result<Row, Strin
             _ => format!("column {missing:?} is missing; {}", unfit(&object)),
         });
     }
+    let label = columns.contains(&"label").then(|| label(&object["label"])).transpose()?;
+    let margin = (form == Form::Pairs).then(|| margin(object.get("margin"), margins)).transpose()?.flatten();
     let mut take = |column: &str| Content::read(column, object.remove(column).unwrap_or_default());
     let parts = match columns {
         ["prompt", "chosen", "rejected"] => pair(take("prompt")?, take("chosen")?, take("rejected")?)?,
-        ["prompt", "completion"] => Parts::Completion { prompt: take("prompt")?, completion: take("completion")? },
+        ["prompt", "completion", ..] => Parts::Completion { prompt: take("prompt")?, completion: take("completion")? },
         ["chosen", "rejected"] => implicit_pair(take("chosen")?, take("rejected")?)?,
         ["text"] => text("text", take("text")?, true)?,
         [column] => text(column, take(column)?, false)?,
+        [column, "label"] => answered(column, take(column)?)?,
         _ => unreachable!("these are all of COLUMNS"),
     };
     if let Parts::Completion { prompt, completion } = &parts
@@ -169,7 +185,49 @@ fn to_row(form: Form, columns: &[&str], mut object: Object) -> Result<Row, Strin
     {
         return Err("of the columns \"prompt\" and \"completion\" one is a string, the other a list of messages".into());
     }
-    Ok(Row { parts, variables: variables(&mut object)? })
+    Ok(Row { parts, label, margin, variables: variables(&mut object)? })
+}
+
+/// As LLaMA-Factory writes it: what is labelled is the last message, the assistant's.
+fn answered(column: &str, content: Content) -> Result<Parts, String> {
+    let Parts::Text { text: Content::Messages(mut messages) } = text(column, content, false)? else {
+        unreachable!("a string was refused");
+    };
+    let completion = messages.split_off(messages.len().saturating_sub(1));
+    match completion.first().map(|message| &message["role"]) {
+        Some(role) if role != "assistant" => {
+            Err(format!("column {column:?} ends with a message of {role}, expected the assistant's, which is labelled"))
+        }
+        _ => Ok(Parts::Completion { prompt: Content::Messages(messages), completion: Content::Messages(completion) }),
+    }
+}
+
+fn label(value: &Value) -> Result<bool, String> {
+    match (value, value.as_f64()) {
+        (Value::Bool(label), _) => Ok(*label),
+        (_, Some(0.0)) => Ok(false),
+        (_, Some(1.0)) => Ok(true),
+        _ => Err(format!(
+            "column \"label\" is {value}, expected true or false (or 1, 0), whether the completion is desirable; rename \
+             the column if it says something else"
+        )),
+    }
+}
+
+/// `expected` where the first row has one: a pair without would count as one whose completions are equally good.
+fn margin(value: Option<&Value>, expected: bool) -> Result<Option<f64>, String> {
+    let margin = match value {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            let number = value.as_f64().filter(|margin| margin.is_finite());
+            Some(number.ok_or_else(|| format!("column \"margin\" is {value}, expected a finite number"))?)
+        }
+    };
+    match (margin.is_some(), expected) {
+        (false, true) => Err("column \"margin\" is missing, the first row has one; give all pairs one or none".into()),
+        (true, false) => Err("has a \"margin\", the first row has none; give all pairs one or none".into()),
+        _ => Ok(margin),
+    }
 }
 
 /// A prompt as text beside completions as messages repeats what their first messages say, as TRL's
@@ -259,7 +317,7 @@ mod tests {
     const PAIR: &str = r#"{"prompt": "p", "chosen": "c", "rejected": "r", "rating": [1]}"#;
 
     fn row(parts: Parts) -> Row {
-        Row { parts, variables: Object::new() }
+        Row { parts, label: None, margin: None, variables: Object::new() }
     }
 
     fn of(text: &str) -> Content {
@@ -295,6 +353,71 @@ mod tests {
             (Form::Completions, vec![completion])
         );
         assert_eq!(read(r#"{"text": ""}"#).unwrap(), (Form::Text, vec![row(Parts::Text { text: of("") })]));
+    }
+
+    #[test]
+    fn reads_labels_in_all_their_spellings() {
+        let labels = |values: &[Value]| {
+            let line = |label: &Value| json!({"prompt": "p", "completion": "c", "label": label}).to_string() + "\n";
+            let (form, rows) = read(values.iter().map(line).collect::<String>()).unwrap();
+            assert_eq!(form, Form::Unpaired);
+            let parts = Parts::Completion { prompt: of("p"), completion: of("c") };
+            assert!(rows.iter().all(|row| row.parts == parts && row.margin.is_none()));
+            rows.iter().map(|row| row.label.unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            labels(&[json!(true), json!(0), json!(1), json!(false), json!(1.0)]),
+            [true, false, true, false, true]
+        );
+        // Elsewhere a column of that name is one of those that nobody reads.
+        assert_eq!(read(r#"{"text": "t", "label": "x"}"#).unwrap().1[0].label, None);
+        let good = json!({"prompt": "p", "completion": "c", "label": true}).to_string();
+        for label in ["null", "2", "-1", "0.5", "\"true\"", "[true]"] {
+            let row = format!("{{\"prompt\": \"p\", \"completion\": \"c\", \"label\": {label}}}");
+            fails(format!("{good}\n\n{row}"), &["line 3: column \"label\" is ", label, "expected true or false"]);
+        }
+        fails(
+            format!("{good}\n{}", json!({"prompt": "p", "completion": "c"})),
+            &["line 2: has the form completions, the first row has the form unpaired"],
+        );
+    }
+
+    #[test]
+    fn the_last_of_labelled_messages_is_the_completion() {
+        let (user, bot) = (json!({"role": "user", "content": "hi"}), json!({"role": "assistant", "content": "ho"}));
+        let parts = Parts::Completion { prompt: turns(&[("user", "hi")]), completion: turns(&[("assistant", "ho")]) };
+        let expected = (Form::Unpaired, vec![Row { label: Some(false), ..row(parts) }]);
+        assert_eq!(read(json!({"messages": [user, bot], "label": false}).to_string()).unwrap(), expected);
+        let older = json!([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]);
+        assert_eq!(read(json!({"conversations": older, "label": false}).to_string()).unwrap(), expected);
+
+        let open = json!({"messages": [bot, user], "label": true}).to_string();
+        fails(&open, &["line 1: column \"messages\" ends with a message of \"user\", expected the assistant's"]);
+        fails(
+            r#"{"messages": "hi", "label": true}"#,
+            &["column \"messages\" is a string, expected a list of messages"],
+        );
+        let nothing = row(Parts::Completion { prompt: turns(&[]), completion: turns(&[]) });
+        let empty = read(r#"{"messages": [], "label": true}"#).unwrap().1;
+        assert_eq!(empty, [Row { label: Some(true), ..nothing }]);
+    }
+
+    #[test]
+    fn margins_are_numbers_of_all_pairs_or_of_none() {
+        let line = |margin: &str| format!("{{\"chosen\": \"pc\", \"rejected\": \"pr\", \"margin\": {margin}}}\n");
+        let rows = read([line("0.5"), line("-2"), line("0")].concat()).unwrap().1;
+        assert_eq!(rows.iter().map(|row| row.margin.unwrap()).collect::<Vec<_>>(), [0.5, -2.0, 0.0]);
+        assert_eq!(read(line("null")).unwrap().1[0].margin, None);
+        fails(line("\"1\""), &["line 1: column \"margin\" is \"1\", expected a finite number"]);
+        fails([line("1"), line("1e999")].concat(), &["line 2: invalid JSON", "number out of range"]);
+        fails([line("1"), line("NaN")].concat(), &["line 2: invalid JSON"]);
+        fails([line("1"), line("null")].concat(), &["line 2: column \"margin\" is missing, the first row has one"]);
+        fails(
+            format!("{PAIR}\n{}", line("1")).replace("\"chosen\": \"pc\"", "\"prompt\": \"p\", \"chosen\": \"c\""),
+            &["line 2: has a \"margin\", the first row has none"],
+        );
+        // Only pairs have a margin to keep.
+        assert_eq!(read(r#"{"text": "t", "margin": "wide"}"#).unwrap().1[0].margin, None);
     }
 
     #[test]

@@ -77,7 +77,7 @@ mod tests {
             let ids = [vec![1; prompt], vec![fill; len]].concat();
             Sequence { ids, first: prompt }
         };
-        Example { row: 0, sequences: vec![sequence(chosen, 2), sequence(rejected, 3)] }
+        Example { sequences: vec![sequence(chosen, 2), sequence(rejected, 3)], ..Example::default() }
     }
 
     proptest! {

@@ -173,7 +173,7 @@ impl KlPenalty {
 }
 
 impl Objective for KlPenalty {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         self.inner.name()
     }
 

@@ -2,11 +2,13 @@
 //!
 //! An [`Objective`] maps [`Stats`], the numbers that the model's forward passes left, to an [`Outcome`]:
 //! a loss, its derivatives by the same numbers ([`Grads`]) and metrics. All log-probs are natural.
-//! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`.
+//! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`. A new
+//! parameter needs no more: the command line, recipes and help read the registry. A [`Modifier`] is added alike.
 
 mod hinge;
 mod ipo;
 pub mod kl;
+mod mixture;
 pub mod mrpo;
 mod pairwise;
 pub mod ref_weights;
@@ -17,7 +19,8 @@ mod sigmoid;
 use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
 
-pub use registry::{Entry, ParamSpec, Params, build, find};
+pub use mixture::{Choice, Wrap, build};
+pub use registry::{Domain, Entry, ParamSpec, Params, Shared, Value, find, params};
 
 /// Every objective, by name.
 pub fn all() -> &'static [Entry] {
@@ -29,6 +32,31 @@ pub fn all() -> &'static [Entry] {
         ipo::MARGIN1,
         sft::ENTRY,
         sigmoid::ENTRY,
+    ]
+}
+
+/// Something that may be put around another objective: it changes what that one sees, and what becomes of its
+/// derivatives. The user switches it on by its parameter.
+pub struct Modifier {
+    /// As the paper calls the method.
+    pub name: &'static str,
+    /// Author, arXiv:id, Eq. n.
+    pub paper: &'static str,
+    /// One line for `cuvee list modifiers`.
+    pub summary: &'static str,
+    /// A number that has no default, or a switch.
+    pub param: ParamSpec,
+    /// Whether it can be put around an objective that needs this.
+    pub applies: fn(&Needs) -> bool,
+    /// What `applies` says, in words.
+    pub fits: &'static str,
+    pub wrap: fn(&Params, Box<dyn Objective>) -> Box<dyn Objective>,
+}
+
+/// Every modifier, from the innermost to the outermost.
+pub fn modifiers() -> &'static [Modifier] {
+    &[
+        // One modifier a line.
     ]
 }
 
@@ -112,6 +140,8 @@ pub struct Needs {
     /// How many references it can work with.
     pub refs: RangeInclusive<usize>,
     pub pairs: bool,
+    /// It multiplies by `pair_weights`, if an objective around it sets them.
+    pub pair_weights: bool,
     pub margins: bool,
     pub labels: bool,
     /// Both `mismatched_logps` and, of each reference, `mismatched_ref_logps`.
@@ -134,6 +164,7 @@ impl Needs {
     pub const POLICY: Needs = Needs {
         refs: 0..=0,
         pairs: false,
+        pair_weights: false,
         margins: false,
         labels: false,
         mismatched: false,
@@ -149,6 +180,34 @@ impl Needs {
         token_kl: false,
         ref_weights: false,
     };
+
+    /// What two objectives need together. One that works without references does not limit their number.
+    pub fn union(self, other: Self) -> Self {
+        let refs = match (*self.refs.end(), *other.refs.end()) {
+            (0, _) => other.refs,
+            (_, 0) => self.refs,
+            (a, b) => *self.refs.start().max(other.refs.start())..=a.min(b),
+        };
+        Self {
+            refs,
+            pairs: self.pairs || other.pairs,
+            pair_weights: self.pair_weights || other.pair_weights,
+            margins: self.margins || other.margins,
+            labels: self.labels || other.labels,
+            mismatched: self.mismatched || other.mismatched,
+            groups: self.groups || other.groups,
+            rewards: self.rewards || other.rewards,
+            scores: self.scores || other.scores,
+            token_logps: self.token_logps || other.token_logps,
+            ref_token_logps: self.ref_token_logps || other.ref_token_logps,
+            old_token_logps: self.old_token_logps || other.old_token_logps,
+            entropy: self.entropy || other.entropy,
+            ln_sum_p2: self.ln_sum_p2 || other.ln_sum_p2,
+            values: self.values || other.values,
+            token_kl: self.token_kl || other.token_kl,
+            ref_weights: self.ref_weights || other.ref_weights,
+        }
+    }
 
     /// Whether it reads any field on the token index, and with it `offsets`.
     pub fn per_token(&self) -> bool {
@@ -213,8 +272,8 @@ pub struct Outcome {
 }
 
 pub trait Objective: Send + Sync {
-    /// The name of its [`Entry`].
-    fn name(&self) -> &'static str;
+    /// The name of its [`Entry`]; of a mixture, those of its terms.
+    fn name(&self) -> &str;
     fn needs(&self) -> Needs;
     fn scope(&self) -> Scope;
     /// What it remembers from step to step, before the first one. An objective that remembers anything sees whole batches.

@@ -369,7 +369,7 @@ impl MultiRef {
 }
 
 impl Objective for MultiRef {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         self.inner.name()
     }
 

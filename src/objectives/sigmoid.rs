@@ -8,10 +8,8 @@
 //! With label smoothing e this is cDPO (Mitchell, "A note on DPO with noisy preferences & relationship to IPO",
 //! 2023): `loss = -(1 - e) ln sigma(beta margin) - e ln sigma(-beta margin)`. Deviations from the papers: none.
 
-use std::ops::Bound;
-
 use super::pairwise::{self, PairLoss, log_sigmoid, sigmoid};
-use super::registry::{BETA, Entry, ParamSpec};
+use super::registry::{BETA, Entry, LABEL_SMOOTHING};
 use super::{Needs, Objective, Outcome, Scope, Stats, Totals};
 
 pub(super) const ENTRY: Entry = Entry {
@@ -21,14 +19,6 @@ pub(super) const ENTRY: Entry = Entry {
     summary: "DPO; with label_smoothing cDPO, for labels that are wrong now and then",
     params: &[BETA, LABEL_SMOOTHING],
     build: |params| Ok(Box::new(Sigmoid { beta: params["beta"], label_smoothing: params["label_smoothing"] })),
-};
-
-const LABEL_SMOOTHING: ParamSpec = ParamSpec {
-    name: "label_smoothing",
-    default: Some(0.0),
-    range: (Bound::Included(0.0), Bound::Excluded(0.5)),
-    example: 0.1,
-    help: "probability that chosen and rejected were swapped; 0 is plain DPO",
 };
 
 struct Sigmoid {

@@ -299,7 +299,7 @@ impl Assumed {
             checkpoint,
             optimizer: optim::find(&settings.optimizer)?,
             references: super::task::references(settings, objective.as_ref())?,
-            example: Example { row: 0, sequences: vec![sequence; sequences] },
+            example: Example { sequences: vec![sequence; sequences], ..Example::default() },
         })
     }
 

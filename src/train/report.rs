@@ -16,7 +16,7 @@ use crate::machine::human;
 
 pub struct Report {
     output: PathBuf,
-    objective: &'static str,
+    objective: String,
     metrics: Lines,
     evaluations: Lines,
     samples: Lines,
@@ -34,10 +34,17 @@ const TABLE: &[(&str, &str, f64, usize, &str)] = &[
 
 impl Report {
     /// Reads the logs of a run.
-    pub fn read(output: &Path, objective: &'static str) -> Result<Self> {
+    pub fn read(output: &Path, objective: &str) -> Result<Self> {
         let lines = |name: &str| read_lines(&output.join(name));
         let (metrics, evaluations, samples) = (lines(METRICS)?, lines(EVALUATIONS)?, lines(SAMPLES)?);
-        Ok(Self { output: output.to_path_buf(), objective, metrics, evaluations, samples, memory: None })
+        Ok(Self {
+            output: output.to_path_buf(),
+            objective: objective.to_string(),
+            metrics,
+            evaluations,
+            samples,
+            memory: None,
+        })
     }
 
     /// Adds the peak of resident memory, where the system tells it, and the plan's.

@@ -4,7 +4,7 @@ use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
 use crate::model::Init;
-use crate::objectives::Params;
+use crate::objectives;
 use crate::optim::{Decay, Hyper};
 
 /// A run, completely: what the command line and the recipe come down to.
@@ -18,8 +18,7 @@ pub struct Settings {
     pub eval_dataset: Option<PathBuf>,
     pub output_dir: PathBuf,
     pub cache_dir: PathBuf,
-    pub objective: String,
-    pub objective_params: Params,
+    pub objective: objectives::Choice,
     pub optimizer: String,
     pub hyper: Hyper,
     pub learning_rate: f64,

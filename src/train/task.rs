@@ -12,7 +12,7 @@ use crate::data::{Dataset, Form, Sharing, Tokenizer, epoch_order};
 use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
-use crate::objectives::{self, Objective};
+use crate::objectives::Objective;
 use crate::optim;
 use crate::references::Reference;
 
@@ -37,7 +37,7 @@ pub struct Task {
 
 /// The objective of a run, checked against what training can give it and which references are named.
 pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
-    let objective = objectives::build(&settings.objective, &settings.objective_params)?;
+    let objective = settings.objective.build()?;
     let (name, needs) = (objective.name(), objective.needs());
     check_needs(name, &needs)?;
     let (given, most) = (settings.ref_models.len(), *needs.refs.end());
@@ -157,8 +157,9 @@ impl Task {
             "seed": settings.seed,
             "dtype": settings.dtype.config_name(),
         });
-        for spec in objectives::find(self.objective.name())?.params {
-            course[spec.name] = settings.objective_params.get(spec.name).or(spec.default).into();
+        course["objective_weights"] = settings.objective.terms.iter().map(|term| term.1).collect();
+        for (name, value) in settings.objective.resolved()?.iter() {
+            course[name] = json!(value);
         }
         match course {
             Value::Object(course) => Ok(course),

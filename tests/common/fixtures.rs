@@ -105,7 +105,7 @@ fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
 pub fn check_folder<B: Backend>(device: B, checkpoint: &Checkpoint, expected: &Expected) -> Result<(), Failed> {
     let example = |(row, ids): (usize, &Vec<u32>)| {
         let sequences = vec![Sequence { ids: ids.clone(), first: 1 }];
-        Example { row, sequences }
+        Example { row, sequences, ..Example::default() }
     };
     let examples: Vec<Example> = expected.rows.iter().enumerate().map(example).collect();
     let host = data::Batch::new(&examples, Sharing::On);

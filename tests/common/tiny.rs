@@ -95,7 +95,7 @@ impl Size {
                 let own = (0..*len).map(|t| id(1000 * (i + 1) + t));
                 Sequence { ids: (0..prompt).map(id).chain(own).collect(), first: prompt }
             };
-            Example { row, sequences: completions.iter().enumerate().map(sequence).collect() }
+            Example { row, sequences: completions.iter().enumerate().map(sequence).collect(), ..Example::default() }
         };
         match self {
             Self::Tiny => vec![example(0, 4, &[3, 2]), example(1, 2, &[3])],

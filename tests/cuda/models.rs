@@ -115,7 +115,7 @@ fn decoding(name: &str, storage: DType) {
     let tiny = model(name);
     let sequence = Sequence { first: 1, ..Size::Small.examples()[0].sequences[0].clone() };
     let ids = sequence.ids.clone();
-    let host = HostBatch::new(&[Example { row: 0, sequences: vec![sequence] }], Sharing::On);
+    let host = HostBatch::new(&[Example { sequences: vec![sequence], ..Example::default() }], Sharing::On);
     let mut rig = Rig::new(open(storage), &tiny, &host.extent(), Keep::Nothing);
     rig.forward(&host);
     let whole = read(&rig.device, &rig.acts.top.normed);

@@ -9,7 +9,7 @@ use cuvee::checkpoint::Weights;
 use cuvee::data::{self, Example, Sequence, Sharing};
 use cuvee::device::{Arena, Cpu, DType, Dry};
 use cuvee::model::{Checkpoint, Model, Options, load};
-use cuvee::objectives::{self, Params, Stats, Totals};
+use cuvee::objectives::{Choice, Params, Stats, Totals};
 use cuvee::rollout::{Request, Sampling, generate};
 use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
@@ -108,7 +108,7 @@ fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> 
     let named = name.split_once("_beta").and_then(|(_, beta)| beta.parse().ok());
     let beta = case["args"]["beta"].as_f64().or(named).unwrap_or(0.1);
     let given: Params = if loss_type == "sft" { Params::default() } else { Params::from_iter([("beta", beta)]) };
-    let Ok(objective) = objectives::build(loss_type, &given) else {
+    let Ok(objective) = Choice::one(loss_type, given).build() else {
         return Ok(Completion::ignored_with(format!("the objective {loss_type} is not built yet")));
     };
     let examples = trl_pairs(file)?;
@@ -149,7 +149,7 @@ fn trl_pairs(file: &Value) -> Result<Vec<Example>, Failed> {
     let example = |(row, pair): (usize, &Value)| {
         let prompt = ids(pair, "prompt");
         let sequence = |key| Sequence { ids: [&prompt[..], &ids(pair, key), &[2]].concat(), first: prompt.len() };
-        Example { row, sequences: vec![sequence("chosen"), sequence("rejected")] }
+        Example { row, sequences: vec![sequence("chosen"), sequence("rejected")], ..Example::default() }
     };
     Ok(pairs.iter().enumerate().map(example).collect())
 }
@@ -265,7 +265,7 @@ fn real_model(dir: &Path, case: &Value) -> Result<(), Failed> {
             return Err(format!("{text:?}: ids {ours:?}, expected {ids:?}").into());
         }
     }
-    let example = Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] };
+    let example = Example { sequences: vec![Sequence { ids, first: 1 }], ..Example::default() };
     let mut bench = Bench::new(Cpu::new(2)?, &checkpoint, &data::Batch::new([&example], Sharing::On))?;
     let (ours, theirs) = (bench.forward()?, numbers("logps"));
     if ours.len() != theirs.len() {

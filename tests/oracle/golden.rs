@@ -9,7 +9,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use cuvee::objectives::{self, Params, Stats, Totals};
+use cuvee::objectives::{self, Choice, Objective, Params, Stats, Totals};
 use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 
@@ -139,7 +139,7 @@ fn preference_losses(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
             both("chosen_len", "rejected_len")?,
         );
         let totals = Totals::of(&stats);
-        let outcome = objectives::build(name, &params)?.evaluate(&stats, &totals);
+        let outcome = build(name, &params)?.evaluate(&stats, &totals);
 
         let what = |field: &str| format!("case {i}, {loss_type}, {field}");
         close(&what("loss"), &[outcome.loss], &numbers(&case["loss"])?)?;
@@ -182,7 +182,7 @@ fn token_level(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
             }
         };
         let stats = paired(numbers(&case["seq_logps"])?, numbers(&case["ref_seq_logps"])?, lens.clone());
-        let outcome = objectives::build(name, &params)?.evaluate(&stats, &Totals::of(&stats));
+        let outcome = build(name, &params)?.evaluate(&stats, &Totals::of(&stats));
 
         let what = |field: &str| format!("case {i}, {loss_type}, {field}");
         close(&what("loss"), &[outcome.loss], &numbers(&case["loss"])?)?;
@@ -213,7 +213,7 @@ fn sft(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
             stats.logps.push(targets().map(|(logits, &label)| log_softmax(logits)[label as usize]).sum());
             stats.lens.push(targets().count() as f64);
         }
-        let outcome = objectives::build("sft", &Params::default())?.evaluate(&stats, &Totals::of(&stats));
+        let outcome = build("sft", &Params::default())?.evaluate(&stats, &Totals::of(&stats));
         close(&format!("case {i}, loss"), &[outcome.loss], &numbers(&case["loss"])?)?;
 
         for (s, expected) in case["grad_logits"].as_array().ok_or("no grad_logits")?.iter().enumerate() {
@@ -245,6 +245,11 @@ fn registered<'a>(loss_type: &'a str, given: &Value) -> Result<(&'a str, Params)
     let params = given.iter().map(|(key, value)| Some((key, value.as_f64()?)));
     let params = params.collect::<Option<Params>>().ok_or("a parameter is not a number")?;
     Ok((name, params))
+}
+
+/// One objective, with nothing around it.
+fn build(name: &str, params: &Params) -> cuvee::Result<Box<dyn Objective>> {
+    Choice::one(name, params.clone()).build()
 }
 
 /// The first half is chosen, the second rejected.

@@ -255,8 +255,8 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
     for done in 0..ids.len() {
         let context = [&prompt[..], &ids[..done]].concat();
         let with = |token: u32| Sequence { ids: [&context[..], &[token]].concat(), first: context.len() };
-        let candidates =
-            (0..checkpoint.spec.vocab as u32).map(|token| Example { row: 0, sequences: vec![with(token)] });
+        let candidates = (0..checkpoint.spec.vocab as u32)
+            .map(|token| Example { sequences: vec![with(token)], ..Example::default() });
         let candidates: Vec<Example> = candidates.collect();
         let largest = packing.largest(&packing.extents(&candidates));
         let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest).unwrap();

@@ -332,7 +332,7 @@ fn the_size_of_micro_batches_does_not_matter() {
     let w = workspace();
     for entry in objectives::all() {
         let name = entry.name;
-        let param = |p: &objectives::ParamSpec| format!("{} {} ", p.flag(), p.example);
+        let param = |p: &objectives::ParamSpec| format!("{} {} ", p.flag(), p.example());
         let params: String = entry.params.iter().filter(|p| p.required()).map(param).collect();
         let line = format!(
             "train --objective {name} {params} --learning-rate 2e-4 --model model --dataset train.jsonl --max-length 40 \

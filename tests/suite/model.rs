@@ -186,7 +186,7 @@ fn a_token_reaches_exactly_the_window_behind_it() {
     const MOVED: usize = 25;
     let sequence = |moved: u32| {
         let ids = (0..LEN).map(|t| ((t * 89 + 3) % 523) as u32 + if t == MOVED { moved } else { 0 }).collect();
-        HostBatch::new(&[Example { row: 0, sequences: vec![Sequence { ids, first: 1 }] }], Sharing::On)
+        HostBatch::new(&[Example { sequences: vec![Sequence { ids, first: 1 }], ..Example::default() }], Sharing::On)
     };
     for window in [Some(1), Some(2), Some(19), Some(64), Some(70), Some(LEN), None] {
         let changes = json!({"num_hidden_layers": 1, "sliding_window": window});
@@ -256,13 +256,15 @@ fn threads_and_instruction_sets_change_no_bit() {
 /// Each example of one sequence.
 fn alone(examples: &[Example]) -> Vec<Example> {
     let sequences = examples.iter().flat_map(|e| &e.sequences).cloned();
-    sequences.map(|sequence| Example { row: 0, sequences: vec![sequence] }).collect()
+    sequences.map(|sequence| Example { sequences: vec![sequence], ..Example::default() }).collect()
 }
 
 /// Sequences that fill more than one tile of the head's rows.
 fn filler(size: Size) -> Vec<Example> {
     let ids = |i: usize| (0..37).map(|t| ((i * 31 + t * 7) % size.vocab()) as u32).collect();
-    (0..30).map(|i| Example { row: i, sequences: vec![Sequence { ids: ids(i), first: 1 }] }).collect()
+    (0..30)
+        .map(|i| Example { row: i, sequences: vec![Sequence { ids: ids(i), first: 1 }], ..Example::default() })
+        .collect()
 }
 
 #[test]

@@ -7,13 +7,17 @@ use cuvee::Error;
 use cuvee::objectives::kl::{Estimator, KlPenalty, KlPenaltyOptions, k2, reward_to_go_k1, sequence_k2};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, RefClip, Weighting, Window};
 use cuvee::objectives::ref_weights::{RefWeights, Rule};
-use cuvee::objectives::{self, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
+use cuvee::objectives::{Choice, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 
 const LOSSES: [&str; 4] = ["sigmoid", "hinge", "ipo", "ipo_sum"];
 const MEANS: [Mean; 4] = [Mean::Geometric, Mean::Harmonic, Mean::Arithmetic, Mean::MultiDpo];
 
 fn loss(name: &str) -> Box<dyn Objective> {
-    objectives::build(name, &Params::from_iter([("beta", 0.1)])).unwrap()
+    Choice::one(name, Params::from_iter([("beta", 0.1)])).build().unwrap()
+}
+
+fn sft() -> Box<dyn Objective> {
+    Choice::one("sft", Params::default()).build().unwrap()
 }
 
 fn evaluate(objective: &dyn Objective, stats: &Stats) -> Outcome {
@@ -481,7 +485,7 @@ fn refused<T>(found: cuvee::Result<T>, expected_key: &str, expected_detail: &str
 #[test]
 #[should_panic(expected = "does not read one reference")]
 fn an_objective_without_references_cannot_be_blended() {
-    MultiRef::new(objectives::build("sft", &Params::default()).unwrap(), Blend::default());
+    MultiRef::new(sft(), Blend::default());
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------
@@ -587,7 +591,7 @@ fn weights_that_cannot_be_are_named() {
 #[test]
 fn gradients_of_penalties_are_central_differences() {
     for estimator in [Estimator::Exact, Estimator::K2, Estimator::K3] {
-        for inner in [loss("sigmoid"), objectives::build("sft", &Params::default()).unwrap()] {
+        for inner in [loss("sigmoid"), sft()] {
             let stats = stats(3, 5.0);
             let inner: Box<dyn Objective> = match *inner.needs().refs.end() {
                 0 => inner,
@@ -628,7 +632,6 @@ fn gradients_of_penalties_are_central_differences() {
 fn a_penalty_adds_the_weighted_mean_over_all_completion_tokens() {
     let stats = stats(2, 5.0);
     let options = KlPenaltyOptions { weight: 0.5, estimator: Estimator::Exact, ref_weights: vec![0.25, 0.75] };
-    let sft = || objectives::build("sft", &Params::default()).unwrap();
     let (alone, penalised) = (evaluate(sft().as_ref(), &stats), evaluate(&KlPenalty::new(sft(), options), &stats));
     let mean = |k: usize| stats.token_kl[k].iter().sum::<f64>() / 18.0;
     let kl = 0.25 * mean(0) + 0.75 * mean(1);
@@ -668,7 +671,7 @@ fn a_reference_of_weight_0_may_be_infinitely_far() {
     stats.ref_token_logps[1].fill(f64::NEG_INFINITY);
     for estimator in [Estimator::Exact, Estimator::K2] {
         let options = KlPenaltyOptions { weight: 0.5, estimator, ref_weights: vec![1.0, 0.0] };
-        let objective = KlPenalty::new(objectives::build("sft", &Params::default()).unwrap(), options);
+        let objective = KlPenalty::new(sft(), options);
         let outcome = evaluate(&objective, &stats);
         let grads = outcome.grads.token_kl.iter().flatten().chain(&outcome.grads.token_logps);
         assert!(outcome.loss.is_finite() && grads.clone().all(|grad| grad.is_finite()), "{outcome:?}");

@@ -5,7 +5,7 @@ use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use cuvee::Error;
-use cuvee::objectives::{self, Grads, Needs, Objective, Params, Scope, Stats, Totals};
+use cuvee::objectives::{self, Choice, Domain, Grads, Needs, Objective, ParamSpec, Params, Scope, Stats, Totals};
 
 /// Half the width of log-ratios, nats: hardly trained, trained, collapsed, absurd.
 const SPREADS: [f64; 4] = [0.1, 10.0, 1e3, 1e4];
@@ -20,6 +20,24 @@ fn names_and_aliases_are_unique_and_lead_to_their_entry() {
         for name in entry.aliases.iter().chain([&entry.name]) {
             assert!(seen.insert(name), "{name} is taken twice");
             assert_eq!(objectives::find(name).unwrap().name, entry.name);
+        }
+    }
+}
+
+/// One flag stands for all parameters of a name, and one help text says what it means.
+#[test]
+fn a_parameter_means_the_same_wherever_it_occurs() {
+    for (name, shared) in objectives::params() {
+        let kind = |spec: &ParamSpec| match spec.domain {
+            Domain::Number { .. } => None,
+            domain => Some((domain.clone(), spec.default())),
+        };
+        let first = shared.specs[0];
+        for spec in &shared.specs {
+            assert!(kind(spec) == kind(first), "{name} takes other values elsewhere");
+            assert_eq!((spec.help, spec.only_with), (first.help, first.only_with), "{name}");
+            assert!(spec.accepts(&spec.example()), "{name}: its own example is refused");
+            assert!(spec.default().is_none_or(|value| spec.accepts(&value)), "{name}: its own default is refused");
         }
     }
 }
@@ -135,7 +153,7 @@ fn where_policy_and_reference_agree_losses_are_known_and_margins_exactly_zero() 
         ("ipo_margin1", 1.0),
     ];
     for (name, loss) in expected {
-        let objective = objectives::build(name, &beta_only(beta)).unwrap();
+        let objective = build(name, &beta_only(beta)).unwrap();
         let mut stats = random_stats(&objective.needs(), 10.0, &mut Random(7));
         stats.ref_logps = vec![stats.logps.clone()];
         let outcome = objective.evaluate(&stats, &Totals::of(&stats));
@@ -149,7 +167,7 @@ fn where_policy_and_reference_agree_losses_are_known_and_margins_exactly_zero() 
 #[test]
 fn the_three_ipos_are_scalings_of_each_other() {
     let loss = |name: &str, beta: f64, stats: &Stats| {
-        objectives::build(name, &beta_only(beta)).unwrap().evaluate(stats, &Totals::of(stats)).loss
+        build(name, &beta_only(beta)).unwrap().evaluate(stats, &Totals::of(stats)).loss
     };
     let mut stats = one_pair(-3.0, -9.0);
     let (beta, sum) = (0.2, loss("ipo_sum", 0.2, &stats));
@@ -161,7 +179,7 @@ fn the_three_ipos_are_scalings_of_each_other() {
 
 #[test]
 fn hinge_is_flat_at_and_beyond_its_kink() {
-    let hinge = objectives::build("hinge", &beta_only(0.5)).unwrap();
+    let hinge = build("hinge", &beta_only(0.5)).unwrap();
     let totals = Totals { pairs: 1.0, ..Totals::default() };
     for (chosen, loss, grads) in [(2.0, 0.0, [0.0, 0.0]), (3.0, 0.0, [0.0, 0.0]), (1.0, 0.5, [-0.5, 0.5])] {
         let outcome = hinge.evaluate(&one_pair(chosen, 0.0), &totals);
@@ -171,7 +189,7 @@ fn hinge_is_flat_at_and_beyond_its_kink() {
 
 #[test]
 fn sft_counts_chosen_completions_only_when_there_are_pairs() {
-    let sft = objectives::build("sft", &Params::default()).unwrap();
+    let sft = build("sft", &Params::default()).unwrap();
     let mut stats = Stats { logps: vec![-6.0, -8.0], lens: vec![3.0, 1.0], ..Stats::default() };
     let outcome = sft.evaluate(&stats, &Totals::of(&stats));
     assert_eq!((outcome.loss, outcome.grads.logps), (3.5, vec![-0.25, -0.25]));
@@ -183,7 +201,7 @@ fn sft_counts_chosen_completions_only_when_there_are_pairs() {
 /// A tie is not a win, and a completion may be in several pairs.
 #[test]
 fn accuracy_counts_strict_wins() {
-    let dpo = objectives::build("dpo", &beta_only(0.1)).unwrap();
+    let dpo = build("dpo", &beta_only(0.1)).unwrap();
     let stats = Stats {
         logps: vec![-1.0, -1.0, -5.0],
         ref_logps: vec![vec![-2.0; 3]],
@@ -211,11 +229,11 @@ fn options_that_are_missing_unused_or_out_of_range_are_named() {
     refused("hinge", &smoothing(0.1), "--label-smoothing", "hinge does not use it, it takes --beta");
     refused("sft", &beta_only(0.1), "--beta", "sft does not use it, it takes no parameter");
     refused("sigmiod", &none, "--objective", "did you mean \"sigmoid\"?");
-    assert!(objectives::build("sigmoid", &smoothing(0.0)).is_ok());
+    assert!(build("sigmoid", &smoothing(0.0)).is_ok());
 }
 
 fn refused(name: &str, params: &Params, expected_key: &str, expected_detail: &str) {
-    match objectives::build(name, params).err() {
+    match build(name, params).err() {
         Some(Error::Option { key, detail }) => {
             assert_eq!(key, expected_key);
             assert!(detail.contains(expected_detail), "{detail:?} does not say {expected_detail:?}");
@@ -230,8 +248,8 @@ fn refused(name: &str, params: &Params, expected_key: &str, expected_detail: &st
 fn for_every_objective(check: impl Fn(&str, &dyn Objective, &Stats)) {
     for entry in objectives::all() {
         let required = entry.params.iter().filter(|spec| spec.required());
-        let plain = required.map(|spec| (spec.name, spec.example)).collect();
-        let plain = objectives::build(entry.name, &plain).unwrap();
+        let plain = required.map(|spec| (spec.name, spec.example())).collect();
+        let plain = build(entry.name, &plain).unwrap();
         for (case, objective) in [("defaults", plain), ("examples", example(entry))] {
             for spread in SPREADS {
                 let stats = random_stats(&objective.needs(), spread, &mut Random(spread.to_bits()));
@@ -242,8 +260,13 @@ fn for_every_objective(check: impl Fn(&str, &dyn Objective, &Stats)) {
 }
 
 fn example(entry: &objectives::Entry) -> Box<dyn Objective> {
-    let params = entry.params.iter().map(|spec| (spec.name, spec.example)).collect();
-    objectives::build(entry.name, &params).unwrap()
+    let params = entry.params.iter().map(|spec| (spec.name, spec.example())).collect();
+    build(entry.name, &params).unwrap()
+}
+
+/// One objective, with nothing around it.
+fn build(name: &str, params: &Params) -> cuvee::Result<Box<dyn Objective>> {
+    Choice::one(name, params.clone()).build()
 }
 
 fn beta_only(beta: f64) -> Params {

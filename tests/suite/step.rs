@@ -4,7 +4,7 @@ use cuvee::data::{Example, Packing, Sequence, Sharing};
 use cuvee::device::Cpu;
 use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
-use cuvee::objectives::{self, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
+use cuvee::objectives::{Choice, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 use cuvee::optim::{self, Hyper};
 use cuvee::train::{Blueprint, Policy, StepBatch, StepResult, step};
 
@@ -19,7 +19,7 @@ fn pairs() -> Vec<Example> {
     let pair = |row: usize| {
         let ids = |from: usize, len: usize| (from..from + len).map(|i| (i * 7 % 11) as u32);
         let sequence = |from, len| Sequence { ids: ids(row, 3).chain(ids(from, len)).collect(), first: 3 };
-        Example { row, sequences: vec![sequence(row + 1, 2 + row), sequence(row + 5, 4)] }
+        Example { row, sequences: vec![sequence(row + 1, 2 + row), sequence(row + 5, 4)], ..Example::default() }
     };
     (0..4).map(pair).collect()
 }
@@ -112,7 +112,7 @@ impl Objective for PerToken {
 }
 
 fn sigmoid() -> Box<dyn Objective> {
-    objectives::build("sigmoid", &Params::from_iter([("beta", 0.3)])).unwrap()
+    Choice::one("sigmoid", Params::from_iter([("beta", 0.3)])).build().unwrap()
 }
 
 fn close(what: &str, a: f64, b: f64) {
@@ -138,7 +138,7 @@ fn an_objective_of_the_whole_batch_steps_like_one_of_pairs() {
 
 #[test]
 fn derivatives_per_token_are_those_of_the_sum() {
-    let sft = objectives::build("sft", &Params::default()).unwrap();
+    let sft = Choice::one("sft", Params::default()).build().unwrap();
     let chosen_only = || {
         let mut rig = Rig::new();
         rig.examples.iter_mut().for_each(|example| example.sequences.truncate(1));

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex};
 
 use cuvee::objectives::kl::{Estimator, KlPenalty, KlPenaltyOptions, k1, k2, k3};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, RefClip, Weighting, Window};
-use cuvee::objectives::{self, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
+use cuvee::objectives::{Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::{Tally, cases, close, log_softmax, numbers, rows, text};
+use super::{Tally, build, cases, close, log_softmax, numbers, rows, text};
 
 /// An objective of no loss that keeps the references it was given.
 #[derive(Clone, Default)]
@@ -159,7 +159,7 @@ fn chosen(config: &Value) -> Result<(Blend, Box<dyn Objective>), Failed> {
         "hinge" => ("hinge", vec![("beta", beta)]),
         loss => return Err(format!("unknown loss {loss}").into()),
     };
-    Ok((blend, objectives::build(inner.0, &Params::from_iter(inner.1))?))
+    Ok((blend, build(inner.0, &Params::from_iter(inner.1))?))
 }
 
 /// Virtual references of whole completions and of their tokens.
