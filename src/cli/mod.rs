@@ -93,7 +93,7 @@ fn print(text: &str) -> Result<(), Error> {
 fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
     let sharing = if batching.no_prefix_sharing { crate::data::Sharing::Off } else { crate::data::Sharing::On };
     let budget = batching.micro_batch_tokens.unwrap_or(crate::train::MICRO_BATCH_TOKENS);
-    crate::data::Packing { budget, sharing }
+    crate::data::Packing { budget, sharing, read: crate::data::Read::Completions }
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
