@@ -11,6 +11,7 @@ mod logps;
 mod plan;
 mod preview;
 mod recipe;
+mod score;
 mod train;
 
 use std::ffi::OsString;
@@ -67,6 +68,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Logps(args) => logps::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Preview(args) => preview::run(&args),
@@ -123,6 +125,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Train(args) => args.run.check(flags)?,
         Command::Plan(args) => args.run.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
