@@ -7,7 +7,7 @@ use half::bf16;
 use super::arch::{Checkpoint, Slot};
 use super::init::draw;
 use super::load::{Reader, found_name};
-use super::{Acts, Batch, Init, Model, Param, Spec};
+use super::{Acts, Batch, Head, Init, Model, Param, Spec};
 use crate::checkpoint::Weights;
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
@@ -20,10 +20,18 @@ pub struct RefHeads<D: Device> {
 }
 
 impl<D: Device> RefHeads<D> {
-    /// Room for the heads of `refs`, in that order. Fails where a reference has another vocabulary than the `policy`.
+    /// Room for the heads of `refs`, in that order. Fails where a reference has another vocabulary than the `policy`, or none.
     pub fn new(arena: &mut Arena<D>, policy: &Spec, refs: &[&Checkpoint]) -> Result<Self> {
         let mut heads = Vec::new();
-        for Checkpoint { dir, architecture, spec } in refs {
+        for Checkpoint { dir, architecture, spec, .. } in refs {
+            let slot = match spec.head {
+                Head::Tied => Slot::Embedding,
+                Head::Own => Slot::Head,
+                Head::Score => {
+                    let detail = format!("compares distributions of tokens; {} is a reward model", dir.display());
+                    return Err(Error::option("--kl-penalty", detail));
+                }
+            };
             if spec.vocab != policy.vocab {
                 let detail = format!(
                     "compares whole distributions, so policy and references need the same vocabulary; {} has {} tokens, \
@@ -34,7 +42,6 @@ impl<D: Device> RefHeads<D> {
                 );
                 return Err(Error::option("--kl-penalty", detail));
             }
-            let slot = if spec.tied_head { Slot::Embedding } else { Slot::Head };
             let stored = (architecture.naming)(spec, slot, 0);
             heads.push(Param::new(arena, spec, (slot, stored), [spec.vocab, spec.hidden], &|_| false));
         }
@@ -52,11 +59,7 @@ impl<D: Device> RefHeads<D> {
                 let values = reader.read(&weights, &name, head)?;
                 head.write(device, values)
             }
-            Init::Random { seed } => {
-                let mut values = Vec::new();
-                draw(head, seed, &mut values);
-                head.write(device, &values)
-            }
+            Init::Random { seed } => draw(device, head, seed),
         }
     }
 

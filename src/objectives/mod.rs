@@ -7,8 +7,11 @@
 
 mod hinge;
 mod ipo;
+pub mod kl;
 mod mixture;
+pub mod mrpo;
 mod pairwise;
+pub mod ref_weights;
 mod registry;
 mod sft;
 mod sigmoid;

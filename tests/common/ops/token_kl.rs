@@ -314,10 +314,10 @@ pub fn token_kl_takes_probabilities_of_zero<D: Backend>(device: &D) {
         "a reference without a token that the policy takes is infinitely far"
     );
     assert!(kl(&[0.0, NEVER], &[NEVER, 0.0]) > 1e30);
-    // Logits far apart, and far from 0: what all of a row have in common does not count.
+    // Logits far apart, and far from 0: of what all of a row have in common, only its rounding counts.
     let found = kl(&[1e4, 1e4 + 1.0], &[-1e4, -1e4]);
     let expected = 2.0_f64.ln() - (1.0 + (-1.0_f64).exp()).ln() - (1.0 / (1.0 + 1.0_f64.exp()));
-    assert!((found - expected).abs() < 2e-3, "{found}, expected {expected}");
+    assert!((found - expected).abs() < 1e4 * 0.5_f64.powi(20), "{found}, expected {expected}");
     assert!((kl(&[0.0, 1e4], &[1e4, 0.0]) - 1e4).abs() < 1.0);
 }
 
