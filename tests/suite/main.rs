@@ -4,6 +4,7 @@ mod cli;
 mod common;
 mod exactness;
 mod model;
+mod multi_ref;
 mod objectives;
 mod ops;
 mod program;
