@@ -8,8 +8,8 @@
 //! ```
 //!
 //! beta is the paper's lambda; the NLL is a mean over the tokens of the optimizer batch. Deviations: TRL's NLL runs over
-//! prompt and completion, this one over the completion, as in the paper. Where a completion is certain, a > -1e-7, its odds
-//! have no bound: they are those of a = -1e-7, and their gradient is 0.
+//! prompt and completion, this one over the completion, as in the paper. Where a completion is certain, a > -1e-12, its odds
+//! have no bound: they are those of a = -1e-12, and their gradient is 0.
 
 use super::pairwise::{Pair, PairLoss, log_sigmoid, sigmoid};
 use super::reference_free::{self, Scored};
@@ -27,8 +27,8 @@ pub(super) const ENTRY: Entry = Entry {
     },
 };
 
-/// About the closest to certainty that f32 probabilities can tell.
-const CERTAIN: f64 = -1e-7;
+/// Below what f32 can tell from 0 in the mean over a long completion.
+const CERTAIN: f64 = -1e-12;
 
 fn mean(logp: f64, len: f64) -> Scored {
     let mean = logp / len;

@@ -92,9 +92,11 @@ fn constants(objective: &dyn Objective, stats: &Stats) -> Stats {
     let mut still = stats.clone();
     if objective.name() == "kto_pair" {
         // No mean log-ratio is above 0, where its KL is clamped.
-        for (logp, reference) in still.logps.iter().zip(&mut still.ref_logps[0]) {
-            *reference = logp + (logp - *reference).abs();
-        }
+        let below = |logps: &[f64], reference: &mut Vec<f64>| {
+            reference.iter_mut().zip(logps).for_each(|(reference, logp)| *reference = logp + (logp - *reference).abs());
+        };
+        below(&still.logps, &mut still.ref_logps[0]);
+        still.ref_token_logps.iter_mut().for_each(|reference| below(&still.token_logps, reference));
     }
     if objective.name() == "aot_unpaired" {
         // No two log-ratios are so close that a small change swaps their ranks: s is the remainder of each by 0.05.
