@@ -22,8 +22,9 @@ use cuvee::ops::rope::{Direction, Rope};
 use cuvee::ops::rows::Rows;
 use cuvee::ops::sum_squares::SumSquares;
 use cuvee::ops::swiglu::SwiGlu;
+use cuvee::ops::token_kl::{Ref, TokenKl};
 use cuvee::ops::{
-    attention, layer_norm, linear, logprob_head, merged_update, rms_norm, rope, rows, sum_squares, swiglu,
+    attention, layer_norm, linear, logprob_head, merged_update, rms_norm, rope, rows, sum_squares, swiglu, token_kl,
 };
 
 const GIB: usize = 1 << 30;
@@ -105,6 +106,22 @@ impl Bench {
                 total
             });
         });
+    }
+
+    /// What one more reference costs, in products with its head of the speed that the same run measured.
+    fn report_slopes(&self) {
+        let best = self.best.borrow();
+        let Some((time, work)) = best.get(PRODUCT) else { return };
+        let of_flops = time.as_secs_f64() / work.flops as f64;
+        for (what, pair) in ["forward", "backward"].into_iter().flat_map(|what| REFS.windows(2).map(move |p| (what, p)))
+        {
+            let [Some(fewer), Some(more)] = [pair[0], pair[1]].map(|k| best.get(&token_kl_name(what, k))) else {
+                continue;
+            };
+            let product = of_flops * (more.1.flops - fewer.1.flops) as f64;
+            let slope = (more.0.as_secs_f64() - fewer.0.as_secs_f64()) / product;
+            println!("token_kl {what}, from {} to {} references: {slope:.2} products each", pair[0], pair[1]);
+        }
     }
 
     fn report(&self) {
@@ -207,6 +224,49 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 dlogp: dlogp.view(),
                 dentropy: None,
                 entropy: None,
+                scratch: scratch.view_mut(),
+                dh: dh.view_mut(),
+                dweight: Some(dweight.view_mut()),
+            })
+        });
+    }
+}
+
+/// Numbers of references.
+const REFS: [usize; 3] = [1, 2, 4];
+
+fn token_kl_name(what: &str, refs: usize) -> String {
+    format!("token_kl {what} 8192 x 4096 x 131072, {refs} references")
+}
+
+/// References at the first of the heads: one head stands for all of theirs.
+fn token_kls(c: &mut Criterion, bench: &Bench) {
+    let [rows, hidden, vocab] = HEADS[0].map(|n| bench.size(n));
+    let product = 2 * rows * hidden * vocab;
+    let (h, weight) = (bench.tensor(DType::Bf16, rows, hidden), bench.tensor(DType::Bf16, vocab, hidden));
+    let ref_weight = bench.tensor(DType::Bf16, vocab, hidden);
+    let [tile_rows, tile_cols] = token_kl::scratch_shape(rows);
+    let mut scratch = bench.tensor(DType::F32, tile_rows, tile_cols);
+    let (mut dh, mut dweight) = (bench.tensor(DType::Bf16, rows, hidden), bench.tensor(DType::F32, vocab, hidden));
+    for k in REFS {
+        let of_refs = || bench.tensor(DType::F32, k, rows);
+        let (mut kl, dkl, mut lse) = (of_refs(), of_refs(), bench.tensor(DType::F32, 1 + k, rows));
+        let refs = vec![Ref { h: h.view(), weight: ref_weight.view() }; k];
+        let bytes = 2 * (1 + k) * (rows * hidden + vocab * hidden);
+        let work = Work { bytes, flops: (1 + k) * product };
+        bench.measure(c, &token_kl_name("forward", k), work, |cuda| {
+            let (scratch, kl, lse) = (scratch.view_mut(), kl.view_mut(), lse.view_mut());
+            cuda.token_kl(token_kl::Forward { h: h.view(), weight: weight.view(), refs: &refs, scratch, kl, lse })
+        });
+        let work = Work { bytes: bytes + 4 * vocab * hidden, flops: (3 + k) * product };
+        bench.measure(c, &token_kl_name("backward", k), work, |cuda| {
+            cuda.token_kl_backward(token_kl::Backward {
+                h: h.view(),
+                weight: weight.view(),
+                refs: &refs,
+                kl: kl.view(),
+                lse: lse.view(),
+                dkl: dkl.view(),
                 scratch: scratch.view_mut(),
                 dh: dh.view_mut(),
                 dweight: Some(dweight.view_mut()),
@@ -363,6 +423,7 @@ fn kernels(c: &mut Criterion) {
     let Some(bench) = Bench::open() else { return };
     ceilings(c, &bench);
     head(c, &bench);
+    token_kls(c, &bench);
     attentions(c, &bench);
     let size = |n| bench.size(n);
     for (model, shape) in [("8b", [8192, 4096, 14_336]), ("8b", [8192, 4096, 4096]), ("135m", [8192, 576, 1536])] {
@@ -374,6 +435,7 @@ fn kernels(c: &mut Criterion) {
     others(c, &bench, size(8192), size(4096), size(131_072));
     update(c, &bench);
     bench.report();
+    bench.report_slopes();
 }
 
 criterion_group! {
