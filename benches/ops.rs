@@ -163,7 +163,7 @@ fn bench_linear(c: &mut Criterion) {
     if fastest.products() != Products::Chains {
         devices.push(fastest);
     }
-    devices.push(Cpu::new(0).expect("threads start"));
+    devices.extend(Some(Cpu::new(0).expect("threads start")).filter(|cpu| cpu.threads() > 1));
     for [rows, inputs, outputs] in LINEAR {
         let mut group = c.benchmark_group(format!("linear/{rows}x{inputs}x{outputs}"));
         for cpu in &devices {
