@@ -602,7 +602,7 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(after_help = "\
 Shows each row as the engine runs it. The prompt is dim, what is scored is green, or red where it
-is rejected. Every second token is underlined; without colour | stands between two tokens.
+is rejected or undesirable. Every second token is underlined; without colour | stands between two tokens.
 \u{21b5} is a newline, \u{2423} a token of spaces, \u{22ef} a token that ends within a character.
 
 Then the token ids, how many of a sequence are not scored (0) and scored (1), and the batch: a
