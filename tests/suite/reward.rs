@@ -113,6 +113,20 @@ fn what_pads_changes_no_score() {
     assert_ne!(of(&padded, None), of(&plain, None));
 }
 
+#[test]
+#[should_panic(expected = "a reward model has no logits")]
+fn a_reward_model_refuses_to_predict_tokens() {
+    let host = host(Size::Tiny, Sharing::On);
+    rig(Reference, &rewards(Size::Tiny)[0], &host).forward(&host);
+}
+
+#[test]
+#[should_panic(expected = "a language model gives no scores")]
+fn a_language_model_refuses_to_score() {
+    let host = host(Size::Tiny, Sharing::On);
+    rig(Reference, &tiny::all(Size::Tiny)[0], &host).scores(&host);
+}
+
 // ---- planned ----------------------------------------------------------------------------------------------------
 
 #[test]
