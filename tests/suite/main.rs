@@ -11,3 +11,4 @@ mod program;
 mod reward;
 mod step;
 mod tiny;
+mod token_kl;
