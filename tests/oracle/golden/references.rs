@@ -89,10 +89,6 @@ pub fn mrpo(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
         };
         let totals = Totals::of(&stats);
         let (blend, inner) = chosen(config)?;
-        if blend.mean == Mean::MultiDpo && blend.weights == Weighting::Arwc && stats.ref_logps.len() > 1 {
-            tally.skip("losses do not weight their pairs yet".into());
-            continue;
-        }
         let outcome = MultiRef::new(inner, blend).evaluate(&stats, &totals);
         close(&what("loss"), &[outcome.loss], &numbers(&expected["loss_mean"])?)?;
         close(&what("grad_policy"), &outcome.grads.logps, &both(expected, "grad_policy")?)?;
