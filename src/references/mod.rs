@@ -2,6 +2,7 @@
 //! not in memory while the policy trains.
 
 pub mod cache;
+pub mod inventory;
 mod score;
 
 use std::path::Path;
