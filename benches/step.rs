@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence, Sharing};
+use cuvee::data::{Batch as HostBatch, Example, Packing, Read, Sequence, Sharing};
 use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::{Choice, Params};
@@ -84,7 +84,7 @@ fn steps(c: &mut Criterion) {
     for case in &CASES {
         let (cpu, checkpoint, examples) = (Cpu::new(0).expect("threads start"), case.checkpoint(), case.examples());
         let examples: Vec<&Example> = examples.iter().collect();
-        let packing = Packing { budget: 2048, sharing: Sharing::On };
+        let packing = Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions };
         let host = HostBatch::new(examples.iter().copied(), packing.sharing);
         let largest = host.extent();
         let (optimizer, positions) = (optim::find("adamw").expect("registered"), largest.longest);

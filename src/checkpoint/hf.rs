@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use serde_json::json;
+
 use super::atomic::write_file;
 use super::json::{read_json, write_json};
 use super::save::SaveDtype;
@@ -33,11 +35,21 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies config.json and says in it which dtype the weights now have.
+/// What config.json says of a reward model.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RewardModel {
+    /// `LlamaForSequenceClassification`
+    pub class: String,
+    /// The token that transformers takes for padding where it looks for the end of a sequence.
+    pub pad: Option<u32>,
+}
+
+/// Copies config.json and says in it which dtype the weights now have and, of a reward model, that they end in one
+/// score, as TRL's RewardTrainer saves it.
 ///
 /// transformers 4 spells the key `torch_dtype`, transformers 5 `dtype`: the spelling that is there is kept, and
 /// without either `dtype` is added.
-pub fn write_config(from_dir: &Path, to_dir: &Path, dtype: SaveDtype) -> Result<()> {
+pub fn write_config(from_dir: &Path, to_dir: &Path, dtype: SaveDtype, reward: Option<&RewardModel>) -> Result<()> {
     let source = from_dir.join("config.json");
     let mut config = read_json(&source)?;
     let Some(fields) = config.as_object_mut() else {
@@ -51,6 +63,14 @@ pub fn write_config(from_dir: &Path, to_dir: &Path, dtype: SaveDtype) -> Result<
                 *value = dtype.config_name().into();
             }
         }
+    }
+    if let Some(RewardModel { class, pad }) = reward {
+        fields.insert("architectures".into(), json!([class]));
+        fields.insert("id2label".into(), json!({"0": "LABEL_0"}));
+        fields.insert("label2id".into(), json!({"LABEL_0": 0}));
+        fields.insert("pad_token_id".into(), json!(pad));
+        // The names are counted; a number beside them could say otherwise.
+        fields.shift_remove("num_labels");
     }
     write_json(&to_dir.join("config.json"), &config)
 }
@@ -76,7 +96,7 @@ mod tests {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let rewrite = |text: &str| {
             fs::write(from.path().join("config.json"), text).unwrap();
-            write_config(from.path(), to.path(), SaveDtype::Bf16).unwrap();
+            write_config(from.path(), to.path(), SaveDtype::Bf16, None).unwrap();
             serde_json::to_string(&read_json(&to.path().join("config.json")).unwrap()).unwrap()
         };
         assert_eq!(rewrite(r#"{"dtype":"float16","a":1}"#), r#"{"dtype":"bfloat16","a":1}"#);
@@ -86,10 +106,26 @@ mod tests {
     }
 
     #[test]
+    fn a_reward_model_has_one_label_and_says_what_pads() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let text = r#"{"architectures":["LlamaForCausalLM"],"num_labels":3,"dtype":"float16","pad_token_id":null}"#;
+        fs::write(&path, text).unwrap();
+        let reward = RewardModel { class: "LlamaForSequenceClassification".into(), pad: Some(7) };
+        write_config(dir.path(), dir.path(), SaveDtype::F32, Some(&reward)).unwrap();
+        let expected = r#"{"architectures":["LlamaForSequenceClassification"],"dtype":"float32","pad_token_id":7,"id2label":{"0":"LABEL_0"},"label2id":{"LABEL_0":0}}"#;
+        assert_eq!(serde_json::to_string(&read_json(&path).unwrap()).unwrap(), expected);
+        // Nothing pads: transformers then takes sequences one by one.
+        let reward = RewardModel { pad: None, ..reward };
+        write_config(dir.path(), dir.path(), SaveDtype::F32, Some(&reward)).unwrap();
+        assert_eq!(read_json(&path).unwrap()["pad_token_id"], json!(null));
+    }
+
+    #[test]
     fn a_config_that_is_no_object_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("config.json"), "[]").unwrap();
-        let error = write_config(dir.path(), dir.path(), SaveDtype::F32).unwrap_err().to_string();
+        let error = write_config(dir.path(), dir.path(), SaveDtype::F32, None).unwrap_err().to_string();
         assert!(error.contains("config.json: is not a JSON object"), "{error}");
     }
 }

@@ -40,6 +40,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
+    /// Write the scores a reward model gives to texts
+    Score(ScoreArgs),
     /// Measure how often a model prefers the chosen completion to the rejected one
     Eval(EvalArgs),
     /// Complete a prompt with a model
@@ -454,6 +456,37 @@ pub struct LogpsArgs {
     /// Result: one JSON object a row, log-probabilities in nats
     #[arg(long, value_name = "FILE.jsonl", help_heading = "Files")]
     pub out: PathBuf,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    #[command(flatten)]
+    pub batching: BatchingArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Examples:
+  cuvee score --model runs/reward --dataset pairs.jsonl --out scores.jsonl
+  cuvee score --model runs/reward --text 'Review: a fine film.'"
+)]
+pub struct ScoreArgs {
+    /// Reward model: a Hugging Face folder of a ..ForSequenceClassification with one label
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
+    pub model: PathBuf,
+    /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]
+    pub dataset: Option<PathBuf>,
+    /// Result: one JSON object a row; - is stdout
+    #[arg(long, value_name = "FILE.jsonl", requires = "dataset", help_heading = "Files")]
+    pub out: Option<PathBuf>,
+    /// Score this text alone and print the score; write --text=TEXT if it starts with a dash
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["dataset", "out"], help_heading = "Files")]
+    pub text: Option<String>,
     #[command(flatten)]
     pub limits: LimitArgs,
     #[command(flatten)]

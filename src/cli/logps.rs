@@ -19,10 +19,14 @@ use crate::references::Scorer;
 use crate::train::{check_positions, check_vocabulary};
 
 pub fn run(args: &LogpsArgs) -> Result<()> {
-    let path = &args.out;
-    let write = |out: &mut dyn Write| lines(args)?.iter().try_for_each(|line| writeln!(out, "{line}")).at(path);
+    write_rows(&args.out, &args.dataset, || device::run(&args.engine, args.precision.dtype, None, args))
+}
+
+/// Writes a line for each row to `path`, `-` for stdout.
+pub fn write_rows(path: &Path, dataset: &Path, lines: impl Fn() -> Result<Vec<Value>>) -> Result<()> {
+    let write = |out: &mut dyn Write| lines()?.iter().try_for_each(|line| writeln!(out, "{line}")).at(path);
     if path == Path::new("-") {
-        return lines(args)?.iter().try_for_each(|line| super::print(&format!("{line}\n")));
+        return lines()?.iter().try_for_each(|line| super::print(&format!("{line}\n")));
     }
     let place = fs::metadata(path);
     if place.as_ref().is_ok_and(|place| place.is_dir()) {
@@ -34,16 +38,18 @@ pub fn run(args: &LogpsArgs) -> Result<()> {
         return write(&mut OpenOptions::new().write(true).open(path).at(path)?);
     }
     // Behind a link lies the file to replace.
-    let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-    if args.dataset.canonicalize().is_ok_and(|dataset| dataset == path) {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    if dataset.canonicalize().is_ok_and(|dataset| dataset == path) {
         return Err(Error::option("--out", format!("{} is the data set itself; name another file", path.display())));
     }
     write_file_with(&path, write)
 }
 
-/// One line for each row, in order.
-fn lines(args: &LogpsArgs) -> Result<Vec<Value>> {
-    device::run(&args.engine, args.precision.dtype, None, args)
+/// A line for each row, in order: what `line` makes of an example and what was computed of it, or why there is none.
+pub fn by_row<T>(dataset: &Dataset, computed: &[T], line: impl Fn(&Example, &T) -> Value) -> Vec<Value> {
+    let skipped = dataset.skipped.iter().map(|(row, skip)| (*row, json!({"row": row, "skipped": skip.to_string()})));
+    let examples = dataset.examples.iter().zip(computed).map(|(example, of)| (example.row, line(example, of)));
+    skipped.chain(examples).collect::<BTreeMap<_, _>>().into_values().collect()
 }
 
 impl Job for &LogpsArgs {
@@ -57,18 +63,10 @@ impl Job for &LogpsArgs {
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
         dataset.report().iter().for_each(say);
-        let logps = match dataset.examples.is_empty() {
-            true => Vec::new(),
-            false => score(device, &checkpoint, &dataset, super::packing(&args.batching))?,
-        };
-        let mut lines: BTreeMap<usize, Value> = dataset
-            .skipped
-            .iter()
-            .map(|(row, skip)| (*row, json!({"row": row, "skipped": skip.to_string()})))
-            .collect();
-        for (example, sequences) in dataset.examples.iter().zip(&logps) {
+        let logps = score(device, &checkpoint, &dataset, super::packing(&args.batching))?;
+        Ok(by_row(&dataset, &logps, |example, sequences| {
             let sum = |s: usize| sequences[s].iter().map(|x| f64::from(*x)).sum::<f64>();
-            let line = match dataset.form {
+            match dataset.form {
                 Form::Pairs => json!({
                     "row": example.row,
                     "logps_chosen": sum(0),
@@ -82,20 +80,21 @@ impl Job for &LogpsArgs {
                 Form::Completions | Form::Text => {
                     json!({"row": example.row, "logps": sum(0), "tokens": sequences[0].len()})
                 }
-            };
-            lines.insert(example.row, line);
-        }
-        Ok(lines.into_values().collect())
+            }
+        }))
     }
 }
 
-/// `[examples][sequences][scored tokens]`, with a bar.
+/// `[examples][sequences][scored tokens]`, with a bar. Without examples nothing is loaded.
 pub fn score<B: Backend>(
     device: &B,
     checkpoint: &Checkpoint,
     dataset: &Dataset,
     packing: Packing,
 ) -> Result<Vec<Vec<Vec<f32>>>> {
+    if dataset.examples.is_empty() {
+        return Ok(Vec::new());
+    }
     check_vocabulary(checkpoint, [dataset])?;
     check_positions(checkpoint, [dataset])?;
     let largest = packing.largest(&packing.extents(&dataset.examples));

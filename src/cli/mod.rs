@@ -12,6 +12,7 @@ mod logps;
 mod plan;
 mod preview;
 mod recipe;
+mod score;
 mod train;
 
 use std::ffi::OsString;
@@ -68,6 +69,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Logps(args) => logps::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Preview(args) => preview::run(&args),
@@ -95,7 +97,7 @@ fn print(text: &str) -> Result<(), Error> {
 fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
     let sharing = if batching.no_prefix_sharing { crate::data::Sharing::Off } else { crate::data::Sharing::On };
     let budget = batching.micro_batch_tokens.unwrap_or(crate::train::MICRO_BATCH_TOKENS);
-    crate::data::Packing { budget, sharing }
+    crate::data::Packing { budget, sharing, read: crate::data::Read::Completions }
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
@@ -125,6 +127,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Train(args) => args.run.check(flags)?,
         Command::Plan(args) => args.run.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,

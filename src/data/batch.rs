@@ -25,9 +25,9 @@ pub struct Batch {
     /// Segments in order of their rows, without gaps.
     pub segments: Vec<Segment>,
     /// `[targets]` the row whose hidden state predicts target i. A prompt's last row predicts the first token of
-    /// every completion, so it occurs once per completion.
+    /// every completion, so it occurs once per completion. With [`Read::Last`] the row that is read of sequence i.
     pub completion_rows: Vec<u32>,
-    /// `[targets]` the scored token ids.
+    /// `[targets]` the scored token ids; with [`Read::Last`] the tokens of the rows that are read.
     pub targets: Vec<u32>,
     /// Per sequence: its range in `completion_rows` and `targets`.
     pub sequences: Vec<Range<usize>>,
@@ -43,12 +43,29 @@ pub enum Sharing {
     Off,
 }
 
+/// Which rows the model's head reads.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Read {
+    /// Those that predict a scored token.
+    #[default]
+    Completions,
+    /// One of each sequence, which sees all others: what a reward model judges by. It is that of the last token that is
+    /// not `pad`, or of the first token where all are: where transformers' `..ForSequenceClassification` reads. Where
+    /// the padding token is also the one that ends a text, its row is therefore not the one that is read.
+    Last { pad: Option<u32> },
+}
+
 impl Batch {
     /// Lays the examples out in order: for each its shared prompt, if any, then its sequences.
     ///
     /// # Panics
     /// Where a sequence breaks `1 <= first < ids.len()`.
     pub fn new<'a>(examples: impl IntoIterator<Item = &'a Example>, sharing: Sharing) -> Self {
+        Self::reading(Read::Completions, examples, sharing)
+    }
+
+    /// The same for a head that reads other rows.
+    pub fn reading<'a>(read: Read, examples: impl IntoIterator<Item = &'a Example>, sharing: Sharing) -> Self {
         let mut batch = Self::default();
         for example in examples {
             let begin = batch.sequences.len();
@@ -56,7 +73,15 @@ impl Batch {
             let parent = (shared > 0).then(|| batch.push_segment(&example.sequences[0].ids[..shared], None));
             for sequence in &example.sequences {
                 let child = batch.push_segment(&sequence.ids[shared..], parent);
-                batch.push_targets(sequence, child);
+                match read {
+                    Read::Completions => {
+                        batch.push_targets(sequence, child, (sequence.first..sequence.ids.len()).map(|t| (t - 1, t)));
+                    }
+                    Read::Last { pad } => {
+                        let last = sequence.ids.iter().rposition(|id| Some(*id) != pad).unwrap_or(0);
+                        batch.push_targets(sequence, child, [(last, last)]);
+                    }
+                }
             }
             batch.examples.push(begin..batch.sequences.len());
         }
@@ -86,16 +111,19 @@ impl Batch {
         self.segments.len() - 1
     }
 
-    /// Scores `sequence`, whose last tokens are segment `child` and whose earlier ones are the child's parent.
-    fn push_targets(&mut self, sequence: &Sequence, child: usize) {
+    /// Reads `sequence`, whose last tokens are segment `child` and whose earlier ones are the child's parent, at
+    /// (index of a token, index of the token that is its target).
+    fn push_targets(&mut self, sequence: &Sequence, child: usize, reads: impl IntoIterator<Item = (usize, usize)>) {
         let child = self.segments[child];
         let row_of = |token: usize| match child.parent {
             Some(parent) if token < child.position => self.segments[parent].start + token,
             _ => child.start + token - child.position,
         };
         let begin = self.targets.len();
-        self.completion_rows.extend((sequence.first..sequence.ids.len()).map(|token| row_of(token - 1) as u32));
-        self.targets.extend_from_slice(&sequence.ids[sequence.first..]);
+        for (token, target) in reads {
+            self.completion_rows.push(row_of(token) as u32);
+            self.targets.push(sequence.ids[target]);
+        }
         self.sequences.push(begin..self.targets.len());
     }
 }
@@ -120,7 +148,7 @@ pub fn rows_of(example: &Example, sharing: Sharing) -> usize {
     extent_of(example, sharing).rows
 }
 
-/// What a batch of this example alone would be, without laying it out.
+/// What a batch of this example alone would be, without laying it out, where completions are read.
 pub fn extent_of(example: &Example, sharing: Sharing) -> Extent {
     let (sequences, shared) = (&example.sequences, shared_len(example, sharing));
     let lens = || sequences.iter().map(|sequence| sequence.ids.len());
@@ -245,6 +273,27 @@ mod tests {
         assert_eq!(batch.tokens, [7, 8, 9, 1, 9, 2]);
         assert_eq!(batch.targets, [1, 9, 2]);
         assert_eq!(batch.completion_rows, [2, 1, 4]);
+    }
+
+    #[test]
+    fn a_reward_is_read_at_the_end_of_each_sequence() {
+        const END: u32 = 9;
+        let pair = example(2, &[&[7, 8, 1, END, END], &[7, 8, END]]);
+        let text = example(1, &[&[END, END, END]]);
+        let rows = |read, sharing| {
+            let batch = Batch::reading(read, [&pair, &text], sharing);
+            let ranges: Vec<Range<usize>> = (0..3).map(|i| i..i + 1).collect();
+            assert_eq!((batch.sequences, batch.examples), (ranges, vec![0..2, 2..3]));
+            let tokens: Vec<u32> = batch.completion_rows.iter().map(|row| batch.tokens[*row as usize]).collect();
+            assert_eq!(tokens, batch.targets);
+            batch.completion_rows
+        };
+        // Rows: 7 8 | 1 9 9 | 9 | 9 9 9.
+        assert_eq!(rows(Read::Last { pad: None }, Sharing::On), [4, 5, 8]);
+        assert_eq!(rows(Read::Last { pad: Some(3) }, Sharing::On), [4, 5, 8]);
+        // What pads is passed over: of the second completion nothing is left, and its prompt is read.
+        assert_eq!(rows(Read::Last { pad: Some(END) }, Sharing::On), [2, 1, 6]);
+        assert_eq!(rows(Read::Last { pad: Some(END) }, Sharing::Off), [2, 6, 8]);
     }
 
     #[test]

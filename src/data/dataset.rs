@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use super::conversation::Content;
 use super::encode::{EncodeOptions, Encoded, Overflow, RowEncoder, Skip};
-use super::jsonl::{Form, Row, read_numbered};
+use super::jsonl::{Form, Parts, Row, read_numbered};
 use super::lint::Lint;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -81,10 +82,30 @@ impl Dataset {
     /// `Overflow::Error` (the first such line); messages and no chat template; `max_length` below 2. See also
     /// [`Dataset::not_empty`].
     pub fn load(path: &Path, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
+        let (form, numbered) = read_numbered(path)?;
+        Self::encode(path, form, numbered, tokenizer, options)
+    }
+
+    /// One text as the only row of form [`Form::Text`]. `name` stands for the file in messages.
+    ///
+    /// # Errors
+    /// As for [`Dataset::load`].
+    pub fn of_text(name: &str, text: &str, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
+        let parts = Parts::Text { text: Content::Text(text.to_string()) };
+        let row = Row { parts, label: None, margin: None, variables: Default::default() };
+        Self::encode(Path::new(name), Form::Text, vec![(1, row)], tokenizer, options)
+    }
+
+    fn encode(
+        path: &Path,
+        form: Form,
+        numbered: Vec<(usize, Row)>,
+        tokenizer: &Tokenizer,
+        options: &EncodeOptions,
+    ) -> Result<Self> {
         if let Some(max_length @ ..2) = options.max_length {
             return Err(Error::option("--max-length", format!("{max_length} leaves no token to score; use 2 or more")));
         }
-        let (form, numbered) = read_numbered(path)?;
         let conversational = numbered.iter().any(|(_, row)| row.has_messages());
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
         let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };

@@ -17,7 +17,7 @@ mod order;
 mod packing;
 mod tokenizer;
 
-pub use batch::{Batch, Extent, Segment, Sharing, extent_of, pack, rows_of};
+pub use batch::{Batch, Extent, Read, Segment, Sharing, extent_of, pack, rows_of};
 pub use chat::ChatTemplate;
 pub use conversation::{Content, Message};
 pub use dataset::{Dataset, Example, Merge, Sequence, label_name};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::batch::{Batch, Extent, Sharing, extent_of, pack};
+use super::batch::{Batch, Extent, Read, Sharing, extent_of, pack};
 use super::dataset::Example;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -10,22 +10,30 @@ pub struct Packing {
     /// Rows of a micro-batch, unless a single example has more.
     pub budget: usize,
     pub sharing: Sharing,
+    pub read: Read,
 }
 
 impl Packing {
     /// Consecutive batches, each with the range of `examples` it holds.
     pub fn batches<'a>(&self, examples: &'a [&'a Example]) -> impl Iterator<Item = (Range<usize>, Batch)> + 'a {
-        let sharing = self.sharing;
+        let Self { sharing, read, .. } = *self;
         let ranges = pack(examples, self.budget, sharing).into_iter();
         ranges.map(move |range| {
-            let batch = Batch::new(examples[range.clone()].iter().copied(), sharing);
+            let batch = Batch::reading(read, examples[range.clone()].iter().copied(), sharing);
             (range, batch)
         })
     }
 
     /// Sizes of the examples, which [`largest`](Self::largest) and [`bound`](Self::bound) read.
     pub fn extents<'a>(&self, examples: impl IntoIterator<Item = &'a Example>) -> Vec<Extent> {
-        examples.into_iter().map(|example| extent_of(example, self.sharing)).collect()
+        let extent = |example| {
+            let extent = extent_of(example, self.sharing);
+            match self.read {
+                Read::Completions => extent,
+                Read::Last { .. } => Extent { targets: extent.sequences, ..extent },
+            }
+        };
+        examples.into_iter().map(extent).collect()
     }
 
     /// The largest of the batches that consecutive examples of these sizes give: what [`batches`](Self::batches)
@@ -87,9 +95,11 @@ mod tests {
             budget in 1usize..60,
             at_most in 1usize..8,
             shared in proptest::bool::ANY,
+            last in proptest::bool::ANY,
         ) {
             let sharing = if shared { Sharing::On } else { Sharing::Off };
-            let packing = Packing { budget, sharing };
+            let read = if last { Read::Last { pad: Some(2) } } else { Read::Completions };
+            let packing = Packing { budget, sharing, read };
             let examples: Vec<Example> = lens.into_iter().map(|(p, c, r)| pair(p, c, r)).collect();
             let bound = packing.bound(&packing.extents(&examples), at_most);
             let all: Vec<&Example> = examples.iter().rev().collect();

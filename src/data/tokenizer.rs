@@ -18,6 +18,7 @@ pub struct Tokenizer {
     path: PathBuf,
     bos: Option<u32>,
     eos: Option<(u32, String)>,
+    pad: Option<u32>,
     stops: Vec<u32>,
     /// `bos_token`, `eos_token`, .. with their texts, for the chat template.
     special_tokens: Map<String, Value>,
@@ -56,9 +57,10 @@ impl Tokenizer {
         add_special_tokens(&mut encoder, &configs).at(&path)?;
         let eos = configs.special(&encoder, "eos")?;
         let bos = configs.special(&encoder, "bos").ok().flatten().map(|(id, _)| id);
+        let pad = configs.text("pad").and_then(|(_, text)| encoder.token_to_id(text));
         let stops = configs.stops(eos.as_ref().map(|(id, _)| *id));
         let special_tokens = configs.special_tokens(&encoder);
-        Ok(Self { encoder, path, bos, eos, stops, special_tokens })
+        Ok(Self { encoder, path, bos, eos, pad, stops, special_tokens })
     }
 
     /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
@@ -123,6 +125,12 @@ impl Tokenizer {
     /// The end-of-text token, id and text.
     pub fn eos(&self) -> Option<(u32, &str)> {
         self.eos.as_ref().map(|(id, text)| (*id, text.as_str()))
+    }
+
+    /// What TRL's RewardTrainer pads with: `pad_token`, else the end-of-text token. Nothing is padded here, but a reward
+    /// model is read behind the last token that is another ([`Read::Last`](super::Read::Last)).
+    pub fn pad(&self) -> Option<u32> {
+        self.pad.or(self.eos().map(|(id, _)| id))
     }
 
     /// Tokens that end a generated text: the end-of-text token and those that `generation_config.json` names.

@@ -1,6 +1,6 @@
 //! Activations: what the forward pass leaves for the backward, and scratch that layers share.
 
-use super::spec::Spec;
+use super::spec::{Head, Spec};
 use crate::data::Extent;
 use crate::device::{Arena, DType, Device, Kind, Tensor};
 use crate::ops::logprob_head;
@@ -106,13 +106,16 @@ pub struct Scratch<D: Device> {
     /// `[targets, hidden]`
     pub d_top: Tensor<D>,
     pub d_top_normed: Tensor<D>,
-    /// `[targets, 1]`
+    /// `[targets, 1]`, F32; for a reward model the scores' gradient, in the type of what the product gives it to.
     pub dlogp: Tensor<D>,
 }
 
 impl<D: Device> Scratch<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent) -> Self {
-        let dlogp = arena.floats(Kind::Activations, largest.targets, 1);
+        let dlogp = match spec.head {
+            Head::Score => arena.stored(Kind::Activations, largest.targets, 1),
+            Head::Tied | Head::Own => arena.floats(Kind::Activations, largest.targets, 1),
+        };
         let mut take = |rows, cols| arena.stored(Kind::Activations, rows, cols);
         let (wide, narrow) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let rows = largest.rows;
@@ -134,23 +137,26 @@ impl<D: Device> Scratch<D> {
     }
 }
 
-/// The completion rows on their way through the final norm and the head.
+/// The rows that are read, on their way through the final norm and the head.
 pub struct Top<D: Device> {
     /// `[targets, hidden]`
     pub rows: Tensor<D>,
     pub normed: Tensor<D>,
     /// `[targets, stats]`
     pub stats: Tensor<D>,
-    /// `[targets, 1]`
+    /// `[targets, 1]`; of a reward model the scores.
     pub logp: Tensor<D>,
     pub lse: Tensor<D>,
-    /// Logits of one tile.
+    /// Logits of one tile; empty where there are none.
     pub tile: Tensor<D>,
 }
 
 impl<D: Device> Top<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, targets: usize) -> Self {
-        let [tile_rows, tile_cols] = logprob_head::scratch_shape(targets);
+        let [tile_rows, tile_cols] = match spec.head {
+            Head::Score => [0, 0],
+            Head::Tied | Head::Own => logprob_head::scratch_shape(targets),
+        };
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
         let [rows, normed] = [(); 2].map(|()| arena.stored(Kind::Activations, targets, spec.hidden));
         let [stats, logp, lse] = [spec.norm.stats(), 1, 1].map(|cols| arena.floats(Kind::Activations, targets, cols));

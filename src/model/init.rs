@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::arch::Checkpoint;
 use super::load::{fingerprint, load};
-use super::{Model, Role};
+use super::{Model, Param, Role};
 use crate::checkpoint::Weights;
 use crate::device::{Device, Philox};
 use crate::error::Result;
@@ -43,19 +43,21 @@ const CHUNK: usize = 1 << 14;
 /// the residual stream with less), biases 0, norms 1. Each tensor draws from a stream named after it, so a value depends on
 /// the seed and its place alone. One tensor at a time is in the host's memory.
 pub fn init_random<D: Device>(device: &D, model: &mut Model<D>, seed: u64) -> Result<()> {
-    let mut values = Vec::new();
-    for param in model.params_mut() {
-        let (random, role, range) = (Philox::named(seed, &param.name), param.role, param.initializer_range);
-        let value = |i: usize| match role {
-            Role::Matrix => (range * random.normal(i as u64)) as f32,
-            Role::Bias => 0.0,
-            Role::Norm => 1.0,
-        };
-        values.resize(param.value.len(), 0.0);
-        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(chunk * CHUNK + i));
-        });
-        param.write(device, &values)?;
-    }
+    model.params_mut().into_iter().try_for_each(|param| draw(device, param, seed))?;
     model.fill_tables(device)
+}
+
+/// One weight of those.
+pub fn draw<D: Device>(device: &D, param: &mut Param<D>, seed: u64) -> Result<()> {
+    let (random, role, range) = (Philox::named(seed, &param.name), param.role, param.initializer_range);
+    let value = |i: usize| match role {
+        Role::Matrix => (range * random.normal(i as u64)) as f32,
+        Role::Bias => 0.0,
+        Role::Norm => 1.0,
+    };
+    let mut values = vec![0.0; param.value.len()];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        values.iter_mut().enumerate().for_each(|(i, x)| *x = value(chunk * CHUNK + i));
+    });
+    param.write(device, &values)
 }

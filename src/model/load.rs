@@ -1,7 +1,8 @@
 //! Checkpoints in and out.
 
 use super::arch::{Checkpoint, Slot};
-use super::{Model, Options, Param};
+use super::init::draw;
+use super::{Head, Model, Options, Param};
 use crate::checkpoint::{TensorSource, Weights};
 use crate::device::{DType, Device, Dry};
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String 
     let architecture = checkpoint.architecture;
     let place = |slot| (architecture.naming)(&checkpoint.spec, slot, 0).tensor;
     let mut names = architecture.spellings(name);
-    if checkpoint.spec.tied_head && name == place(Slot::Embedding) {
+    if checkpoint.stored_head == Head::Tied && name == place(Slot::Embedding) {
         names.extend(architecture.spellings(&place(Slot::Head)));
     }
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -21,9 +22,10 @@ fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String 
 
 /// Tensors that a file may have and nobody needs.
 fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
-    let (spec, architecture) = (&checkpoint.spec, checkpoint.architecture);
-    let head = (architecture.naming)(spec, Slot::Head, 0).tensor;
-    (spec.tied_head && architecture.spellings(&head).iter().any(|head| head == name)) || architecture.is_buffer(name)
+    let architecture = checkpoint.architecture;
+    let head = (architecture.naming)(&checkpoint.spec, Slot::Head, 0).tensor;
+    let unread = checkpoint.stored_head == Head::Tied || checkpoint.fresh_head.is_some();
+    (unread && architecture.spellings(&head).iter().any(|head| head == name)) || architecture.is_buffer(name)
 }
 
 /// Fills a model from its checkpoint. Every weight must be there with the shape that the config implies, and the
@@ -31,7 +33,14 @@ fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
 pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, model: &mut Model<D>) -> Result<()> {
     let mut used = Vec::new();
     let mut reader = Reader::default();
+    let fresh = fresh_head(checkpoint);
     for param in model.params_mut() {
+        if let Some((name, seed)) = &fresh
+            && param.name == *name
+        {
+            draw(device, param, *seed)?;
+            continue;
+        }
         let name = found_name(checkpoint, weights, &param.stored.tensor);
         param.write(device, reader.read(weights, &name, param)?)?;
         used.push(name);
@@ -44,6 +53,12 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
             Err(Error::file(weights.path_of(name), detail))
         }
     }
+}
+
+/// The weight that is drawn and not loaded, and its seed.
+fn fresh_head(checkpoint: &Checkpoint) -> Option<(String, u64)> {
+    let name = || (checkpoint.architecture.naming)(&checkpoint.spec, Slot::Score, 0).name();
+    checkpoint.fresh_head.map(|seed| (name(), seed))
 }
 
 /// Reads weights one after the other: at most one tensor and one weight that is a part of it are in memory.
@@ -75,7 +90,14 @@ pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
     let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
     let mut model = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
     let params = model.params_mut();
+    let fresh = fresh_head(checkpoint);
+    if let Some((name, seed)) = &fresh {
+        hasher.update(format!("{name} {seed}").as_bytes());
+    }
     for (tensor, _) in by_tensor(&params) {
+        if fresh.as_ref().is_some_and(|(name, _)| name == tensor) {
+            continue;
+        }
         weights.hash_into(&found_name(checkpoint, weights, tensor), &mut hasher);
     }
     hasher.finalize()

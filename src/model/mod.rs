@@ -12,6 +12,7 @@ mod layers;
 mod load;
 mod mlp;
 mod param;
+mod score;
 mod spec;
 
 pub use acts::{Acts, Keep};
@@ -21,7 +22,7 @@ pub use init::{Init, init_random};
 pub use kv::KvCache;
 pub use load::{Reader, load, sources};
 pub use param::{Param, Role};
-pub use spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 
 use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
@@ -38,8 +39,10 @@ pub struct Model<D: Device> {
     positions: Option<Param<D>>,
     blocks: Vec<Block<D>>,
     norm: NormLayer<D>,
-    /// `[vocab, hidden]`; `None` when the head is the embedding.
+    /// `[vocab, hidden]`, where the embedding is not the head.
     head: Option<Param<D>>,
+    /// `[1, hidden]`, the head of a reward model.
+    score: Option<Param<D>>,
     /// Where positions are rotations.
     rope: Option<RopeTable<D>>,
 }
@@ -70,12 +73,13 @@ impl<D: Device> Model<D> {
         let positions = spec.most_positions().map(|most| build.param(Slot::Position, 0, [most, spec.hidden]));
         let blocks = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
         let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden);
-        let head = (!spec.tied_head).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
+        let head = (spec.head == Head::Own).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
+        let score = (spec.head == Head::Score).then(|| build.param(Slot::Score, 0, [1, spec.hidden]));
         let rope = match &spec.positions {
             Positions::Rope(rope) => Some(RopeTable::new(build.arena, rope, options.positions, spec.head_dim)),
             Positions::Learned { .. } => None,
         };
-        Self { spec: spec.clone(), embed, positions, blocks, norm, head, rope }
+        Self { spec: spec.clone(), embed, positions, blocks, norm, head, score, rope }
     }
 
     /// Memory that `new` will take on a device that stores `storage`.
@@ -95,7 +99,8 @@ impl<D: Device> Model<D> {
     pub fn params_mut(&mut self) -> Vec<&mut Param<D>> {
         let blocks = self.blocks.iter_mut().flat_map(Block::params_mut);
         let start = std::iter::once(&mut self.embed).chain(self.positions.as_mut());
-        start.chain(self.norm.params_mut()).chain(self.head.as_mut()).chain(blocks).collect()
+        let heads = self.head.as_mut().into_iter().chain(self.score.as_mut());
+        start.chain(self.norm.params_mut()).chain(heads).chain(blocks).collect()
     }
 
     pub fn zero_grads(&mut self, device: &D) -> Result<()> {
@@ -160,8 +165,14 @@ impl<B: Backend> Model<B> {
     /// Adds to every trained weight's gradient. `dlogp` is the objective's derivative by each target's
     /// log-probability; `acts` is what `forward` left.
     pub fn backward(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
-        let size = batch.size();
         self.backward_head(device, batch, dlogp, acts)?;
+        self.backward_top(device, batch, acts)?;
+        self.backward_blocks(device, batch, acts)
+    }
+
+    /// From the gradient by the residual stream above the last block to those of the blocks and the embeddings.
+    fn backward_blocks(&mut self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
+        let size = batch.size();
         let context = Context { device, batch, rope: self.rope.as_ref() };
         for (layer, block) in self.blocks.iter_mut().enumerate().rev() {
             let recompute = acts.keep() == Keep::Inputs;
@@ -182,9 +193,9 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// From `dlogp` to the gradient by the residual stream above the last block.
+    /// From `dlogp` to the gradient by what the head reads.
     fn backward_head(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
-        let (rows, targets) = (batch.size().rows, batch.size().targets);
+        let targets = batch.size().targets;
         let (top, s) = acts.top_and_scratch();
         device.write_f64(dlogp, s.dlogp.top_mut(targets))?;
         device.zero(s.d_top_normed.top_mut(targets))?;
@@ -200,7 +211,13 @@ impl<B: Backend> Model<B> {
             scratch: top.tile.view_mut(),
             dh: s.d_top_normed.top_mut(targets),
             dweight: head.grad.as_mut().map(Tensor::view_mut),
-        })?;
+        })
+    }
+
+    /// Through the final norm to the gradient by the residual stream above the last block.
+    fn backward_top(&mut self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
+        let (rows, targets) = (batch.size().rows, batch.size().targets);
+        let (top, s) = acts.top_and_scratch();
         device.zero(s.d_top.top_mut(targets))?;
         let (dy, x, stats) = (s.d_top_normed.top(targets), top.rows.top(targets), top.stats.top(targets));
         self.norm.backward(device, dy, x, stats, s.d_top.top_mut(targets))?;

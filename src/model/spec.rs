@@ -39,6 +39,23 @@ impl Mlp {
     }
 }
 
+/// What reads the final norm's output.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Head {
+    /// The embedding, once more: logits of the next token.
+    Tied,
+    /// `[vocab, hidden]`: the same from weights of its own.
+    Own,
+    /// `[1, hidden]`: one number for a sequence, its reward. There are no logits.
+    Score,
+}
+
+impl Head {
+    pub fn language(tied: bool) -> Self {
+        if tied { Self::Tied } else { Self::Own }
+    }
+}
+
 /// How a token knows where it stands.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Positions {
@@ -91,8 +108,7 @@ pub struct Spec {
     pub qk_norm: bool,
     /// Per layer: keys that a query sees at most, itself included.
     pub windows: Vec<Option<usize>>,
-    /// The head is the embedding.
-    pub tied_head: bool,
+    pub head: Head,
     /// Standard deviation of `--init random`.
     pub initializer_range: f64,
     /// The same of the matrices that write to the residual stream.

@@ -1,10 +1,10 @@
 use crate::data::{self, Example, Extent, Packing};
 use crate::device::{Arena, DType, Device, Dry, Ledger, range};
 use crate::error::{Error, Result};
-use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options};
+use crate::model::{Acts, Batch, Checkpoint, Head, Init, Keep, Model, Options};
 use crate::ops::Backend;
 
-/// A frozen model that gives log-probabilities.
+/// A frozen model that gives log-probabilities or, a reward model, scores.
 pub struct Scorer<'a, B: Backend> {
     device: &'a B,
     /// For messages.
@@ -33,7 +33,8 @@ impl<'a, B: Backend> Scorer<'a, B> {
         Ok(Self { device, checkpoint, model, acts, batch })
     }
 
-    /// `[examples][sequences][scored tokens]`, nats, all finite. `done` is told how many examples are finished.
+    /// `[examples][sequences][scored tokens]`, nats, all finite; of a reward model one score for each sequence, if the
+    /// packing reads the [last](data::Read::Last) tokens. `done` is told how many examples are finished.
     pub fn score(
         &mut self,
         examples: &[&Example],
@@ -44,13 +45,22 @@ impl<'a, B: Backend> Scorer<'a, B> {
         let mut all = Vec::with_capacity(examples.len());
         for (range, host) in packing.batches(examples) {
             self.batch.load(self.device, &host)?;
-            self.model.forward(self.device, &self.batch, &mut self.acts)?;
+            let what = match self.checkpoint.spec.head {
+                Head::Score => {
+                    self.model.scores(self.device, &self.batch, &mut self.acts)?;
+                    "score"
+                }
+                Head::Tied | Head::Own => {
+                    self.model.forward(self.device, &self.batch, &mut self.acts)?;
+                    "log-probability"
+                }
+            };
             let mut logps = vec![0.0; host.targets.len()];
             self.device.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
             for (example, logps) in examples[range.clone()].iter().zip(by_example(&host, &logps)) {
                 if logps.iter().flatten().any(|x| !x.is_finite()) {
                     let row = example.row;
-                    let detail = format!("row {row} gets a log-probability that is not finite; are the weights sound?");
+                    let detail = format!("row {row} gets a {what} that is not finite; are the weights sound?");
                     return Err(Error::file(&self.checkpoint.dir, detail));
                 }
                 all.push(logps);

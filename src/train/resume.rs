@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::policy::Policy;
+use super::task::Task;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::{read_json, write_json};
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
@@ -31,13 +32,14 @@ pub struct RunState {
 pub fn save_model<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
-    source: &Path,
+    task: &Task,
     dir: &Path,
     dtype: SaveDtype,
 ) -> Result<()> {
+    let source = &task.checkpoint.dir;
     let params = policy.model.params_mut();
     save_safetensors(&dir.join(MODEL), &sources(device, &params), dtype)?;
-    write_config(source, dir, dtype)?;
+    write_config(source, dir, dtype, task.checkpoint.reward_model(&task.tokenizer).as_ref())?;
     copy_companions(source, dir)
 }
 

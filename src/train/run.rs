@@ -387,10 +387,10 @@ impl<B: Backend> Session<'_, B> {
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
         let trainer_state = self.trainer_state();
-        let (device, settings, state) = (self.device, self.settings, &self.state);
+        let (device, settings, task, state) = (self.device, self.settings, self.task, &self.state);
         let policy = &mut self.policy;
         write_dir(&path, |dir| {
-            save_model(device, policy, &settings.model, dir, settings.dtype)?;
+            save_model(device, policy, task, dir, settings.dtype)?;
             save_state(device, policy, state, dir, settings.dtype)?;
             trainer_state.write(&settings.output_dir, dir)
         })?;
@@ -425,7 +425,7 @@ impl<B: Backend> Session<'_, B> {
         self.sample()?;
         self.policy.rest();
         let output: &Path = &self.settings.output_dir;
-        save_model(self.device, &mut self.policy, &self.settings.model, output, self.settings.dtype)?;
+        save_model(self.device, &mut self.policy, self.task, output, self.settings.dtype)?;
         self.trainer_state().write(output, output)?;
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;

@@ -125,7 +125,7 @@ pub fn all(size: Size) -> Vec<Tiny> {
 pub fn open(size: Size, name: &'static str, own: Value) -> Tiny {
     let dir = tempfile::tempdir().unwrap();
     write_config(dir.path(), &merged(size.common(), own));
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let checkpoint = Checkpoint::from_config(dir.path(), &dir.path().join("config.json")).unwrap();
     Tiny { name, checkpoint, _dir: dir }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::pipe;
 
-use cuvee::data::{Example, Packing, Sequence, Sharing, Tokenizer};
+use cuvee::data::{Example, Packing, Read, Sequence, Sharing, Tokenizer};
 use cuvee::device::Cpu;
 use cuvee::model::{Checkpoint, Init};
 use cuvee::objectives;
@@ -112,7 +112,100 @@ fn eval_says_how_often_the_model_prefers_chosen() {
     assert!(text.contains("29 (1 skipped)") && text.contains("perplexity"), "{text}");
     w.write("text.jsonl", "{\"text\": \"Review: a fine film.\"}\n");
     let text = w.ok("eval --model model --dataset text.jsonl --json").stdout;
+    let labelled = json!({"prompt": "Review:", "completion": " a fine film.", "label": true});
+    w.write_lines("labelled.jsonl", &[labelled]);
+    let unpaired = parse(&w.ok("eval --model model --dataset labelled.jsonl --json").stdout);
+    assert_eq!((&unpaired["rows"], &unpaired["accuracy"]), (&json!(1), &Value::Null));
+    w.ok("logps --model model --dataset labelled.jsonl --out labelled.out.jsonl");
+    let line = w.lines("labelled.out.jsonl").remove(0);
+    assert_eq!((keys(&line), &line["label"]), (vec!["row", "label", "logps", "tokens"], &json!(true)));
     assert_eq!((&parse(&text)["accuracy"], &parse(&text)["margin"]), (&Value::Null, &Value::Null));
+}
+
+// ---- score -----------------------------------------------------------------------------------------------------
+
+/// The reward model that transformers scored, with the shipped tokenizer.
+fn reward_model(w: &Workspace) -> Vec<Line> {
+    w.copy_model("reward");
+    for file in ["config.json", "model.safetensors"] {
+        w.write(&format!("reward/{file}"), std::fs::read(root().join("tests/data/reward/llama").join(file)).unwrap());
+    }
+    let scores = std::fs::read(root().join("tests/data/reward/llama/scores.json")).unwrap();
+    serde_json::from_slice(&scores).unwrap()
+}
+
+fn assert_score(score: &Value, expected: &Value) {
+    let (score, expected) = (score.as_f64().unwrap(), expected.as_f64().unwrap());
+    assert!((score - expected).abs() < 1e-4, "{score}, expected {expected}");
+}
+
+#[test]
+fn score_gives_the_scores_of_transformers() {
+    let w = Workspace::new();
+    let expected = reward_model(&w);
+    let text =
+        |i: usize| [&expected[i]["prompt"], &expected[i]["completion"]].map(|part| part.as_str().unwrap()).concat();
+
+    let completion = |i: usize| json!({"prompt": expected[i]["prompt"], "completion": expected[i]["completion"]});
+    w.write_lines("completions.jsonl", &(0..expected.len()).map(completion).collect::<Vec<_>>());
+    w.ok("score --model reward --dataset completions.jsonl --out completions.out.jsonl");
+    for (i, line) in w.lines("completions.out.jsonl").iter().enumerate() {
+        assert_eq!((keys(line), &line["row"]), (vec!["row", "score"], &json!(i)));
+        assert_score(&line["score"], &expected[i]["score"]);
+    }
+
+    // Pairs, whose prompts are shared; an empty one is left out.
+    let pair = |i: usize, j: usize| json!({"prompt": expected[i]["prompt"], "chosen": expected[i]["completion"], "rejected": expected[j]["completion"]});
+    let mut rows = vec![pair(0, 1), pair(0, 2), pair(4, 5)];
+    rows[1]["rejected"] = json!("");
+    w.write_lines("pairs.jsonl", &rows);
+    let done = w.ok("score --model reward --dataset pairs.jsonl --out -");
+    assert!(done.stderr.contains("1 of 3 rows dropped: 1 empty completion"), "{}", done.stderr);
+    let lines: Vec<Line> = done.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((keys(&lines[1]), &lines[1]["skipped"]), (vec!["row", "skipped"], &json!("empty completion")));
+    for (row, [i, j]) in [(0, [0, 1]), (2, [4, 5])] {
+        assert_eq!(keys(&lines[row]), ["row", "score_chosen", "score_rejected"]);
+        assert_score(&lines[row]["score_chosen"], &expected[i]["score"]);
+        assert_score(&lines[row]["score_rejected"], &expected[j]["score"]);
+    }
+    let apart = w.ok("score --model reward --dataset pairs.jsonl --out - --no-prefix-sharing --micro-batch-tokens 1");
+    assert_eq!(apart.stdout, done.stdout);
+
+    let labelled = json!({"prompt": expected[3]["prompt"], "completion": expected[3]["completion"], "label": 0});
+    w.write_lines("more.jsonl", &[labelled]);
+    let line = parse(&w.ok("score --model reward --dataset more.jsonl --out -").stdout);
+    assert_eq!((keys(line.as_object().unwrap()), &line["label"]), (vec!["row", "label", "score"], &json!(false)));
+    assert_score(&line["score"], &expected[3]["score"]);
+
+    let mut command = w.command_of(&["score", "--model", "reward", "--text", &text(7)]);
+    let alone = Running::new(&mut command).wait();
+    assert_score(&parse(&alone.stdout), &expected[7]["score"]);
+    w.write_lines("text.jsonl", &[json!({"text": text(7)})]);
+    let line = parse(&w.ok("score --model reward --dataset text.jsonl --out -").stdout);
+    assert_eq!(line["score"], parse(&alone.stdout));
+}
+
+#[test]
+fn score_and_the_other_commands_name_the_wrong_kind_of_model() {
+    let w = Workspace::with_reviews(3);
+    reward_model(&w);
+    let data = "--dataset train.jsonl --out out.jsonl";
+    w.fails(1, &format!("score --model model {data}"), &["is a language model", "LlamaForSequenceClassification"]);
+    for line in [
+        format!("logps --model reward {data}"),
+        "eval --model model --ref-model reward --dataset train.jsonl".into(),
+        "generate --model reward --prompt a".into(),
+        format!("{TRAIN} --model reward --output-dir run"),
+        format!("{TRAIN} --model model --ref-model reward --output-dir run"),
+    ] {
+        w.fails(1, &line, &["reward: is a reward model", "a language model is wanted"]);
+    }
+    assert!(!w.exists("out.jsonl") && !w.exists("run"));
+    w.fails(2, "score --model reward", &["--dataset"]);
+    w.fails(2, "score --model reward --dataset train.jsonl", &["--out"]);
+    w.fails(2, "score --model reward --text a --out out.jsonl", &["--text"]);
+    w.fails(1, "score --model reward --text=", &["--text", "empty text"]);
+    w.fails(1, "score --model reward --dataset train.jsonl --out train.jsonl", &["is the data set itself"]);
 }
 
 // ---- preview, chat ---------------------------------------------------------------------------------------------
@@ -187,6 +280,29 @@ fn preview_is_readable_with_and_without_colour() {
 }
 
 #[test]
+fn preview_names_labels_and_margins() {
+    let w = Workspace::new();
+    let unpaired = |label: Value| json!({"prompt": "Review:", "completion": " a fine film.", "label": label});
+    w.write_lines("unpaired.jsonl", &[unpaired(json!(true)), unpaired(json!(0))]);
+    let shown = w.ok("preview --model model --dataset unpaired.jsonl --color always").stdout;
+    let scored = |name: &str, style: &str| format!("\n{name:<12}\x1b[22;{style}m");
+    assert!(shown.contains(&scored("desirable", "32")) && shown.contains(&scored("undesirable", "31")), "{shown}");
+    let row = parse(&w.ok("preview --model model --dataset unpaired.jsonl --row 1 --json").stdout);
+    assert_eq!((&row["label"], &row["sequences"][0]["name"]), (&json!(false), &json!("undesirable")));
+    w.write_lines("same.jsonl", &[unpaired(json!(true)), unpaired(json!(true))]);
+    let same = w.ok("preview --model model --dataset same.jsonl").stderr;
+    assert!(same.contains("all 2 completions are labelled desirable"), "{same}");
+    w.write_lines("wrong.jsonl", &[unpaired(json!(true)), unpaired(json!("yes"))]);
+    w.fails(1, "preview --model model --dataset wrong.jsonl", &["wrong.jsonl, line 2: column \"label\" is \"yes\""]);
+
+    w.write_lines("margin.jsonl", &[json!({"prompt": "Review:", "chosen": " a", "rejected": " b", "margin": 1.5})]);
+    let shown = w.ok("preview --model model --dataset margin.jsonl").stdout;
+    assert!(shown.contains("rejected tokens, margin 1.5\n"), "{shown}");
+    let row = parse(&w.ok("preview --model model --dataset margin.jsonl --json").stdout);
+    assert_eq!((&row["margin"], &row["label"]), (&json!(1.5), &Value::Null));
+}
+
+#[test]
 fn conversations_are_trained_scored_and_answered() {
     let w = Workspace::new();
     conversations(&w);
@@ -251,7 +367,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
     let checkpoint = Checkpoint::open(&w.path("model")).unwrap();
     let prompt = Tokenizer::load(&w.path("model")).unwrap().encode("Review:").unwrap();
     let device = Cpu::new(2).unwrap();
-    let packing = Packing { budget: 2048, sharing: Sharing::On };
+    let packing = Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions };
     for done in 0..ids.len() {
         let context = [&prompt[..], &ids[..done]].concat();
         let with = |token: u32| Sequence { ids: [&context[..], &[token]].concat(), first: context.len() };

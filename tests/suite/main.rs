@@ -8,5 +8,6 @@ mod multi_ref;
 mod objectives;
 mod ops;
 mod program;
+mod reward;
 mod step;
 mod tiny;

@@ -9,7 +9,7 @@ use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
 use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference, Tensor};
 use cuvee::model::arch::Slot;
-use cuvee::model::{Acts, Batch, Checkpoint, Keep, KvCache, Model, Options, Role, init_random, load, sources};
+use cuvee::model::{Acts, Batch, Checkpoint, Head, Keep, KvCache, Model, Options, Role, init_random, load, sources};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use serde_json::json;
@@ -408,7 +408,7 @@ fn a_frozen_matrix_saves_exactly_its_product() {
             assert_eq!(same, forward, "{}: {name}", tiny.name);
             all - backward
         };
-        let head = tiny.name_of(if spec.tied_head { Slot::Embedding } else { Slot::Head }, 0);
+        let head = tiny.name_of(if spec.head == Head::Tied { Slot::Embedding } else { Slot::Head }, 0);
         let head_product = (2 * size.targets * spec.hidden * spec.vocab) as u64;
         assert_eq!(without(&head), head_product, "{}: the head", tiny.name);
         let up = (2 * size.rows * spec.hidden * spec.mlp_dim) as u64;
@@ -944,7 +944,7 @@ fn every_weight_is_listed_once_with_its_role() {
         let names: std::collections::BTreeSet<&String> = params.iter().map(|p| &p.name).collect();
         assert_eq!(names.len(), params.len(), "{}", tiny.name);
         let head = tiny.name_of(Slot::Head, 0);
-        assert_eq!(names.contains(&head), !tiny.checkpoint.spec.tied_head, "{}", tiny.name);
+        assert_eq!(names.contains(&head), tiny.checkpoint.spec.head == Head::Own, "{}", tiny.name);
         for param in &params {
             let expected = match param.stored.tensor.as_str() {
                 name if name.ends_with("bias") => Role::Bias,

@@ -1,6 +1,6 @@
 //! One optimizer step: what an objective asks for arrives, what it returns is applied.
 
-use cuvee::data::{Example, Packing, Sequence, Sharing};
+use cuvee::data::{Example, Packing, Read, Sequence, Sharing};
 use cuvee::device::Cpu;
 use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
@@ -10,9 +10,9 @@ use cuvee::train::{Blueprint, Policy, StepBatch, StepResult, step};
 
 use crate::tiny::{self, SEED, Size};
 
-const PACKING: Packing = Packing { budget: 14, sharing: Sharing::On };
+const PACKING: Packing = Packing { budget: 14, sharing: Sharing::On, read: Read::Completions };
 /// Every step in one micro-batch.
-const ONE: Packing = Packing { budget: 1000, sharing: Sharing::On };
+const ONE: Packing = Packing { budget: 1000, sharing: Sharing::On, read: Read::Completions };
 const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
 
 fn pairs() -> Vec<Example> {

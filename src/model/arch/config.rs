@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::model::spec::{Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+use crate::model::spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 use crate::ops::gelu::Curve;
 
 /// Keys that do not change what a forward pass computes.
@@ -29,6 +29,7 @@ const HARMLESS: &[&str] = &[
     "n_ctx", // n_positions, once more
     "name_or_path",
     "pretraining_tp", // how the authors sliced their matrices
+    "problem_type",   // which loss a classifier was trained with
     "resid_pdrop",
     "task_specific_params",
     "tokenizer_class",
@@ -39,6 +40,9 @@ const HARMLESS: &[&str] = &[
     "unsloth_version",
     "use_cache",
 ];
+
+/// How the class of a sequence classifier ends.
+pub const CLASSIFIER: &str = "ForSequenceClassification";
 
 /// Above every vocabulary and window.
 const MAX_COUNT: u64 = 1 << 24;
@@ -100,7 +104,7 @@ impl Sizes {
             mlp_bias: false,
             qk_norm: false,
             windows: vec![None; layers],
-            tied_head: false,
+            head: Head::Own,
             initializer_range,
             residual_initializer_range: initializer_range,
         }
@@ -220,8 +224,8 @@ impl Config {
         let positions = Positions::Rope(self.rope(sizes.head_dim, &WHOLE_HEADS)?);
         let known = [("silu", Mlp::SwiGlu), ("swish", Mlp::SwiGlu)];
         let mlp = self.activation("hidden_act", &known)?.unwrap_or(Mlp::SwiGlu);
-        let tied_head = self.flag("tie_word_embeddings")?;
-        Ok(Spec { tied_head, ..sizes.spec(norm, positions, mlp, self.count("intermediate_size")?) })
+        let head = Head::language(self.flag("tie_word_embeddings")?);
+        Ok(Spec { head, ..sizes.spec(norm, positions, mlp, self.count("intermediate_size")?) })
     }
 
     /// An MLP without gate.
@@ -338,6 +342,32 @@ impl Config {
         types.iter().map(layer).collect()
     }
 
+    /// Whether the weights are those of a sequence classifier with one label, which is how a reward model is stored.
+    ///
+    /// # Errors
+    /// A classifier with several labels.
+    pub fn is_reward_model(&self) -> Result<bool> {
+        let classes = self.get("architectures").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let classifies = |class: &Value| class.as_str().is_some_and(|class| class.ends_with(CLASSIFIER));
+        let (count, names) = (self.optional_count("num_labels")?, self.get("id2label").and_then(Value::as_object));
+        if !classes.iter().any(classifies) {
+            return Ok(false);
+        }
+        // As in transformers: names, else a number, else 2.
+        match names.map(|names| names.len()).or(count).unwrap_or(2) {
+            1 => Ok(true),
+            labels => {
+                Err(self
+                    .error("id2label", format!("{labels} labels; a reward model has 1, classifiers are not supported")))
+            }
+        }
+    }
+
+    /// The id of a special token; `null` and -1 are none.
+    pub fn token(&self, key: &str) -> Option<u32> {
+        self.get(key).and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok())
+    }
+
     /// Refuses what nobody read, unless it is known to be harmless or is switched off.
     pub fn refuse_unread(&self) -> Result<()> {
         let read = self.read.borrow();
@@ -429,7 +459,7 @@ mod tests {
         let extra = json!({"_name_or_path": "x", "use_cache": true, "rope_interleaved": false, "quantization_config": null,
             "is_llama_config": true, "unk_token_id": 0, "output_attentions": false, "attention_dropout": 0.1, "pretraining_tp": 2});
         let spec = read("llama", extra).unwrap();
-        assert_eq!((spec.head_dim, spec.tied_head, spec.qkv_bias), (8, false, false));
+        assert_eq!((spec.head_dim, spec.head, spec.qkv_bias), (8, Head::Own, false));
         let key = (llama::ARCHITECTURE.naming)(&spec, super::super::Slot::Key, 2);
         assert_eq!(key.tensor, "model.layers.2.self_attn.k_proj.weight");
     }
@@ -488,10 +518,10 @@ mod tests {
     fn defaults_are_those_of_transformers() {
         let spec = neox(json!({"rotary_pct": null})).unwrap();
         assert!(matches!(spec.positions, Positions::Rope(Rope { theta: 10_000.0, rotary_dim: 2, .. })));
-        assert!(spec.parallel_residual && spec.qkv_bias && spec.out_bias && spec.mlp_bias && !spec.tied_head);
+        assert!(spec.parallel_residual && spec.qkv_bias && spec.out_bias && spec.mlp_bias && spec.head == Head::Own);
         assert_eq!((spec.norm, spec.mlp), (Norm::Layer { eps: 1e-5 }, Mlp::Gelu(Curve::Exact)));
         let spec = gpt2(json!({"n_ctx": 64, "summary_type": "cls_index", "task_specific_params": {"a": 1}})).unwrap();
-        assert_eq!((spec.mlp_dim, spec.mlp, spec.tied_head), (192, Mlp::Gelu(Curve::Tanh), true));
+        assert_eq!((spec.mlp_dim, spec.mlp, spec.head), (192, Mlp::Gelu(Curve::Tanh), Head::Tied));
         assert_eq!((spec.norm, spec.most_positions()), (Norm::Layer { eps: 1e-5 }, Some(64)));
     }
 

@@ -1,14 +1,15 @@
 //! GPT-2 (Radford et al., 2019): learned positions, layer norms, GELU; matrices stored as `[inputs, outputs]`.
 
 use super::config::{Config, Names};
-use super::{Architecture, QKV, Slot, Stored};
+use super::{Architecture, QKV, SCORE, Slot, Stored};
 use crate::error::Result;
 use crate::model::Role;
-use crate::model::spec::{Norm, Positions, Spec};
+use crate::model::spec::{Head, Norm, Positions, Spec};
 use crate::ops::gelu::Curve;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt2",
+    class: "GPT2",
     summary: "GPT-2, DistilGPT-2: learned positions, layer norm, GELU",
     spec,
     naming,
@@ -34,7 +35,7 @@ fn spec(config: &Config) -> Result<Spec> {
         qkv_bias: true,
         out_bias: true,
         mlp_bias: true,
-        tied_head: config.flag_or("tie_word_embeddings", true)?,
+        head: Head::language(config.flag_or("tie_word_embeddings", true)?),
         residual_initializer_range: sizes.initializer_range / (2.0 * sizes.layers as f64).sqrt(),
         ..sizes.spec(norm, positions, mlp, mlp_dim)
     })
@@ -48,6 +49,7 @@ fn naming(spec: &Spec, slot: Slot, layer: usize) -> Stored {
         Slot::FinalNorm => return Stored::whole("transformer.ln_f.weight".into()),
         Slot::FinalNormBias => return Stored::whole("transformer.ln_f.bias".into()),
         Slot::Head => return Stored::whole("lm_head.weight".into()),
+        Slot::Score => return Stored::whole(SCORE.into()),
         Slot::AttentionNorm => ("ln_1", "weight"),
         Slot::AttentionNormBias => ("ln_1", "bias"),
         Slot::Query | Slot::Key | Slot::Value => ("attn.c_attn", "weight"),

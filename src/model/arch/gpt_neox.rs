@@ -2,13 +2,14 @@
 //! rotations of a part of each head, attention and MLP side by side.
 
 use super::config::{Config, Names, RopeNames};
-use super::{Architecture, QKV, ROTARY_BUFFER, Slot, Stored};
+use super::{Architecture, QKV, ROTARY_BUFFER, SCORE, Slot, Stored};
 use crate::error::Result;
-use crate::model::spec::{Norm, Positions, Spec};
+use crate::model::spec::{Head, Norm, Positions, Spec};
 use crate::ops::gelu::Curve;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt_neox",
+    class: "GPTNeoX",
     summary: "GPT-NeoX, Pythia: layer norm, GELU, partial RoPE, parallel residual",
     spec,
     naming,
@@ -34,7 +35,7 @@ fn spec(config: &Config) -> Result<Spec> {
         qkv_bias: attention_bias,
         out_bias: attention_bias,
         mlp_bias: true,
-        tied_head: config.flag("tie_word_embeddings")?,
+        head: Head::language(config.flag("tie_word_embeddings")?),
         ..sizes.spec(norm, positions, mlp, config.count("intermediate_size")?)
     })
 }
@@ -46,6 +47,7 @@ fn naming(spec: &Spec, slot: Slot, layer: usize) -> Stored {
         Slot::FinalNorm => return Stored::whole("gpt_neox.final_layer_norm.weight".into()),
         Slot::FinalNormBias => return Stored::whole("gpt_neox.final_layer_norm.bias".into()),
         Slot::Head => return Stored::whole("embed_out.weight".into()),
+        Slot::Score => return Stored::whole(SCORE.into()),
         Slot::AttentionNorm => ("input_layernorm", "weight"),
         Slot::AttentionNormBias => ("input_layernorm", "bias"),
         Slot::Query | Slot::Key | Slot::Value => ("attention.query_key_value", "weight"),

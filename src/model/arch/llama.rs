@@ -7,6 +7,7 @@ use crate::model::Spec;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "llama",
+    class: "Llama",
     summary: "Llama 1 to 3.x, SmolLM2, TinyLlama: RMS norm, SwiGLU, RoPE, grouped heads",
     spec,
     naming: llama_names,

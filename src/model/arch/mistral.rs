@@ -7,6 +7,7 @@ use crate::model::Spec;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "mistral",
+    class: "Mistral",
     summary: "Mistral 7B and its kin: Llama with an optional sliding window",
     spec,
     naming: llama_names,

@@ -15,9 +15,11 @@ pub use stored::Stored;
 
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::hf::RewardModel;
 use crate::checkpoint::json::read_json;
+use crate::data::{Read, Tokenizer};
 use crate::error::{Error, Result};
-use crate::model::{Role, Spec};
+use crate::model::{Head, Role, Spec};
 use config::Config;
 
 /// A place in the model where a weight belongs.
@@ -49,6 +51,8 @@ pub enum Slot {
     FinalNorm,
     FinalNormBias,
     Head,
+    /// The head of a reward model.
+    Score,
 }
 
 impl Slot {
@@ -97,6 +101,8 @@ pub type Naming = fn(&Spec, Slot, usize) -> Stored;
 pub struct Architecture {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
+    /// How transformers' classes of it begin: `Llama`ForCausalLM.
+    class: &'static str,
     pub summary: &'static str,
     spec: fn(&Config) -> Result<Spec>,
     pub naming: Naming,
@@ -122,6 +128,11 @@ impl Architecture {
         std::iter::once(name.to_string()).chain(self.spellings.iter().filter_map(other)).collect()
     }
 
+    /// transformers' class of a reward model.
+    pub fn classifier(&self) -> String {
+        format!("{}{}", self.class, config::CLASSIFIER)
+    }
+
     pub fn is_buffer(&self, name: &str) -> bool {
         self.buffers.iter().any(|end| name.ends_with(end))
     }
@@ -135,12 +146,79 @@ pub fn all() -> &'static [Architecture] {
 pub struct Checkpoint {
     pub dir: PathBuf,
     pub architecture: &'static Architecture,
+    /// What is built of it.
     pub spec: Spec,
+    /// What its weights end in; another than the spec's where a language model becomes a reward model.
+    pub(super) stored_head: Head,
+    /// The seed of a reward model's head, where there is none to load.
+    pub(super) fresh_head: Option<u64>,
+    /// `pad_token_id`
+    pad: Option<u32>,
 }
 
 impl Checkpoint {
-    /// Reads `config.json`. A key that changes the mathematics and is not supported is refused by name.
+    /// A language model. Reads `config.json`; a key that changes the mathematics and is not supported is refused by
+    /// name, and so is a reward model.
     pub fn open(dir: &Path) -> Result<Self> {
+        let checkpoint = Self::read(dir)?;
+        match checkpoint.spec.head {
+            Head::Score => Err(Error::file(
+                dir,
+                "is a reward model, which predicts no tokens, and a language model is wanted; `cuvee score` runs it",
+            )),
+            _ => Ok(checkpoint),
+        }
+    }
+
+    /// A reward model: transformers' `..ForSequenceClassification` with one label.
+    pub fn open_reward(dir: &Path) -> Result<Self> {
+        let checkpoint = Self::read(dir)?;
+        match checkpoint.spec.head {
+            Head::Score => Ok(checkpoint),
+            _ => {
+                let class = checkpoint.architecture.classifier();
+                let detail = format!(
+                    "is a language model, and a reward model ({class} with one label) is wanted; train one with a reward \
+                     objective (see `cuvee list objectives`)"
+                );
+                Err(Error::file(dir, detail))
+            }
+        }
+    }
+
+    /// A reward model to train: one as it is, or a language model whose head gives way to a random one of `seed`, as
+    /// transformers initializes it.
+    pub fn with_reward_head(dir: &Path, seed: u64) -> Result<Self> {
+        let mut checkpoint = Self::read(dir)?;
+        if checkpoint.spec.head != Head::Score {
+            checkpoint.spec.head = Head::Score;
+            checkpoint.fresh_head = Some(seed);
+        }
+        Ok(checkpoint)
+    }
+
+    /// Where a model's head reads its sequences.
+    pub fn reads(&self, tokenizer: &Tokenizer) -> Read {
+        match self.spec.head {
+            Head::Score => Read::Last { pad: self.reward_pad(tokenizer) },
+            Head::Tied | Head::Own => Read::Completions,
+        }
+    }
+
+    /// How a reward model is saved; `None` of a language model.
+    pub fn reward_model(&self, tokenizer: &Tokenizer) -> Option<RewardModel> {
+        let reward = || RewardModel { class: self.architecture.classifier(), pad: self.reward_pad(tokenizer) };
+        (self.spec.head == Head::Score).then(reward)
+    }
+
+    /// transformers finds the end of a padded sequence by the `pad_token_id` of the model; a language model that becomes
+    /// a reward model gets the one that TRL's RewardTrainer gives it.
+    fn reward_pad(&self, tokenizer: &Tokenizer) -> Option<u32> {
+        if self.fresh_head.is_some() { tokenizer.pad() } else { self.pad }
+    }
+
+    /// Either kind.
+    fn read(dir: &Path) -> Result<Self> {
         if !dir.is_dir() {
             return Err(Error::file(dir, "there is no such folder; a model is a folder with config.json in it"));
         }
@@ -151,7 +229,7 @@ impl Checkpoint {
         Self::from_config(dir, &config)
     }
 
-    /// The same with a configuration that is kept elsewhere.
+    /// Of either kind, with a configuration that is kept elsewhere.
     pub fn from_config(dir: &Path, config: &Path) -> Result<Self> {
         let config = Config::new(config, read_json(config)?)?;
         let model_type = config.text("model_type")?;
@@ -159,12 +237,18 @@ impl Checkpoint {
             let known: Vec<_> = ALL.iter().map(|a| a.model_type).collect();
             return Err(config.error("model_type", format!("\"{model_type}\" is not supported; {}", known.join(", "))));
         };
-        let spec = (architecture.spec)(&config)?;
+        let mut spec = (architecture.spec)(&config)?;
+        if config.is_reward_model()? {
+            spec.head = Head::Score;
+        }
+        let (stored_head, pad) = (spec.head, config.token("pad_token_id"));
         config.refuse_unread()?;
-        Ok(Self { dir: dir.to_path_buf(), architecture, spec })
+        Ok(Self { dir: dir.to_path_buf(), architecture, spec, stored_head, fresh_head: None, pad })
     }
 }
 
+/// What every architecture calls the head of a reward model.
+const SCORE: &str = "score.weight";
 /// The order of fused tensors.
 const QKV: [&str; 3] = ["query", "key", "value"];
 const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
@@ -175,6 +259,7 @@ fn llama_names(_: &Spec, slot: Slot, layer: usize) -> Stored {
         Slot::Embedding => return Stored::whole("model.embed_tokens.weight".into()),
         Slot::FinalNorm => return Stored::whole("model.norm.weight".into()),
         Slot::Head => return Stored::whole("lm_head.weight".into()),
+        Slot::Score => return Stored::whole(SCORE.into()),
         Slot::Position | Slot::AttentionNormBias | Slot::MlpNormBias | Slot::FinalNormBias => {
             unreachable!("the llama family rotates and has norms without biases")
         }

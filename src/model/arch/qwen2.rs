@@ -7,6 +7,7 @@ use crate::model::Spec;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen2",
+    class: "Qwen2",
     summary: "Qwen 2 and 2.5: Llama with q/k/v biases",
     spec,
     naming: llama_names,

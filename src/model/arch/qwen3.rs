@@ -7,6 +7,7 @@ use crate::model::Spec;
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen3",
+    class: "Qwen3",
     summary: "Qwen 3 (dense): Llama with normalized queries and keys",
     spec,
     naming: llama_names,

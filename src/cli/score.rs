@@ -1,0 +1,64 @@
+//! `cuvee score`
+//!
+//! Texts become tokens as in TRL's RewardTrainer: prompt and completion as one text with EOS behind it, or what the chat
+//! template writes of them. TRL also scores an empty completion, and one without a prompt and a begin-of-text token; both
+//! are skipped here. The score is read where transformers reads it ([`Read::Last`](crate::data::Read::Last)): where the
+//! padding token is EOS, before that.
+
+use serde_json::{Value, json};
+
+use super::args::ScoreArgs;
+use super::device::{self, Job};
+use super::logps::{by_row, score, write_rows};
+use crate::data::{Dataset, EncodeOptions, Form, Packing, Tokenizer};
+use crate::error::{Error, Result};
+use crate::model::Checkpoint;
+use crate::ops::Backend;
+use crate::progress::say;
+
+pub fn run(args: &ScoreArgs) -> Result<()> {
+    let lines = || device::run(&args.engine, args.precision.dtype, None, args);
+    if let (Some(dataset), Some(out)) = (&args.dataset, &args.out) {
+        return write_rows(out, dataset, lines);
+    }
+    let line = lines()?.remove(0);
+    match line["score"].as_f64() {
+        Some(score) => super::print(&format!("{score}\n")),
+        None => {
+            Err(Error::option("--text", format!("is not scored: {}", line["skipped"].as_str().unwrap_or("skipped"))))
+        }
+    }
+}
+
+impl ScoreArgs {
+    fn dataset(&self, tokenizer: &Tokenizer, encode: &EncodeOptions) -> Result<Dataset> {
+        match (&self.dataset, &self.text) {
+            (Some(dataset), _) => Dataset::load(dataset, tokenizer, encode),
+            (None, text) => Dataset::of_text("--text", text.as_deref().unwrap_or(""), tokenizer, encode),
+        }
+    }
+}
+
+impl Job for &ScoreArgs {
+    type Output = Vec<Value>;
+
+    fn run<B: Backend>(self, device: &B) -> Result<Vec<Value>> {
+        let args = self;
+        device::check_dtype(device, args.precision.dtype)?;
+        let checkpoint = Checkpoint::open_reward(&args.model)?;
+        let tokenizer = Tokenizer::load(&args.model)?;
+        let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
+        let dataset = args.dataset(&tokenizer, &encode)?;
+        dataset.report().iter().for_each(say);
+        let packing = Packing { read: checkpoint.reads(&tokenizer), ..super::packing(&args.batching) };
+        let scores = score(device, &checkpoint, &dataset, packing)?;
+        Ok(by_row(&dataset, &scores, |example, sequences| {
+            let score = |s: usize| f64::from(sequences[s][0]);
+            match dataset.form {
+                Form::Pairs => json!({"row": example.row, "score_chosen": score(0), "score_rejected": score(1)}),
+                Form::Unpaired => json!({"row": example.row, "label": example.label, "score": score(0)}),
+                Form::Completions | Form::Text => json!({"row": example.row, "score": score(0)}),
+            }
+        }))
+    }
+}
