@@ -192,6 +192,7 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 logp: logp.view_mut(),
                 lse: lse.view_mut(),
                 entropy: None,
+                ln_sum_p2: None,
             })
         });
         let dlogp = bench.tensor(DType::F32, rows, 1);

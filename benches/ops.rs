@@ -205,7 +205,16 @@ fn bench_head(c: &mut Criterion) {
             let (h, weight, target, scratch) = (h.view(), weight.view(), target.view(), scratch.view_mut());
             let (logp, lse) = (logp.view_mut(), lse.view_mut());
             b.cpu
-                .logprob_head(logprob_head::Forward { h, weight, target, scratch, logp, lse, entropy: None })
+                .logprob_head(logprob_head::Forward {
+                    h,
+                    weight,
+                    target,
+                    scratch,
+                    logp,
+                    lse,
+                    entropy: None,
+                    ln_sum_p2: None,
+                })
                 .expect("shapes fit");
         });
         measure(&mut group, format!("backward {shape}"), flop(3 * product), || {

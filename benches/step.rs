@@ -74,7 +74,7 @@ fn flops(checkpoint: &Checkpoint, host: &HostBatch) -> u64 {
     let mut batch = Batch::new(&mut arena, &size);
     batch.load(&dry, host).expect("it fits");
     model.forward(&dry, &batch, &mut acts).expect("counted");
-    model.backward(&dry, &batch, &vec![0.0; size.targets], &mut acts).expect("counted");
+    model.backward(&dry, &batch, &vec![0.0; size.targets], &mut acts, None).expect("counted");
     dry.flops()
 }
 

@@ -66,7 +66,7 @@ fn a_pass_takes_no_memory_and_starts_no_thread() {
     let dlogp = vec![0.1; size.targets];
     let mut pass = || {
         model.forward(&cpu, &batch, &mut acts).unwrap();
-        model.backward(&cpu, &batch, &dlogp, &mut acts).unwrap();
+        model.backward(&cpu, &batch, &dlogp, &mut acts, None).unwrap();
     };
     // Which thread takes which task is chance: give each the chance to grow its scratch.
     (0..20).for_each(|_| pass());

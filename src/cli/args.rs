@@ -217,7 +217,7 @@ fn param(name: &'static str, shared: &Shared) -> Arg {
             number(text, &format!("with {}", specs[0].domain_text()), fits)
         }),
         Domain::Choice { values, .. } => arg.value_name("NAME").value_parser(PossibleValuesParser::new(values)),
-        Domain::Switch => arg.action(ArgAction::SetTrue),
+        Domain::Switch => arg.action(ArgAction::SetTrue).value_parser(clap::value_parser!(bool)),
     }
 }
 

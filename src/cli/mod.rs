@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn objectives_are_a_list_with_weights() {
+    fn objectives_are_a_list_with_weights_and_switches() {
         let terms = |args: &TrainArgs| args.run.loss.choice().unwrap().terms;
         let two = train(&with(&["--objective", "sft", "--objective-weights", "1", "0.2", "--beta", "0.1"]));
         assert_eq!(terms(&two), [("sigmoid".into(), 1.0), ("sft".into(), 0.2)]);
@@ -500,6 +500,12 @@ mod tests {
         for weight in ["0", "-1", "nan", "x"] {
             assert!(failure(&with_train(&["--objective-weights", weight])).contains("expected a number above 0"));
         }
+
+        // A switch can be switched off again.
+        assert!(train(&with(&["--use-weighting"])).run.loss.params.on("use_weighting"));
+        let (_folder, path) = recipe("use_weighting = true\n");
+        assert!(train(&[&path]).run.loss.params.on("use_weighting"));
+        assert!(!train(&[&path, "--use-weighting=false"]).run.loss.params.on("use_weighting"));
 
         // A recipe has a list, and so has what is saved.
         let folder = tempfile::tempdir().unwrap();

@@ -147,6 +147,8 @@ pub struct Top<D: Device> {
     /// `[targets, 1]`; of a reward model the scores.
     pub logp: Tensor<D>,
     pub lse: Tensor<D>,
+    /// `[targets, 1]`: ln sum p^2 over the vocabulary, where a pass is asked for it ([`Acts::with_ln_sum_p2`]).
+    pub ln_sum_p2: Option<Tensor<D>>,
     /// Logits of one tile; empty where there are none.
     pub tile: Tensor<D>,
 }
@@ -160,7 +162,7 @@ impl<D: Device> Top<D> {
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
         let [rows, normed] = [(); 2].map(|()| arena.stored(Kind::Activations, targets, spec.hidden));
         let [stats, logp, lse] = [spec.norm.stats(), 1, 1].map(|cols| arena.floats(Kind::Activations, targets, cols));
-        Self { rows, normed, stats, logp, lse, tile }
+        Self { rows, normed, stats, logp, lse, ln_sum_p2: None, tile }
     }
 }
 
@@ -190,6 +192,12 @@ impl<D: Device> Acts<D> {
         let top = Top::new(arena, spec, largest.targets);
         let scratch = (keep != Keep::Nothing).then(|| Scratch::new(arena, spec, largest));
         Self { keep, residual, blocks, work, top, scratch }
+    }
+
+    /// The same, with room for the logarithm of the sum of squared probabilities of each target: `forward` then fills it.
+    pub fn with_ln_sum_p2(mut self, arena: &mut Arena<D>) -> Self {
+        self.top.ln_sum_p2 = Some(arena.floats(Kind::Activations, self.top.logp.rows(), 1));
+        self
     }
 
     pub fn keep(&self) -> Keep {

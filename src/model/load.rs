@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 /// What the file calls a tensor: others may spell it differently, and a tied file may hold the embedding, the head,
 /// or both.
-fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String {
+pub(super) fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String {
     let architecture = checkpoint.architecture;
     let place = |slot| (architecture.naming)(&checkpoint.spec, slot, 0).tensor;
     let mut names = architecture.spellings(name);

@@ -14,6 +14,7 @@ mod mlp;
 mod param;
 mod score;
 mod spec;
+mod token_kl;
 
 pub use acts::{Acts, Keep};
 pub use arch::Checkpoint;
@@ -23,6 +24,7 @@ pub use kv::KvCache;
 pub use load::{Reader, load, sources};
 pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
+pub use token_kl::{KlActs, KlTerm, RefHeads};
 
 use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
@@ -123,6 +125,7 @@ impl<B: Backend> Model<B> {
             logp: top.logp.top_mut(targets),
             lse: top.lse.top_mut(targets),
             entropy: None,
+            ln_sum_p2: top.ln_sum_p2.as_mut().map(|ln_sum_p2| ln_sum_p2.top_mut(targets)),
         })
     }
 
@@ -169,9 +172,21 @@ impl<B: Backend> Model<B> {
     }
 
     /// Adds to every trained weight's gradient. `dlogp` is the objective's derivative by each target's
-    /// log-probability; `acts` is what `forward` left.
-    pub fn backward(&mut self, device: &B, batch: &Batch<B>, dlogp: &[f64], acts: &mut Acts<B>) -> Result<()> {
+    /// log-probability; `acts` is what `forward` left; `kl` is what it takes of the KLs to references, if anything.
+    pub fn backward(
+        &mut self,
+        device: &B,
+        batch: &Batch<B>,
+        dlogp: &[f64],
+        acts: &mut Acts<B>,
+        kl: Option<KlTerm<B>>,
+    ) -> Result<()> {
         self.backward_head(device, batch, dlogp, acts)?;
+        if let Some(kl) = kl {
+            let (top, s) = acts.top_and_scratch();
+            let (targets, head) = (batch.size().targets, self.head.as_mut().unwrap_or(&mut self.embed));
+            kl.backward(device, top.normed.top(targets), head, s.d_top_normed.top_mut(targets))?;
+        }
         self.backward_top(device, batch, acts)?;
         self.backward_blocks(device, batch, acts)
     }

@@ -10,42 +10,24 @@
 //! log-probs, which takes the place of the cross-entropy term on a target text, and its width is 1 after beta.
 //! At the kink the derivative is 0.
 
+use super::f_divergence::{F_ALPHA, F_DIVERGENCE};
 use super::pairwise::{self, PairLoss};
 use super::registry::{BETA, Entry};
-use super::{Needs, Objective, Outcome, Scope, Stats, Totals};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "hinge",
     aliases: &["slic"],
     paper: "Zhao et al., arXiv:2305.10425, anchored to the reference as in Rafailov et al., arXiv:2406.02900",
     summary: "SLiC: pushes a pair apart until beta * margin reaches 1, then leaves it alone",
-    params: &[BETA],
-    build: |params| Ok(Box::new(Hinge { beta: params["beta"] })),
+    params: &[BETA, F_DIVERGENCE, F_ALPHA],
+    build: |params| {
+        let beta = params["beta"];
+        pairwise::each("hinge", params, move |pair| hinge(beta, pair.margin()))
+    },
 };
 
-struct Hinge {
-    /// 1/nat, > 0.
-    beta: f64,
-}
-
-impl Objective for Hinge {
-    fn name(&self) -> &'static str {
-        ENTRY.name
-    }
-
-    fn needs(&self) -> Needs {
-        pairwise::NEEDS
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Pair
-    }
-
-    fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {
-        let beta = self.beta;
-        pairwise::mean(stats, totals, beta, |pair| {
-            let slack = 1.0 - beta * pair.margin();
-            PairLoss::of_margin(slack.max(0.0), if slack > 0.0 { -beta } else { 0.0 })
-        })
-    }
+/// max(0, 1 - beta margin)
+pub(super) fn hinge(beta: f64, margin: f64) -> PairLoss {
+    let slack = 1.0 - beta * margin;
+    PairLoss::of_margin(slack.max(0.0), if slack > 0.0 { -beta } else { 0.0 })
 }

@@ -10,17 +10,27 @@
 //! each a mean over pairs. Deviations from Eq. 17: `ipo` divides by lengths; `ipo_margin1` at beta is
 //! beta^2 times `ipo_sum` at beta / 2.
 
-use super::pairwise::{self, Pair, PairLoss};
+use super::f_divergence::{F_ALPHA, F_DIVERGENCE};
+use super::pairwise::{self, PairLoss};
 use super::registry::{BETA, Entry};
-use super::{Needs, Objective, Outcome, Scope, Stats, Totals};
 
 pub(super) const MEAN: Entry = Entry {
     name: "ipo",
     aliases: &[],
     paper: "Azar et al., arXiv:2310.12036, Eq. 17, with log-ratios averaged over tokens as in TRL",
     summary: "IPO as in TRL: regresses the margin of mean log-ratios to 1/(2 beta)",
-    params: &[BETA],
-    build: |params| Ok(Box::new(Ipo { beta: params["beta"], variant: Variant::Mean })),
+    params: &[BETA, F_DIVERGENCE, F_ALPHA],
+    build: |params| {
+        let target = 0.5 / params["beta"];
+        pairwise::each("ipo", params, move |pair| {
+            let residual = pair.chosen / pair.chosen_len - pair.rejected / pair.rejected_len - target;
+            PairLoss {
+                value: residual * residual,
+                by_chosen: 2.0 * residual / pair.chosen_len,
+                by_rejected: -2.0 * residual / pair.rejected_len,
+            }
+        })
+    },
 };
 
 pub(super) const SUM: Entry = Entry {
@@ -29,7 +39,10 @@ pub(super) const SUM: Entry = Entry {
     paper: "Azar et al., arXiv:2310.12036, Eq. 17",
     summary: "IPO as published: regresses the margin of summed log-ratios to 1/(2 beta)",
     params: &[BETA],
-    build: |params| Ok(Box::new(Ipo { beta: params["beta"], variant: Variant::Sum })),
+    build: |params| {
+        let target = 0.5 / params["beta"];
+        pairwise::each("ipo_sum", params, move |pair| squared(pair.margin() - target, 1.0))
+    },
 };
 
 pub(super) const MARGIN1: Entry = Entry {
@@ -38,59 +51,13 @@ pub(super) const MARGIN1: Entry = Entry {
     paper: "Azar et al., arXiv:2310.12036, scaled as in Rafailov et al., arXiv:2406.02900",
     summary: "IPO of the over-optimisation scaling laws: regresses beta * margin to 1",
     params: &[BETA],
-    build: |params| Ok(Box::new(Ipo { beta: params["beta"], variant: Variant::Margin1 })),
+    build: |params| {
+        let beta = params["beta"];
+        pairwise::each("ipo_margin1", params, move |pair| squared(beta * pair.margin() - 1.0, beta))
+    },
 };
 
-struct Ipo {
-    /// 1/nat, > 0 (1/(nat per token) in `ipo`).
-    beta: f64,
-    variant: Variant,
-}
-
-enum Variant {
-    Mean,
-    Sum,
-    Margin1,
-}
-
-impl Ipo {
-    fn loss(&self, pair: &Pair) -> PairLoss {
-        // The residual and its derivatives by the two log-ratios.
-        let target = 0.5 / self.beta;
-        let (residual, by_chosen, by_rejected) = match self.variant {
-            Variant::Mean => {
-                let (chosen, rejected) = (1.0 / pair.chosen_len, 1.0 / pair.rejected_len);
-                (pair.chosen * chosen - pair.rejected * rejected - target, chosen, -rejected)
-            }
-            Variant::Sum => (pair.margin() - target, 1.0, -1.0),
-            Variant::Margin1 => (self.beta * pair.margin() - 1.0, self.beta, -self.beta),
-        };
-        PairLoss {
-            value: residual * residual,
-            by_chosen: 2.0 * residual * by_chosen,
-            by_rejected: 2.0 * residual * by_rejected,
-        }
-    }
-}
-
-impl Objective for Ipo {
-    fn name(&self) -> &'static str {
-        match self.variant {
-            Variant::Mean => MEAN.name,
-            Variant::Sum => SUM.name,
-            Variant::Margin1 => MARGIN1.name,
-        }
-    }
-
-    fn needs(&self) -> Needs {
-        pairwise::NEEDS
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Pair
-    }
-
-    fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {
-        pairwise::mean(stats, totals, self.beta, |pair| self.loss(pair))
-    }
+/// The square of a residual that grows with the margin at `rate`.
+pub(super) fn squared(residual: f64, rate: f64) -> PairLoss {
+    PairLoss::of_margin(residual * residual, 2.0 * residual * rate)
 }

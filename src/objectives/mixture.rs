@@ -1,4 +1,4 @@
-//! What the user chose: one objective or a weighted sum of several (MPO, Wang et al., arXiv:2411.10442, Eq. 1, mixes a
+//! What the user chose: one objective or a weighted sum of several (MPO, Wang et al., arXiv:2411.10442, mixes a
 //! preference, a quality and a generation loss so), their parameters, and the modifiers that these switch on.
 //!
 //! ```text

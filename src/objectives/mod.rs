@@ -5,16 +5,37 @@
 //! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`. A new
 //! parameter needs no more: the command line, recipes and help read the registry. A [`Modifier`] is added alike.
 
+mod alphapo;
+mod aot;
+mod apo;
+mod bco;
+mod cpo;
+mod discopop;
+mod exo_pair;
+mod f_divergence;
 mod hinge;
 mod ipo;
 pub mod kl;
+mod kto;
+mod ld_dpo;
 mod mixture;
 pub mod mrpo;
+mod nca_pair;
+mod orpo;
 mod pairwise;
+mod rdpo;
 pub mod ref_weights;
+mod reference_free;
 mod registry;
+mod reward;
+mod robust;
 mod sft;
 mod sigmoid;
+mod sigmoid_norm;
+mod simpo;
+mod sppo_hard;
+mod unpaired;
+mod wpo;
 
 use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
@@ -26,12 +47,35 @@ pub use registry::{Domain, Entry, ParamSpec, Params, Shared, Value, find, params
 pub fn all() -> &'static [Entry] {
     &[
         // One objective a line.
+        alphapo::ENTRY,
+        aot::PAIRED,
+        aot::UNPAIRED,
+        apo::ZERO,
+        apo::DOWN,
+        apo::ZERO_UNPAIRED,
+        bco::ENTRY,
+        bco::PAIR,
+        cpo::SIGMOID,
+        cpo::HINGE,
+        cpo::IPO,
+        discopop::ENTRY,
+        exo_pair::ENTRY,
         hinge::ENTRY,
         ipo::MEAN,
         ipo::SUM,
         ipo::MARGIN1,
+        kto::ENTRY,
+        kto::PAIR,
+        nca_pair::ENTRY,
+        orpo::ENTRY,
+        rdpo::ENTRY,
+        reward::ENTRY,
+        robust::ENTRY,
         sft::ENTRY,
         sigmoid::ENTRY,
+        sigmoid_norm::ENTRY,
+        simpo::ENTRY,
+        sppo_hard::ENTRY,
     ]
 }
 
@@ -57,6 +101,8 @@ pub struct Modifier {
 pub fn modifiers() -> &'static [Modifier] {
     &[
         // One modifier a line.
+        wpo::MODIFIER,
+        ld_dpo::MODIFIER,
     ]
 }
 
@@ -230,6 +276,8 @@ pub enum Scope {
 pub struct Totals {
     pub pairs: f64,
     pub sequences: f64,
+    /// Sequences whose label is true.
+    pub desirable: f64,
     /// Completion tokens of the [supervised](Stats::supervised) sequences: of the chosen ones if there are pairs.
     pub tokens: f64,
     /// Completion tokens of all sequences.
@@ -237,11 +285,12 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// Counts one micro-batch; reads `lens` and `pairs` only, so it needs no forward pass. Totals add.
+    /// Counts one micro-batch; reads `lens`, `pairs` and `labels` only, so it needs no forward pass. Totals add.
     pub fn of(stats: &Stats) -> Self {
         Self {
             pairs: stats.pairs.len() as f64,
             sequences: stats.lens.len() as f64,
+            desirable: stats.labels.iter().filter(|&&label| label).count() as f64,
             tokens: stats.supervised().map(|s| stats.lens[s]).sum(),
             completion_tokens: stats.lens.iter().sum(),
         }
@@ -252,6 +301,7 @@ impl AddAssign for Totals {
     fn add_assign(&mut self, other: Self) {
         self.pairs += other.pairs;
         self.sequences += other.sequences;
+        self.desirable += other.desirable;
         self.tokens += other.tokens;
         self.completion_tokens += other.completion_tokens;
     }
@@ -260,8 +310,20 @@ impl AddAssign for Totals {
 /// A metric's name, as metrics.jsonl has it, and its value.
 pub type Metric = (Cow<'static, str>, f64);
 
+/// Joins the metrics of two micro-batches. They add, but for extremes, whose names begin with `min_` and `max_`.
+pub fn join_metrics(all: &mut Vec<Metric>, next: &[Metric]) {
+    for (name, value) in next {
+        match all.iter_mut().find(|(known, _)| known == name) {
+            Some((_, known)) if name.starts_with("min_") => *known = known.min(*value),
+            Some((_, known)) if name.starts_with("max_") => *known = known.max(*value),
+            Some((_, sum)) => *sum += value,
+            None => all.push((name.clone(), *value)),
+        }
+    }
+}
+
 /// What `Stats` contribute to the optimizer batch. Loss and metrics are divided by [`Totals`] already, so they
-/// add over micro-batches.
+/// [join](join_metrics) over micro-batches.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
     pub loss: f64,

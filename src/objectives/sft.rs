@@ -23,7 +23,7 @@ pub(super) const ENTRY: Entry = Entry {
 struct Sft;
 
 impl Objective for Sft {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         ENTRY.name
     }
 

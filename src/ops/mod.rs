@@ -11,6 +11,8 @@ mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod gemm_amx;
 mod gemm_fma;
+mod logits;
+mod logits_cuda;
 mod norm;
 pub(crate) mod simd;
 
@@ -26,6 +28,7 @@ pub mod rows;
 pub mod sample;
 pub mod sum_squares;
 pub mod swiglu;
+pub mod token_kl;
 
 pub use gemm::packed_bytes;
 
@@ -46,6 +49,7 @@ pub trait Backend:
     + sample::Sample
     + sum_squares::SumSquares
     + swiglu::SwiGlu
+    + token_kl::TokenKl
 {
 }
 

@@ -240,7 +240,7 @@ impl<'a> Workload<'a> {
             for (_, host) in packing.batches(examples) {
                 batch.load(&dry, &host)?;
                 model.forward(&dry, &batch, &mut acts)?;
-                model.backward(&dry, &batch, &vec![0.0; host.targets.len()], &mut acts)?;
+                model.backward(&dry, &batch, &vec![0.0; host.targets.len()], &mut acts, None)?;
             }
         }
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)

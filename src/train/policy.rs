@@ -98,7 +98,7 @@ impl<B: Backend> Policy<B> {
     pub fn backward(&mut self, device: &B, dlogp: &[f64]) -> Result<()> {
         let _range = range(c"backward");
         let pass = self.pass.as_mut().expect("a backward follows its forward");
-        self.model.backward(device, &pass.batch, dlogp, &mut pass.acts)
+        self.model.backward(device, &pass.batch, dlogp, &mut pass.acts, None)
     }
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {

@@ -6,7 +6,7 @@ use super::policy::Policy;
 use crate::data::{self, Example, Packing};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::{Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::objectives::{Grads, Metric, Needs, Objective, Scope, Stats, Totals, join_metrics};
 use crate::ops::Backend;
 
 /// Examples of one optimizer batch, with what the references said about them.
@@ -183,7 +183,7 @@ impl Pass<'_> {
             let outcome = self.objective.evaluate(&self.stats(micro, &logps), &totals);
             policy.backward(device, &dlogp(&micro.host, &outcome.grads, 0, 0))?;
             loss += outcome.loss;
-            add(&mut metrics, &outcome);
+            join_metrics(&mut metrics, &outcome.metrics);
         }
         self.check_loss(loss).map(|()| (loss, metrics))
     }
@@ -231,15 +231,6 @@ impl Pass<'_> {
         let rows = rows_of(self.batch.examples);
         let detail = format!("log-probabilities are finite, the loss of {rows} is not; {}", advice());
         Err(Error::NotFinite { step: self.step, what: "the loss".into(), detail })
-    }
-}
-
-fn add(metrics: &mut Vec<Metric>, outcome: &Outcome) {
-    for (name, value) in &outcome.metrics {
-        match metrics.iter_mut().find(|(known, _)| known == name) {
-            Some((_, sum)) => *sum += value,
-            None => metrics.push((name.clone(), *value)),
-        }
     }
 }
 

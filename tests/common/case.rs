@@ -36,6 +36,8 @@ pub struct Spec {
     pub role: Role,
     /// Row i belongs to row i of the batch and to no other.
     pub per_row: bool,
+    /// Column i belongs to row i of the batch and to no other.
+    pub per_col: bool,
     /// F32 on every device, whatever it keeps activations in.
     always_f32: bool,
     /// An op may round what it computes on the way to this output to what the device keeps activations in.
@@ -59,8 +61,8 @@ impl Spec {
             Role::Input | Role::Add | Role::InPlace => normals(name, rows * cols),
         };
         let dtype = if role == Role::Index { DType::U32 } else { DType::F32 };
-        let (per_row, always_f32, narrowed) = (false, false, false);
-        Self { name, rows, cols, role, per_row, always_f32, narrowed, dtype, values, indices: Vec::new() }
+        let [per_row, per_col, always_f32, narrowed] = [false; 4];
+        Self { name, rows, cols, role, per_row, per_col, always_f32, narrowed, dtype, values, indices: Vec::new() }
     }
 
     pub fn input(name: &'static str, shape: [usize; 2]) -> Self {
@@ -95,6 +97,10 @@ impl Spec {
         Self { per_row: true, ..self }
     }
 
+    pub fn per_col(self) -> Self {
+        Self { per_col: true, ..self }
+    }
+
     pub fn always_f32(self) -> Self {
         Self { always_f32: true, ..self }
     }
@@ -123,14 +129,26 @@ impl Spec {
         self
     }
 
-    /// Rows `first..first + rows` of a per-row tensor; the others whole.
+    /// What belongs to rows `first..first + rows` of the batch; tensors that belong to no row whole.
     pub fn cut(&self, first: usize, rows: usize) -> Self {
-        if !self.per_row {
-            return self.clone();
+        let (values, indices) = (self.part(&self.values, first, rows), self.part(&self.indices, first, rows));
+        let [kept_rows, cols] = match (self.per_row, self.per_col) {
+            (true, _) => [rows, self.cols],
+            (_, true) => [self.rows, rows],
+            _ => [self.rows, self.cols],
+        };
+        Self { rows: kept_rows, cols, values, indices, ..self.clone() }
+    }
+
+    /// The same of contents of this shape.
+    pub fn part<T: Copy>(&self, contents: &[T], first: usize, rows: usize) -> Vec<T> {
+        match (self.per_row, self.per_col) {
+            (true, _) => contents.get(first * self.cols..(first + rows) * self.cols).unwrap_or_default().to_vec(),
+            (_, true) => {
+                contents.chunks_exact(self.cols.max(1)).flat_map(|row| &row[first..first + rows]).copied().collect()
+            }
+            _ => contents.to_vec(),
         }
-        let at = first * self.cols..(first + rows) * self.cols;
-        let values = self.values.get(at.clone()).unwrap_or_default().to_vec();
-        Self { rows, values, indices: self.indices.get(at).unwrap_or_default().to_vec(), ..self.clone() }
     }
 
     /// Of another shape, with what fits of the contents and zeros behind.

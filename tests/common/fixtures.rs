@@ -75,7 +75,7 @@ impl<B: Backend> Bench<B> {
     }
 
     pub fn backward(&mut self, dlogp: &[f64]) -> Result<(), Failed> {
-        Ok(self.model.backward(&self.device, &self.batch, dlogp, &mut self.acts)?)
+        Ok(self.model.backward(&self.device, &self.batch, dlogp, &mut self.acts, None)?)
     }
 
     /// As a checkpoint would keep them: the way that weights take into a file.

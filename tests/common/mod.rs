@@ -3,5 +3,6 @@
 
 pub mod case;
 pub mod checks;
+pub mod kl;
 pub mod ops;
 pub mod tiny;

@@ -207,7 +207,7 @@ impl<B: Backend> Rig<B> {
 
     /// After `forward` of the same batch.
     pub fn backward(&mut self, host: &data::Batch) {
-        self.model.backward(&self.device, &self.batch, &weights(host.targets.len()), &mut self.acts).unwrap();
+        self.model.backward(&self.device, &self.batch, &weights(host.targets.len()), &mut self.acts, None).unwrap();
     }
 
     pub fn step(&mut self, host: &data::Batch) -> Step {

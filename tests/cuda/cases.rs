@@ -11,7 +11,8 @@ use crate::common::checks::{
     wrong_shapes_are_refused,
 };
 use crate::common::ops::head::{Head, HeadBackward};
-use crate::common::ops::{self, Visitor, activations, attention, head, norms, rope, updates};
+use crate::common::ops::token_kl::{TokenKl, TokenKlBackward};
+use crate::common::ops::{self, Visitor, activations, attention, head, norms, rope, token_kl, updates};
 use crate::{Case, Mode, WITH_CUBLASLT};
 
 /// Largest case in FLOPs. The emulator makes less than 10^9 a second, a fifth of that where it looks for races.
@@ -21,7 +22,7 @@ const MOST_FLOPS_WATCHED: u64 = 1 << 25;
 const STORAGES: [(&str, DType); 2] = [("f32", DType::F32), ("bf16", DType::Bf16)];
 
 /// Ops with products, which cuBLASLt may make.
-const PRODUCTS: [&str; 4] = ["linear", "linear_backward", "logprob_head", "logprob_head_backward"];
+const PRODUCTS: [&str; 5] = ["linear", "linear_backward", "logprob_head", "logprob_head_backward", "token_kl_backward"];
 
 /// Asks all of the first run. Of the others, which differ in the order of threads or in what watches them, it asks that
 /// results are close and repeat, on cases of a moderate size.
@@ -107,20 +108,40 @@ fn op(cuda: &Cuda, name: &str) {
     visit(&mut visitor);
 }
 
+fn with_workspace(storage: DType, workspace_bytes: usize) -> Cuda {
+    Cuda::open(&Options { workspace_bytes, ..Options::new(0, storage) }).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn needs_more_workspace<C: OpCase>(cuda: &Cuda, case: &C) {
+    let why = refusal(&with_workspace(cuda.storage(), 1 << 10), case, &specs_on(cuda, case)).map(|e| e.to_string());
+    assert!(why.as_ref().is_some_and(|why| why.contains("bytes of workspace")), "{why:?}");
+}
+
 /// The head works through rows in chunks where the workspace does not hold what all need: here one tile of rows, then less.
 fn head_in_a_small_workspace(cuda: &Cuda) {
-    let with = |workspace_bytes| {
-        Cuda::open(&Options { workspace_bytes, ..Options::new(0, cuda.storage()) }).unwrap_or_else(|e| panic!("{e}"))
-    };
+    let with = |workspace_bytes| with_workspace(cuda.storage(), workspace_bytes);
     let (forward, backward) = (Head::new([200, 31, 5003]), HeadBackward::full([200, 31, 5003]));
-    for workspace_bytes in [8 << 10, 4 << 10] {
+    for workspace_bytes in [12 << 10, 5 << 10] {
         compare(&with(workspace_bytes), &forward);
     }
     for workspace_bytes in [9 << 18, 9 << 17] {
         compare(&with(workspace_bytes), &backward);
     }
-    let why = refusal(&with(1 << 10), &backward, &specs_on(cuda, &backward)).map(|e| e.to_string());
-    assert!(why.as_ref().is_some_and(|why| why.contains("bytes of workspace")), "{why:?}");
+    needs_more_workspace(cuda, &backward);
+}
+
+/// So does the KL, whose rows take 17 KB each, backward up to 41 KB.
+fn token_kl_in_a_small_workspace(cuda: &Cuda) {
+    let forward = TokenKl { rows: 200, vocab: 5003, hidden: &[8, 9, 5] };
+    let backward = TokenKlBackward::full(forward);
+    for workspace_bytes in [3 << 20, 1 << 20] {
+        compare(&with_workspace(cuda.storage(), workspace_bytes), &forward);
+    }
+    for workspace_bytes in [8 << 20, 2 << 20] {
+        compare(&with_workspace(cuda.storage(), workspace_bytes), &backward);
+    }
+    needs_more_workspace(cuda, &forward);
+    needs_more_workspace(cuda, &backward);
 }
 
 /// Name, storage types, test.
@@ -137,6 +158,10 @@ fn special() -> Vec<Promise> {
         ("logprob_head::extreme_logits", f32_only, head::logprob_head_takes_extreme_logits),
         ("logprob_head::sum", f32_only, head::logprob_head_backward_sums_to_zero_over_the_vocabulary),
         ("logprob_head::workspace", &STORAGES, head_in_a_small_workspace),
+        ("token_kl::same_distribution", &STORAGES, token_kl::token_kl_to_the_same_distribution_is_zero),
+        ("token_kl::zero_probabilities", f32_only, token_kl::token_kl_takes_probabilities_of_zero),
+        ("token_kl::sum", f32_only, token_kl::token_kl_backward_sums_to_zero_over_the_vocabulary),
+        ("token_kl::workspace", &STORAGES, token_kl_in_a_small_workspace),
         ("sum_squares::overflow", f32_only, updates::sum_squares_overflow),
         ("rope::nan", &STORAGES, rope::rope_keeps_a_nan_in_its_pair),
         ("attention::heads", &STORAGES, attention::attention_refuses_heads_that_share_unevenly),

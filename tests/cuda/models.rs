@@ -11,6 +11,7 @@ use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use cuvee::optim::{self, Hyper, Optimizer};
 
+use crate::common::kl::KlRig;
 use crate::common::tiny::{self, Rig, Size, Step, Tiny, read};
 use crate::fixtures::{Expected, check_folder};
 use crate::{Body, Case, Mode};
@@ -141,6 +142,25 @@ fn decoding(name: &str, storage: DType) {
     }
 }
 
+/// A step with a KL term against the CPU's, and the same again.
+fn token_kl(name: &str, storage: DType) {
+    let (tiny, host) = (model(name), host(Sharing::On));
+    let refs = [&model("qwen2"), &model("neox")];
+    let run = || KlRig::new(|| open(storage), &tiny, &refs, &host, &|_| true).step(&host);
+    let (found, gradients) = run();
+    let (expected, exact) = KlRig::new(|| Cpu::new(1).unwrap(), &tiny, &refs, &host, &|_| true).step(&host);
+    let allowed = if storage == DType::F32 { F32 } else { BF16 };
+    let off = relative(&found[1], &expected[1]);
+    let worst = exact.iter().filter(|(name, _)| !name.ends_with("c_attn.bias.key"));
+    let worst = worst.map(|(name, exact)| relative(&gradients[name], exact)).fold(0.0, f64::max);
+    eprintln!("{name}: KLs off by {off:.1e}, gradients by {worst:.1e}");
+    assert!(
+        off <= allowed.gradients && worst <= allowed.gradients,
+        "{name}: KLs off by {off:e}, gradients by {worst:e}"
+    );
+    assert!(run() == (found, gradients), "{name}: other numbers the second time");
+}
+
 /// What transformers computes of the models in `tests/data/fixtures`.
 fn fixtures() -> impl Iterator<Item = Case> {
     let root = PathBuf::from(env::var_os("CUVEE_TEST_ROOT").unwrap_or_else(|| ".".into()));
@@ -164,7 +184,8 @@ pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = fixtures().collect();
     for name in tiny::all(Size::Small).iter().map(|tiny| tiny.name) {
         for (storage, dtype) in [("f32", DType::F32), ("bf16", DType::Bf16)] {
-            for (what, run) in [("step", step as fn(&str, DType)), ("decoding", decoding)] {
+            let runs = [("step", step as fn(&str, DType)), ("decoding", decoding), ("token_kl", token_kl)];
+            for (what, run) in runs.into_iter().filter(|(what, _)| *what != "token_kl" || name == "llama") {
                 cases.push(Case {
                     name: format!("model::{name}::{what}::{storage}"),
                     modes: &[Mode::Plain, Mode::Real],

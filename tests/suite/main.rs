@@ -12,3 +12,4 @@ mod program;
 mod reward;
 mod step;
 mod tiny;
+mod token_kl;

@@ -308,7 +308,7 @@ fn nothing_is_left_over_from_the_batch_before() {
             let values = embedding.view().f32s().to_vec();
             embedding.view_mut().into_f32s().fill(f32::NAN);
             assert!(rig.forward(&large).iter().all(|logp| logp.is_nan()), "NaN weights stay visible");
-            rig.model.backward(&rig.device, &rig.batch, &nan, &mut rig.acts).unwrap();
+            rig.model.backward(&rig.device, &rig.batch, &nan, &mut rig.acts, None).unwrap();
             assert!(rig.grads().values().flatten().any(|x| x.is_nan()));
             rig.model.params_mut()[0].value.view_mut().into_f32s().copy_from_slice(&values);
             assert_same_step(tiny.name, &rig.step(&small), &expected);
@@ -335,7 +335,7 @@ fn backward_adds<B: Backend>(new: impl Fn() -> B, tolerance: f64) {
             let part = HostBatch::new(part, Sharing::On);
             rig.forward(&part);
             let c = &weights(whole.targets.len())[done..][..part.targets.len()];
-            rig.model.backward(&rig.device, &rig.batch, c, &mut rig.acts).unwrap();
+            rig.model.backward(&rig.device, &rig.batch, c, &mut rig.acts, None).unwrap();
             done += part.targets.len();
         }
         assert_close_tensors(tiny.name, &rig.grads(), &once, tolerance);
@@ -393,7 +393,7 @@ fn flops(tiny: &Tiny, size: Extent, keep: Keep, trained: &dyn Fn(&str) -> bool) 
     batch.resize(size);
     model.forward(&device, &batch, &mut acts).unwrap();
     let forward = device.flops();
-    model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts).unwrap();
+    model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts, None).unwrap();
     [forward, device.flops() - forward]
 }
 
@@ -976,7 +976,7 @@ fn memory_is_flat_in_the_vocabulary_and_work_is_linear() {
                 tiny.build(&mut Dry::arena(DType::F32), &size, Keep::Inputs, &|_| true);
             batch.load(&device, &host).unwrap();
             model.forward(&device, &batch, &mut acts).unwrap();
-            model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts).unwrap();
+            model.backward(&device, &batch, &vec![0.0; size.targets], &mut acts, None).unwrap();
             device.flops()
         };
         assert_eq!([2, 3, 7].map(flops), [2, 3, 7].map(|copies| copies * flops(1)), "{name}");

@@ -5,7 +5,9 @@ use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use cuvee::Error;
-use cuvee::objectives::{self, Choice, Domain, Grads, Needs, Objective, ParamSpec, Params, Scope, Stats, Totals};
+use cuvee::objectives::{
+    self, Choice, Domain, Grads, Needs, Objective, Outcome, ParamSpec, Params, Scope, Stats, Totals, Value,
+};
 
 /// Half the width of log-ratios, nats: hardly trained, trained, collapsed, absurd.
 const SPREADS: [f64; 4] = [0.1, 10.0, 1e3, 1e4];
@@ -42,36 +44,40 @@ fn a_parameter_means_the_same_wherever_it_occurs() {
     }
 }
 
+/// What an objective holds constant on purpose stands still here: WPO's weights, as a token's `ln_sum_p2` moves with its
+/// log-prob, and what [`constants`] sees to.
 #[test]
 fn gradients_are_central_differences_of_the_loss() {
-    type Field = (&'static str, fn(&mut Stats) -> &mut Vec<f64>, fn(&Grads) -> &Vec<f64>);
+    type Field = (&'static str, fn(&Stats) -> usize, fn(&mut Stats, usize, f64), fn(&Grads) -> &Vec<f64>);
     const FIELDS: [Field; 5] = [
-        ("logps", |s| &mut s.logps, |g| &g.logps),
-        ("token_logps", |s| &mut s.token_logps, |g| &g.token_logps),
-        ("entropy", |s| &mut s.entropy, |g| &g.entropy),
-        ("scores", |s| &mut s.scores, |g| &g.scores),
-        ("values", |s| &mut s.values, |g| &g.values),
+        ("logps", |s| s.logps.len(), |s, i, by| s.logps[i] += by, |g| &g.logps),
+        ("token_logps", |s| s.token_logps.len(), move_token, |g| &g.token_logps),
+        ("entropy", |s| s.entropy.len(), |s, i, by| s.entropy[i] += by, |g| &g.entropy),
+        ("scores", |s| s.scores.len(), |s, i, by| s.scores[i] += by, |g| &g.scores),
+        ("values", |s| s.values.len(), |s, i, by| s.values[i] += by, |g| &g.values),
     ];
+    fn move_token(stats: &mut Stats, t: usize, by: f64) {
+        stats.token_logps[t] += by;
+        stats.ln_sum_p2.get_mut(t).into_iter().for_each(|x| *x += by);
+    }
     for_every_objective(|what, objective, stats| {
+        let stats = &constants(objective, stats);
         let totals = Totals::of(stats);
         let outcome = objective.evaluate(stats, &totals);
-        for (field, of_stats, of_grads) in FIELDS {
-            let grads = of_grads(&outcome.grads);
-            let mut moved = stats.clone();
-            let len = of_stats(&mut moved).len();
+        for (field, len, shift, of_grads) in FIELDS {
+            let (grads, len) = (of_grads(&outcome.grads), len(stats));
             assert!(grads.is_empty() || grads.len() == len, "{what}: {field}: {} derivatives of {len}", grads.len());
             for i in 0..len {
-                let x = of_stats(&mut moved)[i];
-                let (low, high) = (x - 1e-4, x + 1e-4);
-                let mut loss_at = |x| {
-                    of_stats(&mut moved)[i] = x;
+                let loss_at = |by: f64| {
+                    let mut moved = stats.clone();
+                    shift(&mut moved, i, by);
                     objective.evaluate(&moved, &totals).loss
                 };
-                let numeric = (loss_at(high) - loss_at(low)) / (high - low);
-                of_stats(&mut moved)[i] = x;
+                let step = 1e-4;
+                let numeric = (loss_at(step) - loss_at(-step)) / (2.0 * step);
                 let analytic = grads.get(i).copied().unwrap_or(0.0);
                 // Truncation, then the rounding of the two losses.
-                let tolerance = 1e-6 * analytic.abs() + 1e-9 + 1e-15 * outcome.loss.abs() / (high - low);
+                let tolerance = 1e-6 * analytic.abs() + 1e-9 + 1e-15 * outcome.loss.abs() / step;
                 assert!(
                     (numeric - analytic).abs() <= tolerance,
                     "{what}: {field}[{i}]: central difference {numeric}, derivative {analytic}"
@@ -79,6 +85,30 @@ fn gradients_are_central_differences_of_the_loss() {
             }
         }
     });
+}
+
+/// The same statistics, where no small change moves what an objective calls a constant.
+fn constants(objective: &dyn Objective, stats: &Stats) -> Stats {
+    let mut still = stats.clone();
+    if objective.name() == "kto_pair" {
+        // No mean log-ratio is above 0, where its KL is clamped.
+        let below = |logps: &[f64], reference: &mut Vec<f64>| {
+            reference.iter_mut().zip(logps).for_each(|(reference, logp)| *reference = logp + (logp - *reference).abs());
+        };
+        below(&still.logps, &mut still.ref_logps[0]);
+        still.ref_token_logps.iter_mut().for_each(|reference| below(&still.token_logps, reference));
+    }
+    if objective.name() == "aot_unpaired" {
+        // No two log-ratios are so close that a small change swaps their ranks: s is the remainder of each by 0.05.
+        for (s, (logp, reference)) in still.logps.iter().zip(&mut still.ref_logps[0]).enumerate() {
+            *reference = logp - 0.05 * (((logp - *reference) / 0.05).round() + s as f64 / 16.0);
+        }
+    }
+    if !objective.initial_state().is_empty() {
+        // A running mean over more rewards than a batch can move.
+        still.state = vec![0.3, 1e300];
+    }
+    still
 }
 
 #[test]
@@ -98,10 +128,12 @@ fn micro_batches_add_up_to_the_batch() {
         let [first, second] = parts.map(|part| objective.evaluate(&part, &totals));
         let near = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs().max(1.0);
         assert!(near(expected.loss, first.loss + second.loss), "{what}");
-        assert_eq!(expected.metrics.len(), first.metrics.len(), "{what}");
-        for (i, (metric, value)) in expected.metrics.iter().enumerate() {
-            assert_eq!((metric, metric), (&first.metrics[i].0, &second.metrics[i].0), "{what}");
-            assert!(near(*value, first.metrics[i].1 + second.metrics[i].1), "{what}: {metric}");
+        let mut metrics = first.metrics.clone();
+        objectives::join_metrics(&mut metrics, &second.metrics);
+        assert_eq!(expected.metrics.len(), metrics.len(), "{what}");
+        for ((metric, value), (joined_metric, joined)) in expected.metrics.iter().zip(&metrics) {
+            assert_eq!(metric, joined_metric, "{what}");
+            assert!(near(*value, *joined), "{what}: {metric}: {value} of the whole, {joined} of its parts");
         }
         let join = |of: fn(Grads) -> Vec<f64>| [of(first.grads.clone()), of(second.grads.clone())].concat();
         let joined = Grads {
@@ -121,22 +153,105 @@ fn micro_batches_add_up_to_the_batch() {
 #[test]
 fn nothing_is_nan_or_infinite_at_extreme_inputs() {
     for_every_objective(|what, objective, stats| {
-        let outcome = objective.evaluate(stats, &Totals::of(stats));
-        let Grads { logps, token_logps, entropy, scores, values, token_kl } = &outcome.grads;
-        let metrics = outcome.metrics.iter().map(|metric| &metric.1);
-        let grads = [logps, token_logps, entropy, scores, values].into_iter().chain(token_kl).flatten();
-        assert!(outcome.loss.is_finite() && grads.chain(metrics).all(|x| x.is_finite()), "{what}: {outcome:?}");
+        for (case, stats) in odd_batches(stats) {
+            let outcome = objective.evaluate(&stats, &Totals::of(&stats));
+            let Grads { logps, token_logps, entropy, scores, values, token_kl } = &outcome.grads;
+            let metrics = outcome.metrics.iter().map(|metric| &metric.1).chain(&outcome.state);
+            let grads = [logps, token_logps, entropy, scores, values].into_iter().chain(token_kl).flatten();
+            assert!(
+                outcome.loss.is_finite() && grads.chain(metrics).all(|x| x.is_finite()),
+                "{what}, {case}: {outcome:?}"
+            );
+        }
     });
 }
 
+/// The batch itself; labels of one kind; the first pair alone; completions that are certain.
+fn odd_batches(stats: &Stats) -> Vec<(&'static str, Stats)> {
+    let labels = |label| Stats { labels: vec![label; stats.labels.len()], ..stats.clone() };
+    let zero = |x: &Vec<f64>| vec![0.0; x.len()];
+    let certain = Stats {
+        logps: zero(&stats.logps),
+        ref_logps: stats.ref_logps.iter().map(zero).collect(),
+        token_logps: zero(&stats.token_logps),
+        ln_sum_p2: zero(&stats.ln_sum_p2),
+        ..stats.clone()
+    };
+    let alone = Stats { state: stats.state.clone(), ..micro_batch(stats, 0..2) };
+    vec![
+        ("as it is", stats.clone()),
+        ("all desirable", labels(true)),
+        ("all undesirable", labels(false)),
+        ("one pair", alone),
+        ("certain", certain),
+    ]
+}
+
 #[test]
-fn an_empty_micro_batch_contributes_nothing() {
-    for entry in objectives::all() {
-        let objective = example(entry);
-        let empty = Stats { ref_logps: vec![vec![]; *objective.needs().refs.start()], ..Stats::default() };
+fn an_empty_batch_contributes_nothing() {
+    for_every_objective(|what, objective, stats| {
+        let state = stats.state.clone();
+        let empty = Stats { offsets: vec![0], state, ..micro_batch(stats, 0..0) };
         let outcome = objective.evaluate(&empty, &Totals::default());
-        assert_eq!(outcome.loss, 0.0, "{}", entry.name);
-        assert!(outcome.metrics.iter().all(|metric| metric.1 == 0.0), "{}", entry.name);
+        assert_eq!(outcome.loss, 0.0, "{what}");
+        assert!(outcome.metrics.iter().all(|metric| metric.1 == 0.0), "{what}: {:?}", outcome.metrics);
+    });
+}
+
+/// Three times the same pair is that pair: same loss, same metrics, a third of each derivative.
+#[test]
+fn a_batch_of_equal_rows_is_one_of_them() {
+    for_every_objective(|what, objective, stats| {
+        let one = Stats { state: stats.state.clone(), ..micro_batch(stats, 0..2) };
+        let three = repeated(&one, 3);
+        let [single, several] = [&one, &three].map(|stats| objective.evaluate(stats, &Totals::of(stats)));
+        let near = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs().max(1.0);
+        assert!(near(single.loss, several.loss), "{what}: {} once, {} three times", single.loss, several.loss);
+        for (one, three) in single.metrics.iter().zip(&several.metrics) {
+            assert!(one.0 == three.0 && near(one.1, three.1), "{what}: {one:?} once, {three:?} three times");
+        }
+        for of in [|g: &Grads| g.logps.clone(), |g: &Grads| g.token_logps.clone(), |g: &Grads| g.scores.clone()] {
+            let (one, three) = (of(&single.grads), of(&several.grads));
+            for (i, x) in three.iter().enumerate() {
+                let x0 = one[i % one.len()] / 3.0;
+                assert!((x0 - x).abs() <= 1e-12 * x0.abs().max(1e-12), "{what}: {x0} expected, {x} found");
+            }
+        }
+    });
+}
+
+fn repeated(one: &Stats, times: usize) -> Stats {
+    fn copies<T: Copy>(x: &[T], times: usize) -> Vec<T> {
+        x.repeat(times)
+    }
+    let (sequences, tokens) = (one.lens.len(), one.offsets.last().copied().unwrap_or(0));
+    let mut offsets: Vec<usize> = Vec::new();
+    if !one.offsets.is_empty() {
+        let starts = (0..times).flat_map(|n| one.offsets[..sequences].iter().map(move |start| start + n * tokens));
+        offsets = starts.chain([times * tokens]).collect();
+    }
+    let pairs = (0..times).flat_map(|n| one.pairs.iter().map(move |&(w, l)| (w + n * sequences, l + n * sequences)));
+    let each = |columns: &[Vec<f64>]| columns.iter().map(|column| copies(column, times)).collect();
+    Stats {
+        logps: copies(&one.logps, times),
+        ref_logps: each(&one.ref_logps),
+        lens: copies(&one.lens, times),
+        pairs: pairs.collect(),
+        margins: copies(&one.margins, times),
+        labels: copies(&one.labels, times),
+        mismatched_logps: copies(&one.mismatched_logps, times),
+        mismatched_ref_logps: each(&one.mismatched_ref_logps),
+        rewards: copies(&one.rewards, times),
+        scores: copies(&one.scores, times),
+        offsets,
+        token_logps: copies(&one.token_logps, times),
+        ref_token_logps: each(&one.ref_token_logps),
+        old_token_logps: copies(&one.old_token_logps, times),
+        entropy: copies(&one.entropy, times),
+        ln_sum_p2: copies(&one.ln_sum_p2, times),
+        values: copies(&one.values, times),
+        token_kl: each(&one.token_kl),
+        ..one.clone()
     }
 }
 
@@ -151,11 +266,27 @@ fn where_policy_and_reference_agree_losses_are_known_and_margins_exactly_zero() 
         ("ipo", 0.25 / (beta * beta)),
         ("ipo_sum", 0.25 / (beta * beta)),
         ("ipo_margin1", 1.0),
+        ("sigmoid_norm", LN_2),
+        ("rdpo", LN_2),
+        ("nca_pair", 2.0 * LN_2),
+        ("bco_pair", 2.0 * LN_2),
+        ("sppo_hard", 0.5 / (beta * beta)),
+        ("apo_zero", 1.0),
+        ("apo_down", 1.0),
+        ("aot", LN_2),
+        ("aot_unpaired", LN_2),
+        ("kto_pair", 1.0),
+        ("discopop", 0.5 * LN_2 + 0.5),
     ];
     for (name, loss) in expected {
-        let objective = build(name, &beta_only(beta)).unwrap();
+        let mut params = beta_only(beta);
+        if name == "rdpo" {
+            params.set("rdpo_alpha", 0.1);
+        }
+        let objective = build(name, &params).unwrap();
         let mut stats = random_stats(&objective.needs(), 10.0, &mut Random(7));
         stats.ref_logps = vec![stats.logps.clone()];
+        stats.lens = vec![3.0; stats.lens.len()];
         let outcome = objective.evaluate(&stats, &Totals::of(&stats));
         assert!((outcome.loss - loss).abs() <= 1e-12 * loss, "{name}: {} instead of {loss}", outcome.loss);
         for metric in ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"] {
@@ -175,6 +306,180 @@ fn the_three_ipos_are_scalings_of_each_other() {
     assert!((loss("ipo", beta, &stats) - sum).abs() < 1e-12, "lengths of 1 average nothing");
     stats.lens = vec![3.0, 9.0];
     assert!((loss("ipo", beta, &stats) - 0.25 / (beta * beta)).abs() < 1e-12, "-3/3 and -9/9 have no margin");
+}
+
+/// Loss and derivatives are weighted sums; parameters go to the terms that take them; each term keeps its own memory.
+#[test]
+fn a_mixture_is_the_weighted_sum_of_its_terms() {
+    let terms = [("bco_pair", 0.5), ("sft", 2.0), ("aot", 1.0), ("bco", 0.25)];
+    let mut params = beta_only(0.3);
+    params.set("label_smoothing", 0.2);
+    params.set("running_delta", true);
+    let mixture = Choice { terms: terms.map(|(name, weight)| (name.into(), weight)).to_vec(), params: params.clone() };
+    let mixture = mixture.build().unwrap();
+    assert_eq!((mixture.name(), mixture.scope()), ("bco_pair + sft + aot + bco", Scope::Batch));
+    let needs = mixture.needs();
+    assert!(needs.refs == (1..=1) && needs.pairs && needs.labels && !needs.margins);
+    assert_eq!(mixture.initial_state(), [0.0; 4]);
+
+    let mut stats = random_stats(&needs, 10.0, &mut Random(3));
+    stats.state = vec![0.5, 10.0, -0.5, 20.0];
+    let totals = Totals::of(&stats);
+    let outcome = mixture.evaluate(&stats, &totals);
+    let (mut loss, mut state) = (0.0, vec![]);
+    let mut logps = vec![0.0; stats.logps.len()];
+    for ((name, weight), own) in terms.into_iter().zip([vec![0.5, 10.0], vec![], vec![], vec![-0.5, 20.0]]) {
+        let entry = objectives::find(name).unwrap();
+        let takes = |name: &str| entry.params.iter().any(|spec| spec.name == name);
+        let own_params = params.iter().filter(|of| takes(of.0)).map(|(name, value)| (name, value.clone())).collect();
+        let term = build(name, &own_params).unwrap().evaluate(&Stats { state: own, ..stats.clone() }, &totals);
+        loss += weight * term.loss;
+        logps.iter_mut().zip(&term.grads.logps).for_each(|(sum, grad)| *sum += weight * grad);
+        state.extend(term.state);
+        assert!(outcome.metrics.contains(&(format!("loss/{name}").into(), term.loss)), "{name}");
+        if name == "bco_pair" {
+            assert!(term.metrics.iter().all(|metric| outcome.metrics.contains(metric)), "the first term's metrics");
+        }
+    }
+    assert!((loss - outcome.loss).abs() < 1e-12 * loss.abs());
+    assert_eq!((outcome.grads.logps, outcome.state), (logps, state));
+    let mut names: Vec<_> = outcome.metrics.iter().map(|metric| metric.0.clone()).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), outcome.metrics.len(), "a metric twice: {:?}", outcome.metrics);
+}
+
+/// What is put around leaves is put around those with one reference, inside of modifiers.
+#[test]
+fn leaves_are_the_terms_with_one_reference() {
+    struct Leaf(Box<dyn Objective>);
+    impl Objective for Leaf {
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+        fn needs(&self) -> Needs {
+            Needs { refs: 1..=5, ..self.0.needs() }
+        }
+        fn scope(&self) -> Scope {
+            self.0.scope()
+        }
+        fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {
+            assert!(stats.pair_weights.len() == stats.pairs.len(), "modifiers are around leaves");
+            self.0.evaluate(stats, totals)
+        }
+    }
+    let mut params = beta_only(0.1);
+    params.set("use_weighting", true);
+    params.set("ld_alpha", 0.5);
+    params.set("simpo_gamma", 0.5);
+    let terms = ["sigmoid", "sft", "simpo"].map(|name| (name.to_string(), 1.0)).to_vec();
+    let wrapped = std::cell::RefCell::new(vec![]);
+    let leaf = |objective: Box<dyn Objective>| -> Box<dyn Objective> {
+        wrapped.borrow_mut().push(objective.name().to_string());
+        Box::new(Leaf(objective))
+    };
+    let objective = objectives::build(&Choice { terms, params }, &leaf).unwrap();
+    assert_eq!(*wrapped.borrow(), ["sigmoid"]);
+    assert_eq!(objective.needs().refs, 1..=5);
+    let stats = random_stats(&objective.needs(), 1.0, &mut Random(9));
+    assert!(objective.evaluate(&stats, &Totals::of(&stats)).loss.is_finite());
+}
+
+#[test]
+fn ld_dpo_at_one_changes_nothing_and_at_zero_cuts_tails_pair_by_pair() {
+    let stats = Stats {
+        logps: vec![-6.0, -3.0, -4.0],
+        lens: vec![3.0, 1.0, 2.0],
+        ref_logps: vec![vec![0.0; 3]],
+        pairs: vec![(0, 1), (0, 2)],
+        offsets: vec![0, 3, 4, 6],
+        token_logps: vec![-1.0, -2.0, -3.0, -3.0, -1.5, -2.5],
+        ref_token_logps: vec![vec![0.0; 6]],
+        ..Stats::default()
+    };
+    let totals = Totals::of(&stats);
+    let of = |alpha: f64| {
+        let params = Params::from_iter([("beta", 0.5), ("ld_alpha", alpha)]);
+        build("ipo_margin1", &params).unwrap().evaluate(&stats, &totals)
+    };
+    let plain = build("ipo_margin1", &beta_only(0.5)).unwrap().evaluate(&stats, &totals);
+    let same = of(1.0);
+    assert_eq!((same.loss, &same.metrics), (plain.loss, &plain.metrics));
+    let by_token: Vec<f64> = [0, 0, 0, 1, 2, 2].map(|s: usize| plain.grads.logps[s]).to_vec();
+    assert_eq!((same.grads.token_logps, same.grads.logps), (by_token, vec![]));
+
+    // Cut to one token against the first rejected completion, to two against the second.
+    let (first, second) = (0.5 * (-1.0 + 3.0) - 1.0, 0.5 * (-3.0 + 4.0) - 1.0);
+    let cut = of(0.0);
+    assert_eq!(cut.loss, 0.5 * (first * first + second * second));
+    assert_eq!(
+        cut.grads.token_logps,
+        [0.5 * (first + second), 0.5 * second, 0.0, -0.5 * first, -0.5 * second, -0.5 * second]
+    );
+}
+
+#[test]
+fn wpo_weights_are_constants_of_both_completions() {
+    let params = Params::from_iter([("beta", Value::from(0.5)), ("use_weighting", true.into())]);
+    let stats = Stats {
+        offsets: vec![0, 1, 2],
+        token_logps: vec![-2.0, -3.0],
+        ln_sum_p2: vec![-1.0, -2.5],
+        ..one_pair(1.0, 0.0)
+    };
+    let totals = Totals::of(&stats);
+    let weighted = build("hinge", &params).unwrap().evaluate(&stats, &totals);
+    let weight = (-1.0f64 - 0.5).exp();
+    assert!((weighted.loss - 0.5 * weight).abs() < 1e-15, "{}", weighted.loss);
+    assert_eq!(weighted.grads, Grads { logps: vec![-0.5 * weight, 0.5 * weight], ..Grads::default() });
+    assert!(weighted.metrics.contains(&("rewards/margins".into(), 0.5)), "metrics are those of the pairs");
+}
+
+#[test]
+fn kto_clamps_its_divergence_and_means_are_by_kind() {
+    let kto = build("kto", &Params::from_iter([("beta", 0.5)])).unwrap();
+    let mut stats = Stats {
+        logps: vec![1.0, 2.0, -4.0],
+        ref_logps: vec![vec![0.0; 3]],
+        lens: vec![1.0; 3],
+        labels: vec![true, true, false],
+        mismatched_logps: vec![-1.0, -1.0, -1.0],
+        mismatched_ref_logps: vec![vec![0.0; 3]],
+        ..Stats::default()
+    };
+    let get = |outcome: &Outcome, name: &str| outcome.metrics.iter().find(|metric| metric.0 == name).map(|m| m.1);
+    let outcome = kto.evaluate(&stats, &Totals::of(&stats));
+    let found = ["kl", "rewards/chosen", "rewards/rejected", "rewards/margins"].map(|name| get(&outcome, name));
+    assert_eq!(found, [Some(0.0), Some(0.75), Some(-2.0), Some(2.75)]);
+    stats.mismatched_logps = vec![3.0, 0.0, 0.0];
+    stats.labels = vec![true; 3];
+    let outcome = kto.evaluate(&stats, &Totals::of(&stats));
+    let found = ["kl", "rewards/rejected", "rewards/margins"].map(|name| get(&outcome, name));
+    assert_eq!(found, [Some(1.0), None, None]);
+}
+
+#[test]
+fn a_running_delta_is_the_mean_of_all_rewards_so_far() {
+    let params = Params::from_iter([("beta", Value::from(0.5)), ("running_delta", true.into())]);
+    let objective = build("bco_pair", &params).unwrap();
+    let mut stats = one_pair(4.0, 2.0);
+    stats.state = objective.initial_state();
+    for (rewards, state) in [((4.0, 2.0), [1.5, 2.0]), ((0.0, -2.0), [0.5, 4.0])] {
+        stats.logps = vec![rewards.0, rewards.1];
+        let outcome = objective.evaluate(&stats, &Totals::of(&stats));
+        assert_eq!(outcome.state, state);
+        assert!(outcome.metrics.contains(&("delta".into(), state[0])));
+        stats.state = outcome.state;
+    }
+}
+
+/// TRL's formula is NaN here; the limit of the logistic part is not.
+#[test]
+fn discopop_is_its_limit_where_the_exponential_overflows() {
+    let objective = build("discopop", &beta_only(1.0)).unwrap();
+    let stats = one_pair(-1000.0, 0.0);
+    let outcome = objective.evaluate(&stats, &Totals::of(&stats));
+    assert_eq!((outcome.loss, outcome.grads.logps), (1000.0, vec![-1.0, 1.0]));
 }
 
 #[test]
@@ -230,6 +535,60 @@ fn options_that_are_missing_unused_or_out_of_range_are_named() {
     refused("sft", &beta_only(0.1), "--beta", "sft does not use it, it takes no parameter");
     refused("sigmiod", &none, "--objective", "did you mean \"sigmoid\"?");
     assert!(build("sigmoid", &smoothing(0.0)).is_ok());
+    for name in ["robust", "exo_pair"] {
+        refused(name, &beta_only(0.1), "--label-smoothing", "requires it");
+    }
+    refused("exo_pair", &smoothing(0.0), "--label-smoothing", "0 < label_smoothing < 0.5");
+
+    let f = |name: &str, coefficient: Option<f64>| {
+        let mut params = beta_only(0.1);
+        params.set("f_divergence_type", name);
+        coefficient.into_iter().for_each(|value| params.set("f_alpha_divergence_coef", value));
+        params
+    };
+    let key = "--f-alpha-divergence-coef";
+    refused("sigmoid", &f("alpha_divergence", None), key, "requires it");
+    refused(
+        "sigmoid",
+        &f("js_divergence", Some(0.5)),
+        key,
+        "does nothing without --f-divergence-type alpha_divergence",
+    );
+    refused("sigmoid", &f("alpha", None), "--f-divergence-type", "one of reverse_kl, forward_kl");
+    refused("nca_pair", &f("forward_kl", None), "--f-divergence-type", "nca_pair does not use it");
+    assert!(build("hinge", &f("alpha_divergence", Some(1.0))).is_ok());
+
+    let with = |name: &str, value: Value| Params::from_iter([("beta", 0.1.into()), (name, value)]);
+    refused("sigmoid", &with("ld_alpha", 1.1.into()), "--ld-alpha", "ld_dpo expects 0 <= ld_alpha <= 1");
+    refused(
+        "cpo_ipo",
+        &Params::from_iter([("beta", 0.1), ("cpo_alpha", 0.0), ("ld_alpha", 0.5)]),
+        "--ld-alpha",
+        "with a reference",
+    );
+    refused("aot", &with("use_weighting", true.into()), "--use-weighting", "a mean over pairs");
+    refused("sigmoid", &with("use_weighting", 1.0.into()), "--use-weighting", "true or false");
+    refused("sigmoid", &with("beta", true.into()), "--beta", "got true");
+    assert!(build("aot", &with("use_weighting", false.into())).is_ok());
+    let none = Params::from_iter([("beta", 0.1), ("desirable_weight", 0.0), ("undesirable_weight", 0.0)]);
+    refused("kto", &none, "--desirable-weight", "nothing would be learnt");
+}
+
+#[test]
+fn a_mixture_that_says_nothing_or_too_much_is_refused() {
+    let refused = |terms: &[(&str, f64)], params: Params, expected: &str| {
+        let terms = terms.iter().map(|(name, weight)| (name.to_string(), *weight)).collect();
+        let message = Choice { terms, params }.build().err().expect("it must be refused").to_string();
+        assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+    };
+    refused(&[], Params::default(), "none is given");
+    refused(&[("dpo", 1.0), ("sigmoid", 1.0)], beta_only(0.1), "sigmoid is given twice");
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(&[("sigmoid", 1.0), ("sft", weight)], beta_only(0.1), "expected a number above 0");
+    }
+    let smoothing = Params::from_iter([("beta", 0.1), ("label_smoothing", 0.1)]);
+    refused(&[("hinge", 1.0), ("sft", 1.0)], smoothing, "hinge + sft does not use it, it takes --beta");
+    refused(&[("sft", 1.0)], Params::from_iter([("ld_alpha", 0.5)]), "sft does not use it");
 }
 
 fn refused(name: &str, params: &Params, expected_key: &str, expected_detail: &str) {
@@ -244,19 +603,47 @@ fn refused(name: &str, params: &Params, expected_key: &str, expected_detail: &st
 
 // ---- inputs ---------------------------------------------------------------------------------------------------
 
-/// Every entry at each spread, with the example value of each parameter and with the defaults.
+/// Every entry at each spread: with its defaults, with the example of each parameter, with every value of a choice, and
+/// inside of every modifier that fits, and inside of all of them.
 fn for_every_objective(check: impl Fn(&str, &dyn Objective, &Stats)) {
     for entry in objectives::all() {
-        let required = entry.params.iter().filter(|spec| spec.required());
-        let plain = required.map(|spec| (spec.name, spec.example())).collect();
-        let plain = build(entry.name, &plain).unwrap();
-        for (case, objective) in [("defaults", plain), ("examples", example(entry))] {
+        for params in settings(entry) {
+            let objective = build(entry.name, &params).unwrap_or_else(|e| panic!("{}: {e}", entry.name));
             for spread in SPREADS {
-                let stats = random_stats(&objective.needs(), spread, &mut Random(spread.to_bits()));
-                check(&format!("{}, {case}, spread {spread}", entry.name), objective.as_ref(), &stats);
+                let mut stats = random_stats(&objective.needs(), spread, &mut Random(spread.to_bits()));
+                stats.state = objective.initial_state();
+                check(&format!("{} with {params:?}, spread {spread}", entry.name), objective.as_ref(), &stats);
             }
         }
     }
+}
+
+fn settings(entry: &objectives::Entry) -> Vec<Params> {
+    let required = entry.params.iter().filter(|spec| spec.required());
+    let plain: Params = required.map(|spec| (spec.name, spec.example())).collect();
+    let with = |name: &str, value: Value| {
+        let mut params = plain.clone();
+        params.set(name, value.clone());
+        let dependent =
+            |spec: &&ParamSpec| spec.only_with.is_some_and(|(other, on)| other == name && value == on.into());
+        entry.params.iter().filter(dependent).for_each(|spec| params.set(spec.name, spec.example()));
+        params
+    };
+    let mut settings = vec![plain.clone(), entry.params.iter().map(|spec| (spec.name, spec.example())).collect()];
+    for spec in entry.params {
+        if let Domain::Choice { values, .. } = spec.domain {
+            settings.extend(values.iter().map(|value| with(spec.name, (*value).into())));
+        }
+    }
+    let needs = build(entry.name, &plain).unwrap().needs();
+    let fits = objectives::modifiers().iter().filter(|modifier| (modifier.applies)(&needs));
+    let mut all = plain.clone();
+    for modifier in fits {
+        settings.push(with(modifier.param.name, modifier.param.example()));
+        all.set(modifier.param.name, modifier.param.example());
+    }
+    settings.push(all);
+    settings
 }
 
 fn example(entry: &objectives::Entry) -> Box<dyn Objective> {
@@ -347,8 +734,8 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
         pair_weights: vec![],
         margins: when(!stats.margins.is_empty(), || pairs.clone().map(|(i, _)| stats.margins[i]).collect()),
         labels: cut(&stats.labels, &range),
-        mismatched_logps: vec![],
-        mismatched_ref_logps: vec![],
+        mismatched_logps: cut(&stats.mismatched_logps, &range),
+        mismatched_ref_logps: stats.mismatched_ref_logps.iter().map(|x| cut(x, &range)).collect(),
         groups: groups.map(|group| group.start - base..group.end - base).collect(),
         rewards: cut(&stats.rewards, &range),
         scores: cut(&stats.scores, &range),

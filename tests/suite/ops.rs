@@ -9,7 +9,7 @@ use cuvee::ops::merged_update::Step;
 use cuvee::ops::rope::Direction;
 use cuvee::ops::{Backend, sum_squares};
 
-use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, run, slots, specs_on, zero};
+use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, refusal, run, slots, specs_on, zero};
 use crate::common::checks::{
     self, assert_same_bits, compare, largest, largest_difference, nan_surfaces, same_again, same_elsewhere,
     same_for_some_rows, twice_is_double, unwanted_stay, wrong_shapes_are_refused,
@@ -21,6 +21,7 @@ use crate::common::ops::linear::{self, Linear, LinearBackward};
 use crate::common::ops::norms::{self, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward};
 use crate::common::ops::rope::Rope;
 use crate::common::ops::rows::{Gather, GatherBackward};
+use crate::common::ops::token_kl::{self, TokenKl, TokenKlBackward};
 use crate::common::ops::updates::{self, Update};
 use crate::common::ops::{Visitor, all, no_rows_are_no_work as no_work, rope, rows};
 
@@ -481,12 +482,80 @@ fn logprob_head_of_equal_logits_is_exactly_uniform() {
         let found = run(&cpu(), &case, &specs);
         let uniform = f64::from((vocab as f32).ln());
         assert_eq!((&found[4], &found[6]), (&vec![-uniform; 3], &vec![uniform; 3]), "vocab {vocab}");
+        assert_eq!(found[7], vec![-uniform; 3], "vocab {vocab}");
     }
 }
 
 #[test]
 fn logprob_head_backward_sums_to_zero_over_the_vocabulary() {
     head::logprob_head_backward_sums_to_zero_over_the_vocabulary(&cpu());
+}
+
+// ---- token_kl -------------------------------------------------------------------------------------------------
+
+#[test]
+fn token_kl_is_close_to_the_oracle() {
+    token_kl::forward(&mut Close);
+    token_kl::backward(&mut Close);
+}
+
+#[test]
+fn token_kl_backward_is_the_derivative() {
+    let forward = TokenKl { rows: 3, vocab: 7, hidden: &[4, 5, 3, 4] };
+    let backward = TokenKlBackward::full(forward);
+    let (specs, mut back) = (forward.specs(), backward.specs());
+    let values = run(&Reference, &forward, &specs);
+    for name in ["kl", "lse"] {
+        put(&mut back, name, output_of(&specs, &values, name));
+    }
+    zero(&mut back, &["dh", "dweight"]);
+    let gradients = run(&Reference, &backward, &back);
+    for (input, gradient) in [("h", "dh"), ("weight", "dweight")] {
+        let gradient = output_of(&back, &gradients, gradient);
+        assert_backward(&forward, &specs, input, "kl", &contents(&back, "dkl"), gradient);
+    }
+}
+
+#[test]
+fn token_kl_keeps_its_promises() {
+    token_kl::forward(&mut Promises);
+    token_kl::backward(&mut Promises);
+}
+
+#[test]
+fn token_kl_to_the_same_distribution_is_zero() {
+    token_kl::token_kl_to_the_same_distribution_is_zero(&cpu());
+    token_kl::token_kl_to_the_same_distribution_is_zero(&Reference);
+}
+
+#[test]
+fn token_kl_takes_probabilities_of_zero() {
+    token_kl::token_kl_takes_probabilities_of_zero(&cpu());
+    token_kl::token_kl_takes_probabilities_of_zero(&Reference);
+}
+
+#[test]
+fn token_kl_backward_sums_to_zero_over_the_vocabulary() {
+    token_kl::token_kl_backward_sums_to_zero_over_the_vocabulary(&cpu());
+}
+
+/// Each reference is one product with its head, whatever the direction; memory does not grow with their number.
+#[test]
+fn token_kl_costs_one_product_for_each_reference() {
+    let case = |hidden| TokenKl { rows: 47, vocab: 507, hidden };
+    let cases = [case(&[16, 16][..]), case(&[16, 16, 16]), case(&[16, 16, 16, 24])];
+    let product = 2 * 47 * 507 * 16;
+    let [one, two, three] =
+        cases.map(|c| [checks::flops(DType::F32, &c), checks::flops(DType::F32, &TokenKlBackward::full(c))]);
+    assert_eq!((one, two), ([2 * product, 4 * product], [3 * product, 5 * product]));
+    assert_eq!(three, [two[0] + product * 3 / 2, two[1] + product * 3 / 2]);
+}
+
+#[test]
+fn token_kl_without_references_is_refused() {
+    let case = TokenKl { rows: 3, vocab: 7, hidden: &[4] };
+    let why = refusal(&cpu(), &case, &case.specs()).unwrap().to_string();
+    assert!(why.contains("there are no references"), "{why}");
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------

@@ -1,46 +1,13 @@
 use rayon::prelude::*;
 
-use super::{Backward, Dims, Forward, LogprobHead, TILE_ROWS, TILE_VOCAB};
+use super::{Backward, Forward, LogprobHead, TILE_ROWS};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::ops::gemm::{Operand, Start, gemm};
+use crate::ops::logits::{ROWS_PER_TASK, tiles};
 use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
-
-/// Rows of one task of the softmax passes.
-const ROWS_PER_TASK: usize = 16;
 
 /// Differences below this have no weight: e^x is 0 long before. Keeps 0 * -inf, which is no number, out of sums of p ln p.
 const LOWEST: f32 = -1e4;
-
-/// One tile of logits: rows and vocabulary entries.
-struct Tile {
-    row: usize,
-    rows: usize,
-    entry: usize,
-    entries: usize,
-}
-
-/// All tiles, vocabulary innermost and in order.
-fn tiles(d: &Dims) -> impl Iterator<Item = Tile> {
-    let (rows, vocab) = (d.rows, d.vocab);
-    (0..rows).step_by(TILE_ROWS).flat_map(move |row| {
-        (0..vocab).step_by(TILE_VOCAB).map(move |entry| Tile {
-            row,
-            rows: TILE_ROWS.min(rows - row),
-            entry,
-            entries: TILE_VOCAB.min(vocab - entry),
-        })
-    })
-}
-
-/// Logits of a tile, `[tile.rows, tile.entries]`, at the front of `scratch`.
-fn logits<'a>(cpu: &Cpu, d: &Dims, t: &Tile, h: &[f32], w: &[f32], scratch: &'a mut [f32]) -> &'a mut [f32] {
-    let h = Operand::new(&h[t.row * d.hidden..][..t.rows * d.hidden], d.hidden);
-    let w = Operand::transposed(&w[t.entry * d.hidden..][..t.entries * d.hidden], d.hidden);
-    let logits = &mut scratch[..t.rows * t.entries];
-    gemm(cpu, [t.rows, t.entries, d.hidden], h, w, logits, Start::Zero);
-    logits
-}
 
 impl LogprobHead for Cpu {
     fn logprob_head(&self, a: Forward<Self>) -> Result<()> {
@@ -49,11 +16,12 @@ impl LogprobHead for Cpu {
         assert!(target.iter().all(|t| (*t as usize) < d.vocab), "logprob_head: a target lies past the vocabulary");
         let (scratch, logp, lse) = (a.scratch.into_f32s(), a.logp.into_f32s(), a.lse.into_f32s());
         let mut entropy = a.entropy.map(|entropy| entropy.into_f32s());
+        let mut ln_sum_p2 = a.ln_sum_p2.map(|ln_sum_p2| ln_sum_p2.into_f32s());
         // While tiles go by: `lse` holds the running maximum, `logp` the target's logit, `sums` what lies below that
         // maximum.
         let mut sums = [Sums::default(); TILE_ROWS];
-        for t in tiles(&d) {
-            let logits = logits(self, &d, &t, h, w, scratch);
+        for t in tiles(d.rows, d.vocab) {
+            let logits = t.logits(self, d.hidden, h, w, scratch);
             let at = t.row..t.row + t.rows;
             let (max, logp, sums) = (&mut lse[at.clone()], &mut logp[at.clone()], &mut sums[..t.rows]);
             if t.entry == 0 {
@@ -79,8 +47,12 @@ impl LogprobHead for Cpu {
                     *logp -= *lse;
                 }
                 if let Some(entropy) = &mut entropy {
-                    let rows = entropy[t.row..].iter_mut().zip(sums);
+                    let rows = entropy[t.row..].iter_mut().zip(&*sums);
                     rows.for_each(|(entropy, sum)| *entropy = sum.exp.ln() - sum.weighted / sum.exp);
+                }
+                if let Some(ln_sum_p2) = &mut ln_sum_p2 {
+                    let rows = ln_sum_p2[t.row..].iter_mut().zip(sums);
+                    rows.for_each(|(ln_sum_p2, sum)| *ln_sum_p2 = sum.squares.ln() - 2.0 * sum.exp.ln());
                 }
             }
         }
@@ -94,8 +66,8 @@ impl LogprobHead for Cpu {
         let entropy = a.dentropy.zip(a.entropy).map(|(d, entropy)| (d.f32s(), entropy.f32s()));
         let (scratch, dh) = (a.scratch.into_f32s(), a.dh.into_f32s());
         let mut dweight = a.dweight.map(|d| d.into_f32s());
-        for t in tiles(&d) {
-            let logits = logits(self, &d, &t, h, w, scratch);
+        for t in tiles(d.rows, d.vocab) {
+            let logits = t.logits(self, d.hidden, h, w, scratch);
             let chunk = ROWS_PER_TASK * t.entries;
             self.run(|| {
                 logits.par_chunks_mut(chunk).enumerate().for_each(|(task, logits)| {
@@ -108,14 +80,7 @@ impl LogprobHead for Cpu {
                     }
                 });
             });
-            let rows = t.row * d.hidden..(t.row + t.rows) * d.hidden;
-            let entries = t.entry * d.hidden..(t.entry + t.entries) * d.hidden;
-            let (dl, w) = (Operand::new(logits, t.entries), Operand::new(&w[entries.clone()], d.hidden));
-            gemm(self, [t.rows, d.hidden, t.entries], dl, w, &mut dh[rows.clone()], Start::Output);
-            if let Some(dweight) = &mut dweight {
-                let (dl, h) = (Operand::transposed(logits, t.entries), Operand::new(&h[rows], d.hidden));
-                gemm(self, [t.entries, d.hidden, t.rows], dl, h, &mut dweight[entries], Start::Output);
-            }
+            t.add_gradients(self, d.hidden, [logits, h, w], dh, dweight.as_deref_mut());
         }
         Ok(())
     }
@@ -128,13 +93,15 @@ struct Sums {
     exp: f32,
     /// `sum e^(l - max) (l - max)`
     weighted: f32,
+    /// `sum e^(2 (l - max))`
+    squares: f32,
 }
 
 dispatched! {
     /// Folds a tile's logits of one row into its running maximum and sums.
     fn accumulate(logits: &[f32], max: &mut f32, sums: &mut Sums) {
         let mut top = [*max; LANES];
-        let (mut lanes, mut weighted) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let [mut lanes, mut weighted, mut squares] = [[0.0f32; LANES]; 3];
         let body = logits.chunks_exact(LANES);
         let tail = body.remainder();
         for chunk in body.clone() {
@@ -143,21 +110,22 @@ dispatched! {
             }
         }
         let new = top.iter().chain(tail).fold(*max, |m, l| m.max(*l));
-        for chunk in body {
-            for ((lane, weighted), l) in lanes.iter_mut().zip(&mut weighted).zip(chunk) {
+        for chunk in body.chain([tail]) {
+            let sums = lanes.iter_mut().zip(&mut weighted).zip(&mut squares);
+            for (((lane, weighted), square), l) in sums.zip(chunk) {
                 let e = exp(l - new);
                 *lane += e;
                 *weighted += e * (l - new).max(LOWEST);
+                *square = e.mul_add(e, *square);
             }
-        }
-        for ((lane, weighted), l) in lanes.iter_mut().zip(&mut weighted).zip(tail) {
-            let e = exp(l - new);
-            *lane += e;
-            *weighted += e * (l - new).max(LOWEST);
         }
         let shrink = exp(*max - new);
         let moved = sums.weighted + sums.exp * (*max - new).max(LOWEST);
-        *sums = Sums { exp: sums.exp * shrink + sum_lanes(lanes), weighted: moved * shrink + sum_lanes(weighted) };
+        *sums = Sums {
+            exp: sums.exp * shrink + sum_lanes(lanes),
+            weighted: moved * shrink + sum_lanes(weighted),
+            squares: sums.squares * (shrink * shrink) + sum_lanes(squares),
+        };
         *max = new;
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! l = h W^T        lse = ln sum_v e^(l_v)        logp = l_target - lse            (nats)
-//! p_v = e^(l_v - lse)        H = -sum_v p_v ln p_v        (on request, nats)
+//! p_v = e^(l_v - lse)        H = -sum_v p_v ln p_v        ln_sum_p2 = ln sum_v p_v^2        (on request, nats)
 //! dl_v = dlogp (1[v = target] - p_v) - dH p_v (ln p_v + H)        dh += dl W        dW += dl^T h
 //! ```
 //! Logits exist one tile at a time in `scratch`; the backward computes them again from `h` and `lse` (as Cut
 //! Cross-Entropy does, Wijmans et al., arXiv:2411.09009). Tiles start at multiples of [`TILE_VOCAB`], so the
 //! log-sum-exp of a row is reduced in one order whatever the batch. Saved for the backward: `h`, `lse` (and `entropy`).
+//! `ln_sum_p2` has no backward: WPO (Zhou et al., arXiv:2406.11827) weights pairs with it as a constant.
 
 mod cpu;
 mod cuda;
@@ -41,6 +42,8 @@ pub struct Forward<'a, D: Device> {
     pub lse: ViewMut<'a, D>,
     /// `=` `[rows, 1]`: of the distribution over the vocabulary, nats
     pub entropy: Option<ViewMut<'a, D>>,
+    /// `=` `[rows, 1]`: the logarithm of the sum of squared probabilities over the vocabulary, -ln(vocab)..=0
+    pub ln_sum_p2: Option<ViewMut<'a, D>>,
 }
 
 pub struct Backward<'a, D: Device> {
@@ -93,8 +96,8 @@ impl<D: Device> Forward<'_, D> {
         for (what, view) in [("target", self.target), ("logp", self.logp.view()), ("lse", self.lse.view())] {
             super::require(OP, what, view.shape(), [rows, 1])?;
         }
-        if let Some(entropy) = &self.entropy {
-            super::require(OP, "entropy", entropy.shape(), [rows, 1])?;
+        for (what, view) in [("entropy", &self.entropy), ("ln_sum_p2", &self.ln_sum_p2)] {
+            view.as_ref().map_or(Ok(()), |view| super::require(OP, what, view.shape(), [rows, 1]))?;
         }
         check_scratch(OP, rows, self.scratch.shape())?;
         Ok(Dims { rows, hidden, vocab })

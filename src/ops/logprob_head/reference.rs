@@ -18,6 +18,7 @@ impl LogprobHead for Reference {
         let (h, w, target) = (a.h.f64s(), a.weight.f64s(), a.target.u32s());
         let (logp, lse) = (a.logp.into_f64s(), a.lse.into_f64s());
         let mut entropy = a.entropy.map(|entropy| entropy.into_f64s());
+        let mut ln_sum_p2 = a.ln_sum_p2.map(|ln_sum_p2| ln_sum_p2.into_f64s());
         for r in 0..d.rows {
             let l = logits(&h[r * d.hidden..][..d.hidden], w);
             let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -25,6 +26,10 @@ impl LogprobHead for Reference {
             logp[r] = l[target[r] as usize] - lse[r];
             if let Some(entropy) = &mut entropy {
                 entropy[r] = -l.iter().map(|l| weighted(l - lse[r])).sum::<f64>();
+            }
+            if let Some(ln_sum_p2) = &mut ln_sum_p2 {
+                let below = 2.0 * (max - lse[r]);
+                ln_sum_p2[r] = below + l.iter().map(|l| (2.0 * (l - max)).exp()).sum::<f64>().ln();
             }
         }
         Ok(())

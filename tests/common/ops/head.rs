@@ -17,7 +17,7 @@ pub struct Head {
     pub shape: [usize; 3],
     /// Factor on the weights, hence on the logits.
     pub scale: f64,
-    /// Entropy, and its gradient.
+    /// Entropy, and its gradient; ln sum p^2.
     pub entropy: bool,
 }
 
@@ -53,12 +53,13 @@ impl Case for Head {
     }
 
     fn specs(&self) -> Vec<Spec> {
-        let outputs = ["logp", "lse", "entropy"].map(|name| Spec::set(name, [self.shape[0], 1]).always_f32().per_row());
+        let outputs = ["logp", "lse", "entropy", "ln_sum_p2"]
+            .map(|name| Spec::set(name, [self.shape[0], 1]).always_f32().per_row());
         self.inputs().into_iter().chain(outputs).collect()
     }
 
     fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
-        tensors!(t => h, weight, target, scratch, logp, lse, entropy);
+        tensors!(t => h, weight, target, scratch, logp, lse, entropy, ln_sum_p2);
         device.logprob_head(logprob_head::Forward {
             h: h.view(),
             weight: weight.view(),
@@ -67,17 +68,19 @@ impl Case for Head {
             logp: logp.view_mut(),
             lse: lse.view_mut(),
             entropy: entropy.wanted(self.entropy),
+            ln_sum_p2: ln_sum_p2.wanted(self.entropy),
         })
     }
 
     fn naive(&self, specs: &[Spec], t: &mut [Vec<f32>]) {
-        tensors!(t => h, weight, _target, _scratch, logp, lse, entropy);
+        tensors!(t => h, weight, _target, _scratch, logp, lse, entropy, ln_sum_p2);
         for (r, h) in h.chunks_exact(self.shape[1]).enumerate() {
             let logits = self.naive_logits(h, weight);
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             lse[r] = max + logits.iter().fold(0.0, |sum, l| sum + (l - max).exp()).ln();
             logp[r] = logits[specs[2].indices[r] as usize] - lse[r];
             entropy[r] = -logits.iter().fold(0.0, |sum, l| sum + (l - lse[r]).exp() * (l - lse[r]));
+            ln_sum_p2[r] = logits.iter().fold(0.0, |sum, l| sum + (2.0 * (l - lse[r])).exp()).ln();
         }
     }
 
@@ -160,7 +163,7 @@ const PROMISES: [[usize; 3]; 3] = [[47, 123, 507], [252, 31, 1100], [1027, 5, 51
 pub fn forward<V: Visitor>(v: &mut V) {
     SHAPES.iter().for_each(|shape| v.close(&Head::new(*shape)));
     let full = Head::new([47, 31, 600]);
-    v.unwanted(&full, &Head { entropy: false, ..full }, &["entropy"], &[false]);
+    v.unwanted(&full, &Head { entropy: false, ..full }, &["entropy", "ln_sum_p2"], &[false, false]);
     for shape in PROMISES {
         v.repeatable(&Head::new(shape));
         v.rows(&Head::new(shape));
@@ -194,7 +197,7 @@ pub fn logprob_head_takes_extreme_logits<D: Backend>(device: &D) {
             weight[at] = logit;
             put(&mut specs, "weight", &weight);
             let (found, oracle) = (run(device, &case, &specs), run(&Reference, &case, &specs));
-            for (i, name) in [(4, "logp"), (5, "lse"), (6, "entropy")] {
+            for (i, name) in [(4, "logp"), (5, "lse"), (6, "entropy"), (7, "ln_sum_p2")] {
                 let (found, oracle) = (&found[i], &oracle[i]);
                 assert!(found.iter().all(|x| x.is_finite()), "{name}, {logit} at {at}: {found:?}");
                 // An ulp of 1e4 is 1e-3; the oracle itself is the straightforward evaluation here.

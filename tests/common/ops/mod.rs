@@ -21,6 +21,7 @@ pub mod linear;
 pub mod norms;
 pub mod rope;
 pub mod rows;
+pub mod token_kl;
 pub mod updates;
 
 /// What is asked of the cases of an op.
@@ -70,6 +71,8 @@ pub fn all<V: Visitor>() -> Vec<(&'static str, Visit<V>)> {
         ("merged_update", updates::merged_update),
         ("logprob_head", head::forward),
         ("logprob_head_backward", head::backward),
+        ("token_kl", token_kl::forward),
+        ("token_kl_backward", token_kl::backward),
         ("attention", attention::forward),
         ("attention_backward", attention::backward),
     ]

@@ -1,0 +1,59 @@
+//! Tiles of logits on the CPU, for the ops that walk the vocabulary and keep no `[rows, vocab]` matrix.
+
+use super::gemm::{Operand, Start, gemm};
+use super::logprob_head::{TILE_ROWS, TILE_VOCAB};
+use crate::device::Cpu;
+
+/// Rows of one task of the passes over a tile.
+pub const ROWS_PER_TASK: usize = 16;
+
+/// Rows, and the entries of the vocabulary whose logits they get.
+pub struct Tile {
+    pub row: usize,
+    pub rows: usize,
+    pub entry: usize,
+    pub entries: usize,
+}
+
+/// All tiles, vocabulary innermost and in order.
+pub fn tiles(rows: usize, vocab: usize) -> impl Iterator<Item = Tile> {
+    (0..rows).step_by(TILE_ROWS).flat_map(move |row| {
+        (0..vocab).step_by(TILE_VOCAB).map(move |entry| Tile {
+            row,
+            rows: TILE_ROWS.min(rows - row),
+            entry,
+            entries: TILE_VOCAB.min(vocab - entry),
+        })
+    })
+}
+
+impl Tile {
+    /// `[rows, entries]` at the front of `scratch`: hidden rows `h [_, hidden]` times the head `w [_, hidden]`.
+    pub fn logits<'a>(&self, cpu: &Cpu, hidden: usize, h: &[f32], w: &[f32], scratch: &'a mut [f32]) -> &'a mut [f32] {
+        let h = Operand::new(&h[self.row * hidden..][..self.rows * hidden], hidden);
+        let w = Operand::transposed(&w[self.entry * hidden..][..self.entries * hidden], hidden);
+        let logits = &mut scratch[..self.rows * self.entries];
+        gemm(cpu, [self.rows, self.entries, hidden], h, w, logits, Start::Zero);
+        logits
+    }
+
+    /// What the gradient `dl [rows, entries]` adds: `dh += dl W`, `dweight += dl^T h`.
+    pub fn add_gradients(
+        &self,
+        cpu: &Cpu,
+        hidden: usize,
+        [dl, h, w]: [&[f32]; 3],
+        dh: &mut [f32],
+        dweight: Option<&mut [f32]>,
+    ) {
+        let rows = self.row * hidden..(self.row + self.rows) * hidden;
+        let entries = self.entry * hidden..(self.entry + self.entries) * hidden;
+        let w = Operand::new(&w[entries.clone()], hidden);
+        let shape = [self.rows, hidden, self.entries];
+        gemm(cpu, shape, Operand::new(dl, self.entries), w, &mut dh[rows.clone()], Start::Output);
+        if let Some(dweight) = dweight {
+            let (dl, h) = (Operand::transposed(dl, self.entries), Operand::new(&h[rows], hidden));
+            gemm(cpu, [self.entries, hidden, self.rows], dl, h, &mut dweight[entries], Start::Output);
+        }
+    }
+}
