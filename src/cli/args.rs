@@ -229,19 +229,25 @@ fn param_help(shared: &Shared) -> String {
     let others: Vec<&str> =
         objectives::all().iter().map(|e| e.name).filter(|name| !shared.objectives.contains(name)).collect();
     if shared.objectives.is_empty() {
-        help += "; around any loss on pairs that it fits";
+        help += " (around losses on pairs)";
     } else if others.len() < shared.objectives.len() {
-        help += &format!("; all but {}", others.join(", "));
+        help += &format!(" (all but {})", others.join(", "));
     } else {
-        help += &format!("; {}", shared.objectives.join(", "));
+        help += &format!(" ({})", shared.objectives.join(", "));
     }
     if let Some((other, value)) = spec.only_with {
         help += &format!("; with --{} {value}", other.replace('_', "-"));
     }
-    let mut defaults = shared.specs.iter().filter_map(|spec| spec.default());
-    match (defaults.next(), spec.domain) {
-        (Some(default), Domain::Number { .. } | Domain::Choice { .. }) => help += &format!(" [default: {default}]"),
-        _ => {}
+    if let Domain::Switch = spec.domain {
+        return help;
+    }
+    if let Some(default) = shared.specs.iter().find_map(|spec| spec.default()) {
+        let owners = shared.objectives.iter().zip(&shared.specs);
+        let requiring: Vec<&str> = owners.filter(|of| of.1.required()).map(|of| *of.0).collect();
+        help += &match requiring[..] {
+            [] => format!(" [default: {default}]"),
+            _ => format!(" [default: {default}; required by {}]", requiring.join(", ")),
+        };
     }
     help
 }
