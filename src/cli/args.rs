@@ -50,6 +50,8 @@ pub enum Command {
     Preview(PreviewArgs),
     /// List what this build knows: objectives, modifiers of objectives, optimizers, architectures
     List(ListArgs),
+    /// Look after the cache of what references say: list, verify, remove
+    Cache(CacheArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -662,6 +664,75 @@ pub struct ListArgs {
     /// What to list
     #[arg(value_name = "WHAT")]
     pub what: Registry,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    arg_required_else_help = true,
+    after_help = "\
+A file holds what one model says about any number of sequences. Its key tells models, devices and versions apart; the start
+of a key is enough to name it.
+
+Examples:
+  cuvee cache ls
+  cuvee cache verify
+  cuvee cache rm 07ab12
+  cuvee cache rm --older-than 30"
+)]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    pub action: CacheAction,
+}
+
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum CacheAction {
+    /// List the files: what they hold, how much, of which model
+    Ls(CacheLsArgs),
+    /// Read every byte of files, and check checksums and that all values are finite; exit code 1 if any is damaged
+    Verify(CacheVerifyArgs),
+    /// Remove files; what they held is scored again when it is needed
+    Rm(CacheRmArgs),
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheFolderArgs {
+    /// Where the cache is [default: $CUVEE_CACHE_DIR, else $XDG_CACHE_HOME/cuvee, else $HOME/.cache/cuvee]
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheLsArgs {
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheVerifyArgs {
+    /// Keys, or their starts [default: all]
+    #[arg(value_name = "KEY")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(allow_negative_numbers = true)]
+pub struct CacheRmArgs {
+    /// Keys, or their starts
+    #[arg(value_name = "KEY", required_unless_present_any = ["all", "older_than"])]
+    pub keys: Vec<String>,
+    /// Remove every file
+    #[arg(long, conflicts_with_all = ["keys", "older_than"])]
+    pub all: bool,
+    /// Remove files to which nothing was added for this many days
+    #[arg(long, value_name = "DAYS", value_parser = positive, conflicts_with = "keys")]
+    pub older_than: Option<f64>,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

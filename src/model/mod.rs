@@ -152,7 +152,13 @@ impl<B: Backend> Model<B> {
     }
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
-    fn hidden(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, mut kv: Option<&mut KvCache<B>>) -> Result<()> {
+    pub fn hidden(
+        &self,
+        device: &B,
+        batch: &Batch<B>,
+        acts: &mut Acts<B>,
+        mut kv: Option<&mut KvCache<B>>,
+    ) -> Result<()> {
         let (size, context) = (batch.size(), Context { device, batch, rope: self.rope.as_ref() });
         let y = acts.residual_mut(0).top_mut(size.rows);
         device.gather(rows::Gather { x: self.embed.view(), index: batch.tokens(), y })?;
