@@ -1,11 +1,13 @@
-"""What TRL 1.16 makes of preference data: the token ids and masks of DPOTrainer and SFTTrainer, one JSON object a row.
+"""What TRL 1.16 makes of preference data: the token ids and masks of its trainers, one JSON object a row.
 
     python benches/peers/trl_tokens.py MODEL_DIR DATA.jsonl[.gz] [MAX_LENGTH] > theirs.jsonl
-    python benches/peers/trl_tokens.py MODEL_DIR DATA.jsonl[.gz] [MAX_LENGTH] --compare target/release/cuvee
+    python benches/peers/trl_tokens.py MODEL_DIR DATA.jsonl[.gz] [MAX_LENGTH] --compare target/release/cuvee [--reward]
 
 writes {"row", "sequences": [{"ids", "first"}]}: `ids[first:]` is what TRL scores; a row that it drops is not there.
 Without MAX_LENGTH nothing is cut.
-Rows with chosen and rejected go through DPOTrainer's own preparation and collator, others through SFTTrainer's.
+Rows with chosen and rejected go through DPOTrainer's own preparation and collator, those with a label through
+KTOTrainer's, others through SFTTrainer's. With --reward, pairs go through RewardTrainer's, which knows no prompt and drops
+what is longer than MAX_LENGTH.
 --compare runs `cuvee preview` with the same limits and counts the rows that agree and differ. Rows that TRL drops must be
 skipped; of those that cuvee skips and TRL keeps, the reasons are counted.
 Needs torch, transformers 5.23, trl 1.16 and datasets (CPU wheels are enough).
@@ -22,14 +24,22 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_
 import datasets
 import transformers
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.data_utils import maybe_extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 
-FORMS = [["prompt", "completion"], ["text"], ["messages"], ["conversations"]]
+FORMS = [
+    ["prompt", "completion", "label"],
+    ["messages", "label"],
+    ["prompt", "completion"],
+    ["text"],
+    ["messages"],
+    ["conversations"],
+]
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -51,6 +61,12 @@ def as_rows(rows):
     out = []
     for row in rows:
         row = {k: row[k] for k in columns if k in row}
+        if "messages" in row and "label" in row:
+            # LLaMA-Factory's rows, which TRL does not read.
+            *row["prompt"], answer = row.pop("messages")
+            row["completion"] = [answer]
+        if "label" in row:
+            row["label"] = bool(row["label"])
         for messages in row.values():
             for m in messages if isinstance(messages, list) else []:
                 if "from" in m:
@@ -76,6 +92,28 @@ def pairs(rows, tokenizer, max_length):
         yield {"row": example["row"], "sequences": out}
 
 
+def unpaired(rows, tokenizer, max_length):
+    data = datasets.Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
+    args = KTOConfig(output_dir="unused", max_length=max_length, report_to=[], use_cpu=True)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0)
+    data = KTOTrainer._prepare_dataset(trainer, data, tokenizer, args, "train")
+    collate = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=max_length)
+    for example in data:
+        batch = collate([example])
+        (mask,) = batch["completion_mask"].tolist()
+        (ids,) = batch["input_ids"].tolist()
+        first = mask.index(1) if 1 in mask else len(ids)
+        yield {"row": example["row"], "label": example["label"], "sequences": [{"ids": ids, "first": first}]}
+
+
+def rewards(rows, tokenizer, max_length):
+    data = datasets.Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
+    args = RewardConfig(output_dir="unused", max_length=max_length, report_to=[], use_cpu=True)
+    data = RewardTrainer._prepare_dataset(SimpleNamespace(), data, tokenizer, args, "train")
+    for example in data:
+        yield {"row": example["row"], "sequences": [{"ids": example[k]} for k in ("chosen_ids", "rejected_ids")]}
+
+
 def singles(rows, tokenizer, max_length):
     data = datasets.Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
     args = SFTConfig(output_dir="unused", max_length=max_length, report_to=[], use_cpu=True)
@@ -88,10 +126,10 @@ def singles(rows, tokenizer, max_length):
         yield {"row": example["row"], "sequences": [{"ids": example["input_ids"], "first": first}]}
 
 
-def compare(theirs, cuvee, model, path, max_length, total):
+def compare(theirs, cuvee, model, path, max_length, total, on_overflow):
     command = [cuvee, "preview", "--model", model, "--dataset", path, "--rows", str(total), "--json"]
     if max_length:
-        command += ["--max-length", str(max_length), "--on-overflow", "truncate"]
+        command += ["--max-length", str(max_length), "--on-overflow", on_overflow]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ours = {row["row"]: row for row in map(json.loads, done.stdout.split("\n")[:-1])}
     assert len(ours) == total, (len(ours), total)
@@ -104,8 +142,10 @@ def compare(theirs, cuvee, model, path, max_length, total):
             counts["skipped by cuvee alone: " + mine["skipped"]] += 1
         else:
             # Nothing predicts the first token: TRL marks it in a text and cannot score it.
-            same = [(s["ids"], s["first"]) for s in mine["sequences"]] == [
-                (s["ids"], max(s["first"], 1)) for s in other["sequences"]
+            same = mine.get("label") == other.get("label") and [
+                (m["ids"], m["first"]) for m in mine["sequences"]
+            ] == [
+                (o["ids"], max(o.get("first", m["first"]), 1)) for m, o in zip(mine["sequences"], other["sequences"])
             ]
             counts["equal" if same else "DIFFERENT"] += 1
             if not same:
@@ -115,17 +155,21 @@ def compare(theirs, cuvee, model, path, max_length, total):
 
 def main():
     cuvee = sys.argv[sys.argv.index("--compare") + 1] if "--compare" in sys.argv else None
-    model, path, *limit = [a for a in sys.argv[1:] if a not in ("--compare", cuvee)]
+    reward = "--reward" in sys.argv
+    model, path, *limit = [a for a in sys.argv[1:] if a not in ("--compare", "--reward", cuvee)]
     max_length = int(limit[0]) if limit else None
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     raw = read(path)
     rows = as_rows(raw)
-    make = pairs if "chosen" in rows[0] else singles
+    if "chosen" in rows[0]:
+        make = rewards if reward else pairs
+    else:
+        make = unpaired if "label" in rows[0] else singles
     theirs = {row["row"]: row for row in make(rows, tokenizer, max_length)}
     if cuvee:
-        compare(theirs, cuvee, model, path, max_length, len(rows))
+        compare(theirs, cuvee, model, path, max_length, len(rows), "drop" if reward else "truncate")
     else:
         for row in theirs.values():
             print(json.dumps(row))

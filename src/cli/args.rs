@@ -50,6 +50,8 @@ pub enum Command {
     Preview(PreviewArgs),
     /// List what this build knows: objectives, modifiers of objectives, optimizers, architectures
     List(ListArgs),
+    /// Look after the cache of what references say: list, verify, remove
+    Cache(CacheArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -227,19 +229,25 @@ fn param_help(shared: &Shared) -> String {
     let others: Vec<&str> =
         objectives::all().iter().map(|e| e.name).filter(|name| !shared.objectives.contains(name)).collect();
     if shared.objectives.is_empty() {
-        help += "; around any loss on pairs that it fits";
+        help += " (around losses on pairs)";
     } else if others.len() < shared.objectives.len() {
-        help += &format!("; all but {}", others.join(", "));
+        help += &format!(" (all but {})", others.join(", "));
     } else {
-        help += &format!("; {}", shared.objectives.join(", "));
+        help += &format!(" ({})", shared.objectives.join(", "));
     }
     if let Some((other, value)) = spec.only_with {
         help += &format!("; with --{} {value}", other.replace('_', "-"));
     }
-    let mut defaults = shared.specs.iter().filter_map(|spec| spec.default());
-    match (defaults.next(), spec.domain) {
-        (Some(default), Domain::Number { .. } | Domain::Choice { .. }) => help += &format!(" [default: {default}]"),
-        _ => {}
+    if let Domain::Switch = spec.domain {
+        return help;
+    }
+    if let Some(default) = shared.specs.iter().find_map(|spec| spec.default()) {
+        let owners = shared.objectives.iter().zip(&shared.specs);
+        let requiring: Vec<&str> = owners.filter(|of| of.1.required()).map(|of| *of.0).collect();
+        help += &match requiring[..] {
+            [] => format!(" [default: {default}]"),
+            _ => format!(" [default: {default}; required by {}]", requiring.join(", ")),
+        };
     }
     help
 }
@@ -602,7 +610,7 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(after_help = "\
 Shows each row as the engine runs it. The prompt is dim, what is scored is green, or red where it
-is rejected. Every second token is underlined; without colour | stands between two tokens.
+is rejected or undesirable. Every second token is underlined; without colour | stands between two tokens.
 \u{21b5} is a newline, \u{2423} a token of spaces, \u{22ef} a token that ends within a character.
 
 Then the token ids, how many of a sequence are not scored (0) and scored (1), and the batch: a
@@ -656,6 +664,75 @@ pub struct ListArgs {
     /// What to list
     #[arg(value_name = "WHAT")]
     pub what: Registry,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    arg_required_else_help = true,
+    after_help = "\
+A file holds what one model says about any number of sequences. Its key tells models, devices and versions apart; the start
+of a key is enough to name it.
+
+Examples:
+  cuvee cache ls
+  cuvee cache verify
+  cuvee cache rm 07ab12
+  cuvee cache rm --older-than 30"
+)]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    pub action: CacheAction,
+}
+
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum CacheAction {
+    /// List the files: what they hold, how much, of which model
+    Ls(CacheLsArgs),
+    /// Read every byte of files, and check checksums and that all values are finite; exit code 1 if any is damaged
+    Verify(CacheVerifyArgs),
+    /// Remove files; what they held is scored again when it is needed
+    Rm(CacheRmArgs),
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheFolderArgs {
+    /// Where the cache is [default: $CUVEE_CACHE_DIR, else $XDG_CACHE_HOME/cuvee, else $HOME/.cache/cuvee]
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheLsArgs {
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CacheVerifyArgs {
+    /// Keys, or their starts [default: all]
+    #[arg(value_name = "KEY")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(allow_negative_numbers = true)]
+pub struct CacheRmArgs {
+    /// Keys, or their starts
+    #[arg(value_name = "KEY", required_unless_present_any = ["all", "older_than"])]
+    pub keys: Vec<String>,
+    /// Remove every file
+    #[arg(long, conflicts_with_all = ["keys", "older_than"])]
+    pub all: bool,
+    /// Remove files to which nothing was added for this many days
+    #[arg(long, value_name = "DAYS", value_parser = positive, conflicts_with = "keys")]
+    pub older_than: Option<f64>,
+    #[command(flatten)]
+    pub folder: CacheFolderArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -2,6 +2,7 @@
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
 pub mod args;
+mod cache;
 mod device;
 mod doctor;
 mod eval;
@@ -73,6 +74,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
+        Command::Cache(args) => cache::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -129,7 +131,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) => {}
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) => {}
     }
     Ok(cli)
 }

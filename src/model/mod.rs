@@ -105,6 +105,12 @@ impl<D: Device> Model<D> {
         start.chain(self.norm.params_mut()).chain(heads).chain(blocks).collect()
     }
 
+    /// What gives logits, `[vocab, hidden]`.
+    fn vocabulary(&self) -> &Param<D> {
+        assert!(self.score.is_none(), "a reward model has no logits");
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
     pub fn zero_grads(&mut self, device: &D) -> Result<()> {
         let grads = self.params_mut().into_iter().filter_map(|p| p.grad.as_mut());
         grads.into_iter().try_for_each(|grad| device.zero(grad.view_mut()))
@@ -119,7 +125,7 @@ impl<B: Backend> Model<B> {
         let top = &mut acts.top;
         device.logprob_head(logprob_head::Forward {
             h: top.normed.top(targets),
-            weight: self.head.as_ref().unwrap_or(&self.embed).view(),
+            weight: self.vocabulary().view(),
             target: batch.targets(),
             scratch: top.tile.view_mut(),
             logp: top.logp.top_mut(targets),
@@ -140,13 +146,19 @@ impl<B: Backend> Model<B> {
     ) -> Result<()> {
         self.hidden(device, batch, acts, Some(kv))?;
         let read = batch.size().targets;
-        let weight = self.head.as_ref().unwrap_or(&self.embed).view();
+        let weight = self.vocabulary().view();
         let (x, y) = (acts.top.normed.top(read), logits.top_mut(read));
         device.linear(linear::Forward { x, weight, bias: None, residual: None, y })
     }
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
-    fn hidden(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, mut kv: Option<&mut KvCache<B>>) -> Result<()> {
+    pub fn hidden(
+        &self,
+        device: &B,
+        batch: &Batch<B>,
+        acts: &mut Acts<B>,
+        mut kv: Option<&mut KvCache<B>>,
+    ) -> Result<()> {
         let (size, context) = (batch.size(), Context { device, batch, rope: self.rope.as_ref() });
         let y = acts.residual_mut(0).top_mut(size.rows);
         device.gather(rows::Gather { x: self.embed.view(), index: batch.tokens(), y })?;

@@ -190,7 +190,7 @@ impl<B: Backend> Model<B> {
         let KlActs { hidden, kl, lse, tiles, .. } = kl;
         device.token_kl(token_kl::Forward {
             h: acts.top.normed.top(targets),
-            weight: self.head.as_ref().unwrap_or(&self.embed).view(),
+            weight: self.vocabulary().view(),
             refs: &refs(hidden, heads, targets),
             scratch: tiles.view_mut(),
             kl: kl.top_mut(k * targets).reshape(k, targets),

@@ -33,7 +33,9 @@
 //! Everything is a difference to the reference with the largest weight. So equal references give the numbers of
 //! one to the last bit, whatever the weights, and a reference of weight 0 is not looked at.
 
-use super::{Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
+use std::cell::RefCell;
+
+use super::{Choice, Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::{Error, Result};
 
 /// How K references become one.
@@ -170,6 +172,22 @@ impl Blend {
         Ok(())
     }
 
+    /// Refuses an objective that it cannot be put around.
+    fn check_inner(&self, inner: &dyn Objective) -> Result<()> {
+        let needs = inner.needs();
+        // What has no pair, such as completions under prompts that are not theirs, cannot be weighted by one.
+        self.check_pairs(needs.pairs && !needs.mismatched)?;
+        if self.mean == Mean::MultiDpo && self.weights == Weighting::Arwc && !needs.pair_weights {
+            let detail = format!(
+                "`arwc` weighs pair by pair, which {} does not allow; use `--ref-weights uniform`, or a --ref-mean other \
+                 than multi-dpo",
+                inner.name()
+            );
+            return Err(Error::option("--ref-weights", detail));
+        }
+        Ok(())
+    }
+
     fn check_pairs(&self, pairs: bool) -> Result<()> {
         if pairs {
             return Ok(());
@@ -205,6 +223,31 @@ impl Blend {
     }
 }
 
+/// What the user chose, on a blend of so many references: around each term that reads one reference, inside its modifiers.
+/// With a single reference there is no blend to build.
+///
+/// Fails as [`Blend::check`], and where a term cannot have the blend.
+pub fn build(choice: &Choice, blend: &Blend, references: usize) -> Result<Box<dyn Objective>> {
+    blend.check(references, true)?;
+    if blend.level == Level::Token && choice.params.get("ld_alpha").is_some() {
+        let detail = "token: sums tokens of equal weight, --ld-alpha gives them others; remove one of the two";
+        return Err(Error::option("--ref-level", detail));
+    }
+    let refused = RefCell::new(Ok(()));
+    let leaf = |inner: Box<dyn Objective>| -> Box<dyn Objective> {
+        match blend.check_inner(&*inner) {
+            _ if references < 2 => inner,
+            Ok(()) => Box::new(MultiRef::new(inner, *blend)),
+            Err(e) => {
+                *refused.borrow_mut() = Err(e);
+                inner
+            }
+        }
+    };
+    let built = super::build(choice, &leaf)?;
+    refused.into_inner().map(|()| built)
+}
+
 /// An objective that reads one reference, on a blend of K.
 ///
 /// Metrics of reference k from 0, the anchor first, beside those of the inner objective: `refs/k/weight` (mean over
@@ -224,11 +267,10 @@ struct One {
 }
 
 impl MultiRef {
-    /// Call [`Blend::check`] before, for messages that a user understands.
+    /// For blends that were checked; [`build`] does.
     ///
     /// # Panics
-    /// If `inner` does not work with one reference, or the blend needs pairs for completions that are in none
-    /// (under prompts that are not theirs).
+    /// If `inner` does not work with one reference, or has completions without a pair and the blend goes by pairs.
     pub fn new(inner: Box<dyn Objective>, blend: Blend) -> Self {
         let needs = inner.needs();
         assert!(needs.refs.contains(&1), "{} does not read one reference", inner.name());

@@ -174,13 +174,14 @@ struct Draws(u64);
 
 impl Draws {
     fn new(seed: u64, step: u64, reference: usize) -> Self {
-        let key = [step, reference as u64].into_iter().fold(mix(seed), |key, next| mix(key ^ mix(next)));
+        let absorb = |key: u64, next: u64| mix(key.wrapping_add(GAMMA) ^ mix(next.wrapping_add(GAMMA)));
+        let key = [seed, step, reference as u64].into_iter().fold(0, absorb);
         Self(key)
     }
 
     /// Uniform in (0, 1).
     fn unit(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        self.0 = self.0.wrapping_add(GAMMA);
         ((mix(self.0) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
     }
 
@@ -207,6 +208,9 @@ impl Draws {
         x / (x + y)
     }
 }
+
+/// The step of SplitMix64: 2^64 by the golden ratio, odd.
+const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// The finalizer of SplitMix64: every bit of the input reaches every bit of the output.
 fn mix(x: u64) -> u64 {

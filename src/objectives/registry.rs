@@ -283,7 +283,7 @@ impl Index<&str> for Params {
 pub struct Shared {
     /// Of each owner, whose defaults and ranges may differ; the rest is the same.
     pub specs: Vec<&'static ParamSpec>,
-    /// Names of objectives; of a [modifier](Modifier)'s parameter, none.
+    /// Names of the owners that are objectives, in the same order; of a [modifier](Modifier)'s parameter, none.
     pub objectives: Vec<&'static str>,
 }
 

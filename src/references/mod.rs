@@ -1,7 +1,10 @@
 //! Where reference log-probabilities come from: each frozen reference is scored once into a cache on disk and is
 //! not in memory while the policy trains.
 
+mod about;
 pub mod cache;
+pub mod hidden;
+pub mod inventory;
 mod score;
 
 use std::path::Path;
@@ -14,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
 use crate::progress::{Progress, say};
-use cache::{RefCache, sequence_key};
+use cache::{About, RefCache, sequence_key};
 
 /// Part of every cache key: raise it when the same weights and tokens may give other bits. (A new field of
 /// `model::Spec` changes every key too: what was cached is then scored again.)
@@ -50,6 +53,7 @@ impl Reference {
         stop: Stop,
     ) -> Result<Vec<RefLogps>> {
         let mut cache = RefCache::open(cache_dir, self.key(device)?, stop)?;
+        cache.describe(&About::of(&self.checkpoint, device.arithmetic()))?;
         if let Some(lost) = cache.recovered() {
             say(lost);
         }

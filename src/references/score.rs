@@ -1,3 +1,8 @@
+use std::ops::Range;
+
+use half::bf16;
+
+use super::cache::Value;
 use crate::data::{self, Example, Extent, Packing};
 use crate::device::{Arena, DType, Device, Dry, Ledger, range};
 use crate::error::{Error, Result};
@@ -41,29 +46,63 @@ impl<'a, B: Backend> Scorer<'a, B> {
         packing: Packing,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<Vec<f32>>>> {
+        self.each_batch(examples, packing, done, 1, |scorer, values| {
+            let Self { device, checkpoint, model, acts, batch } = scorer;
+            let what = match checkpoint.spec.head {
+                Head::Score => {
+                    model.scores(*device, batch, acts)?;
+                    "score"
+                }
+                Head::Tied | Head::Own => {
+                    model.forward(*device, batch, acts)?;
+                    "log-probability"
+                }
+            };
+            device.read_f32(acts.top.logp.top(values.len()), values)?;
+            Ok(what)
+        })
+    }
+
+    /// `[examples][sequences][scored tokens * hidden]` what the head reads to predict each token, all finite.
+    pub fn hidden(
+        &mut self,
+        examples: &[&Example],
+        packing: Packing,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Vec<Vec<bf16>>>> {
+        let width = self.checkpoint.spec.hidden;
+        self.each_batch(examples, packing, done, width, |scorer, values| {
+            let Self { device, model, acts, batch, .. } = scorer;
+            model.hidden(*device, batch, acts, None)?;
+            let mut exact = vec![0.0; values.len()];
+            device.read_f32(acts.top.normed.top(values.len() / width), &mut exact)?;
+            values.iter_mut().zip(exact).for_each(|(value, exact)| *value = bf16::from_f32(exact));
+            Ok("hidden state")
+        })
+    }
+
+    /// Runs every batch; `run` reads `width` values of each scored token and says what they are.
+    fn each_batch<V: Value>(
+        &mut self,
+        examples: &[&Example],
+        packing: Packing,
+        done: &mut dyn FnMut(usize),
+        width: usize,
+        run: impl Fn(&mut Self, &mut [V]) -> Result<&'static str>,
+    ) -> Result<Vec<Vec<Vec<V>>>> {
         let _range = range(c"score");
         let mut all = Vec::with_capacity(examples.len());
         for (range, host) in packing.batches(examples) {
             self.batch.load(self.device, &host)?;
-            let what = match self.checkpoint.spec.head {
-                Head::Score => {
-                    self.model.scores(self.device, &self.batch, &mut self.acts)?;
-                    "score"
-                }
-                Head::Tied | Head::Own => {
-                    self.model.forward(self.device, &self.batch, &mut self.acts)?;
-                    "log-probability"
-                }
-            };
-            let mut logps = vec![0.0; host.targets.len()];
-            self.device.read_f32(self.acts.top.logp.top(logps.len()), &mut logps)?;
-            for (example, logps) in examples[range.clone()].iter().zip(by_example(&host, &logps)) {
-                if logps.iter().flatten().any(|x| !x.is_finite()) {
+            let mut values = vec![V::zeroed(); host.targets.len() * width];
+            let what = run(self, &mut values)?;
+            for (example, values) in examples[range.clone()].iter().zip(by_example(&host, &values, width)) {
+                if values.iter().flatten().any(|x| !x.finite()) {
                     let row = example.row;
                     let detail = format!("row {row} gets a {what} that is not finite; are the weights sound?");
                     return Err(Error::file(&self.checkpoint.dir, detail));
                 }
-                all.push(logps);
+                all.push(values);
             }
             done(range.end);
         }
@@ -71,7 +110,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
     }
 }
 
-fn by_example<'a>(batch: &'a data::Batch, logps: &'a [f32]) -> impl Iterator<Item = Vec<Vec<f32>>> + 'a {
-    let sequences = |range: &std::ops::Range<usize>| batch.sequences[range.clone()].iter();
-    batch.examples.iter().map(move |example| sequences(example).map(|tokens| logps[tokens.clone()].to_vec()).collect())
+fn by_example<V: Value>(batch: &data::Batch, values: &[V], width: usize) -> impl Iterator<Item = Vec<Vec<V>>> {
+    let of = move |tokens: &Range<usize>| values[tokens.start * width..tokens.end * width].to_vec();
+    batch.examples.iter().map(move |example| batch.sequences[example.clone()].iter().map(of).collect())
 }

@@ -48,9 +48,9 @@ impl Expected {
 
 /// A checkpoint's model with everything that a training step needs, in f32.
 pub struct Bench<B: Backend> {
-    device: B,
+    pub device: B,
     pub model: Model<B>,
-    acts: Acts<B>,
+    pub acts: Acts<B>,
     batch: Batch<B>,
 }
 
@@ -60,7 +60,7 @@ impl<B: Backend> Bench<B> {
         let options = Options::train_all(extent.longest);
         let mut arena = Arena::new(&device, &plan(checkpoint, &extent))?;
         let mut model = Model::new(&mut arena, spec, naming, options);
-        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything);
+        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything).with_ln_sum_p2(&mut arena);
         let mut batch = Batch::new(&mut arena, &extent);
         load(&device, checkpoint, &Weights::open(&checkpoint.dir)?, &mut model)?;
         batch.load(&device, host)?;
@@ -96,7 +96,7 @@ fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
     let mut arena = Dry::arena(DType::F32);
     let options = Options::train_all(extent.longest);
     Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
-    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything);
+    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything).with_ln_sum_p2(&mut arena);
     Batch::new(&mut arena, extent);
     arena.ledger()
 }

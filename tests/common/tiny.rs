@@ -122,6 +122,17 @@ pub fn all(size: Size) -> Vec<Tiny> {
     size.models().into_iter().map(|(name, own)| open(size, name, own)).collect()
 }
 
+/// The configuration of a classifier with so many labels.
+pub fn classifier(labels: usize) -> Value {
+    let names: serde_json::Map<_, _> = (0..labels).map(|i| (i.to_string(), json!("LABEL"))).collect();
+    json!({"architectures": ["AnyForSequenceClassification"], "id2label": names, "problem_type": "regression"})
+}
+
+/// Every model as a reward model.
+pub fn rewards(size: Size) -> Vec<Tiny> {
+    size.models().into_iter().map(|(name, own)| open(size, name, merged(own, classifier(1)))).collect()
+}
+
 pub fn open(size: Size, name: &'static str, own: Value) -> Tiny {
     let dir = tempfile::tempdir().unwrap();
     write_config(dir.path(), &merged(size.common(), own));
@@ -166,7 +177,7 @@ pub struct Rig<B: Backend> {
     pub batch: Batch<B>,
 }
 
-/// What a step computes: each target's log-probability, each trained weight's gradient.
+/// What a step computes: each target's log-probability, or each sequence's score, and each trained weight's gradient.
 pub struct Step {
     pub logps: Vec<f64>,
     pub grads: BTreeMap<String, Vec<f64>>,
@@ -214,6 +225,24 @@ impl<B: Backend> Rig<B> {
         self.model.zero_grads(&self.device).unwrap();
         let logps = self.forward(host);
         self.backward(host);
+        Step { logps, grads: self.grads() }
+    }
+
+    /// Of a reward model and a batch that is read at the ends of its sequences.
+    pub fn scores(&mut self, host: &data::Batch) -> Vec<f64> {
+        self.batch.load(&self.device, host).unwrap();
+        self.model.scores(&self.device, &self.batch, &mut self.acts).unwrap();
+        let mut scores = vec![0.0; host.sequences.len()];
+        self.device.read_f64(self.acts.top.logp.top(scores.len()), &mut scores).unwrap();
+        scores
+    }
+
+    /// A step of a reward model.
+    pub fn score_step(&mut self, host: &data::Batch) -> Step {
+        self.model.zero_grads(&self.device).unwrap();
+        let logps = self.scores(host);
+        let c = weights(logps.len());
+        self.model.backward_scores(&self.device, &self.batch, &c, &mut self.acts).unwrap();
         Step { logps, grads: self.grads() }
     }
 

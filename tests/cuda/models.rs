@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::{env, fs};
 
-use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
+use cuvee::data::{Batch as HostBatch, Example, Extent, Read, Sequence, Sharing};
 use cuvee::device::{Arena, Cpu, Cuda, DType, Device, Kind, cuda};
-use cuvee::model::{Checkpoint, Keep, KvCache};
+use cuvee::model::{Checkpoint, Head, Keep, KvCache};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use cuvee::optim::{self, Hyper, Optimizer};
@@ -37,7 +37,10 @@ struct Trained {
 
 fn train<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch, keep: Keep) -> Trained {
     let mut rig = Rig::new(device, tiny, &host.extent(), keep);
-    let step = rig.step(host);
+    let step = match tiny.checkpoint.spec.head {
+        Head::Score => rig.score_step(host),
+        Head::Tied | Head::Own => rig.step(host),
+    };
     let Rig { device, model, .. } = &mut rig;
     let mut arena = Arena::with_bytes(device, 16 << 20).unwrap();
     let mut params = model.params_mut();
@@ -98,14 +101,24 @@ const BF16: Allowed = Allowed { logps: 0.5, gradients: 0.2, weights: 1e-2 };
 
 /// A training step against the CPU's; the same bits again, with activations computed again, and with prompts apart.
 fn step(name: &str, storage: DType) {
-    let (tiny, shared, apart) = (model(name), host(Sharing::On), host(Sharing::Off));
-    let found = train(open(storage), &tiny, &shared, Keep::Everything);
-    let expected = train(Cpu::new(1).unwrap(), &tiny, &shared, Keep::Everything);
+    compare(name, storage, &model(name), [Sharing::On, Sharing::Off].map(host));
+}
+
+/// The same of a reward model.
+fn reward(name: &str, storage: DType) {
+    let tiny = tiny::rewards(Size::Small).into_iter().find(|tiny| tiny.name == name).expect("listed");
+    let host = |sharing| HostBatch::reading(Read::Last { pad: None }, &Size::Small.examples(), sharing);
+    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host));
+}
+
+fn compare(name: &str, storage: DType, tiny: &Tiny, [shared, apart]: [HostBatch; 2]) {
+    let found = train(open(storage), tiny, &shared, Keep::Everything);
+    let expected = train(Cpu::new(1).unwrap(), tiny, &shared, Keep::Everything);
     let allowed = if storage == DType::F32 { F32 } else { BF16 };
     assert_near(name, &found, &expected, &allowed);
-    assert_same("once more", &train(open(storage), &tiny, &shared, Keep::Everything), &found);
-    assert_same("recomputed", &train(open(storage), &tiny, &shared, Keep::Inputs), &found);
-    let apart = train(open(storage), &tiny, &apart, Keep::Everything);
+    assert_same("once more", &train(open(storage), tiny, &shared, Keep::Everything), &found);
+    assert_same("recomputed", &train(open(storage), tiny, &shared, Keep::Inputs), &found);
+    let apart = train(open(storage), tiny, &apart, Keep::Everything);
     assert!(apart.step.logps == found.step.logps, "{name}: other log-probabilities without shared prompts");
     assert_near("prompts apart", &apart, &found, &allowed);
 }
@@ -184,7 +197,8 @@ pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = fixtures().collect();
     for name in tiny::all(Size::Small).iter().map(|tiny| tiny.name) {
         for (storage, dtype) in [("f32", DType::F32), ("bf16", DType::Bf16)] {
-            let runs = [("step", step as fn(&str, DType)), ("decoding", decoding), ("token_kl", token_kl)];
+            let runs =
+                [("step", step as fn(&str, DType)), ("reward", reward), ("decoding", decoding), ("token_kl", token_kl)];
             for (what, run) in runs.into_iter().filter(|(what, _)| *what != "token_kl" || name == "llama") {
                 cases.push(Case {
                     name: format!("model::{name}::{what}::{storage}"),

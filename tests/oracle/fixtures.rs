@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cuvee::checkpoint::Weights;
 use cuvee::data::{self, Example, Sequence, Sharing};
-use cuvee::device::{Arena, Cpu, DType, Dry};
+use cuvee::device::{Arena, Cpu, DType, Device, Dry};
 use cuvee::model::{Checkpoint, Model, Options, load};
 use cuvee::objectives::{Choice, Params, Stats, Totals};
 use cuvee::rollout::{Request, Sampling, generate};
@@ -97,9 +97,6 @@ fn parse(text: &str) -> Result<Value, String> {
 fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> {
     let case = &file["losses"][name];
     let args = case["args"].as_object().ok_or("no args")?;
-    if args.contains_key("use_weighting") {
-        return Ok(Completion::ignored_with("the head does not give ln sum p^2 yet"));
-    }
     // The maker of the file pops beta from the arguments; the name has it where it is not TRL's default.
     let named = name.split_once("_beta").and_then(|(_, beta)| beta.parse().ok());
     let objective = choice(args, named.unwrap_or(0.1))?.build()?;
@@ -107,7 +104,10 @@ fn trl_loss(file: &Value, name: &str, dir: &Path) -> Result<Completion, Failed> 
     let host = data::Batch::new(&examples, Sharing::On);
     let mut policy = Bench::new(Cpu::new(2)?, &Checkpoint::open(&dir.join("llama_gqa_untied"))?, &host)?;
     let mut reference = Bench::new(Cpu::new(2)?, &Checkpoint::open(&dir.join("llama_gqa_untied_ref"))?, &host)?;
-    let stats = pair_stats(&host, &policy.forward()?, &reference.forward()?);
+    let (logps, mut ln_sum_p2) = (policy.forward()?, vec![0.0; host.targets.len()]);
+    let kept = policy.acts.top.ln_sum_p2.as_ref().expect("the bench asks for it");
+    policy.device.read_f32(kept.top(ln_sum_p2.len()), &mut ln_sum_p2)?;
+    let stats = pair_stats(&host, &logps, &ln_sum_p2, &reference.forward()?);
     let outcome = objective.evaluate(&stats, &Totals::of(&stats));
     close("loss", outcome.loss, case["loss"].as_f64(), 1e-4)?;
     for (metric, ours) in outcome.metrics.iter().filter(|(metric, _)| !metric.starts_with("loss/")) {
@@ -169,7 +169,7 @@ fn trl_pairs(file: &Value) -> Result<Vec<Example>, Failed> {
     Ok(pairs.iter().enumerate().map(example).collect())
 }
 
-fn pair_stats(host: &data::Batch, policy: &[f32], reference: &[f32]) -> Stats {
+fn pair_stats(host: &data::Batch, policy: &[f32], ln_sum_p2: &[f32], reference: &[f32]) -> Stats {
     let sums = |logps: &[f32]| -> Vec<f64> {
         host.sequences.iter().map(|range| logps[range.clone()].iter().map(|x| f64::from(*x)).sum()).collect()
     };
@@ -180,6 +180,7 @@ fn pair_stats(host: &data::Batch, policy: &[f32], reference: &[f32]) -> Stats {
         offsets: host.sequences.iter().map(|range| range.start).chain([policy.len()]).collect(),
         token_logps: tokens(policy),
         ref_token_logps: vec![tokens(reference)],
+        ln_sum_p2: tokens(ln_sum_p2),
         lens: host.sequences.iter().map(|range| range.len() as f64).collect(),
         pairs: host.examples.iter().map(|range| (range.start, range.start + 1)).collect(),
         ..Stats::default()

@@ -342,13 +342,13 @@ fn the_size_of_micro_batches_does_not_matter() {
         }
         let line = format!(
             "train --objective {name} {params} --learning-rate 2e-4 --model model --dataset train.jsonl --max-length 40 \
-             --batch-size 8 --max-steps 6"
+             --batch-size 8 --max-steps 3"
         );
         w.ok(&format!("{line} --micro-batch-tokens 64 --output-dir {name}-64"));
         w.ok(&format!("{line} --micro-batch-tokens 4096 --output-dir {name}-4096"));
         let loss = |tokens: u32| w.column(&format!("{name}-{tokens}/metrics.jsonl"), "loss");
         let (small, large) = (loss(64), loss(4096));
-        assert_ne!(large[0], large[5], "{name} does not train");
+        assert_ne!(large[0], large[2], "{name} does not train");
         for (step, (small, large)) in (1..).zip(small.iter().zip(&large)) {
             let difference = (small - large).abs() / large.abs().max(1.0);
             assert!(difference < 1e-5, "{name}, step {step}: {small} with 64 tokens, {large} with 4096");

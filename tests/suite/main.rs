@@ -1,4 +1,5 @@
 mod anomalies;
+mod cache;
 mod cli;
 #[path = "../common/mod.rs"]
 mod common;

@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use cuvee::Error;
 use cuvee::objectives::kl::{Estimator, KlPenalty, KlPenaltyOptions, k2, reward_to_go_k1, sequence_k2};
-use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, RefClip, Weighting, Window};
+use cuvee::objectives::mrpo::{self, Blend, Level, Mean, MultiRef, RefClip, Weighting, Window};
 use cuvee::objectives::ref_weights::{RefWeights, Rule};
 use cuvee::objectives::{Choice, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 
-const LOSSES: [&str; 4] = ["sigmoid", "hinge", "ipo", "ipo_sum"];
+const LOSSES: [&str; 6] = ["sigmoid", "hinge", "ipo", "ipo_sum", "nca_pair", "apo_down"];
 const MEANS: [Mean; 4] = [Mean::Geometric, Mean::Harmonic, Mean::Arithmetic, Mean::MultiDpo];
 
 fn loss(name: &str) -> Box<dyn Objective> {
@@ -480,6 +480,33 @@ fn refused<T>(found: cuvee::Result<T>, expected_key: &str, expected_detail: &str
         }
         other => panic!("expected an option error about {expected_key}, got {other:?}"),
     }
+}
+
+#[test]
+fn objectives_that_a_blend_does_not_fit_are_named() {
+    let build = |name: &str, params: &[(&str, f64)], blend: Blend, references: usize| {
+        mrpo::build(&Choice::one(name, params.iter().copied().collect()), &blend, references)
+    };
+    let beta = [("beta", 0.1)];
+    let arwc = Blend { weights: Weighting::Arwc, ..Blend::default() };
+    let adaptive = Blend { clip: Some(RefClip { eps_max: 0.1, window: Window::MeanRefs }), ..Blend::default() };
+    let token = Blend { mean: Mean::Arithmetic, level: Level::Token, ..Blend::default() };
+    refused(build("kto", &beta, arwc, 2), "--ref-weights", "the objective has none");
+    refused(build("kto", &beta, adaptive, 2), "--ref-clip-window", "the objective has none");
+    refused(
+        build("aot", &beta, Blend { mean: Mean::MultiDpo, ..arwc }, 2),
+        "--ref-weights",
+        "which aot does not allow",
+    );
+    refused(build("sigmoid", &[("beta", 0.1), ("ld_alpha", 0.5)], token, 2), "--ref-level", "remove one of the two");
+    refused(build("sigmoid", &beta, arwc, 1), "--ref-weights arwc", "there is 1");
+    let fits = [("kto", Blend::default()), ("aot", arwc), ("sigmoid", token), ("sigmoid", adaptive)];
+    for (name, blend) in fits {
+        assert_eq!(build(name, &beta, blend, 3).unwrap().needs().refs, 1..=usize::MAX, "{name}");
+    }
+    assert_eq!(build("sigmoid", &beta, Blend::default(), 1).unwrap().needs().refs, 1..=1);
+    let with_ld = build("sigmoid", &[("beta", 0.1), ("ld_alpha", 0.5)], Blend::default(), 2).unwrap();
+    assert!(evaluate(with_ld.as_ref(), &stats(2, 5.0)).loss.is_finite());
 }
 
 #[test]

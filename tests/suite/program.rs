@@ -95,7 +95,8 @@ impl Workspace {
 
     /// The one cache file of reference log-probabilities, if there is one.
     pub fn cache_file(&self) -> Option<PathBuf> {
-        let mut files: Vec<_> = fs::read_dir(self.path("cache/refs")).ok()?.map(|e| e.unwrap().path()).collect();
+        let entries = fs::read_dir(self.path("cache/refs")).ok()?.map(|e| e.unwrap().path());
+        let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == "logps")).collect();
         assert!(files.len() < 2, "{files:?}");
         files.pop()
     }

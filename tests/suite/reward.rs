@@ -6,25 +6,15 @@ use std::fs;
 use cuvee::checkpoint::hf::{RewardModel, write_config};
 use cuvee::checkpoint::{SaveDtype, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Read, Sharing};
-use cuvee::device::{Arena, Cpu, DType, Device, Dry, Kind, Philox, Reference};
+use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference};
 use cuvee::model::arch::Slot;
 use cuvee::model::{Checkpoint, Head, Init, Keep, Model, Options, init_random, sources};
 use cuvee::ops::Backend;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::tiny::{self, Rig, SEED, Size, Tiny, weights};
+use crate::tiny::{self, Rig, SEED, Size, Tiny, classifier, rewards, weights};
 
 const LAST: Read = Read::Last { pad: None };
-
-fn classifier(labels: usize) -> Value {
-    let names: serde_json::Map<_, _> = (0..labels).map(|i| (i.to_string(), json!("LABEL"))).collect();
-    json!({"architectures": ["AnyForSequenceClassification"], "id2label": names, "problem_type": "regression"})
-}
-
-/// Every tiny model as a reward model.
-fn all(size: Size) -> Vec<Tiny> {
-    size.models().into_iter().map(|(name, _)| tiny::with(size, name, classifier(1))).collect()
-}
 
 fn host(size: Size, sharing: Sharing) -> HostBatch {
     HostBatch::reading(LAST, &size.examples(), sharing)
@@ -32,22 +22,6 @@ fn host(size: Size, sharing: Sharing) -> HostBatch {
 
 fn rig<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch) -> Rig<B> {
     Rig::new(device, tiny, &host.extent(), Keep::Everything)
-}
-
-fn scores<B: Backend>(rig: &mut Rig<B>, host: &HostBatch) -> Vec<f64> {
-    rig.batch.load(&rig.device, host).unwrap();
-    rig.model.scores(&rig.device, &rig.batch, &mut rig.acts).unwrap();
-    let mut scores = vec![0.0; host.sequences.len()];
-    rig.device.read_f64(rig.acts.top.logp.top(scores.len()), &mut scores).unwrap();
-    scores
-}
-
-fn gradients<B: Backend>(rig: &mut Rig<B>, host: &HostBatch) -> BTreeMap<String, Vec<f64>> {
-    rig.model.zero_grads(&rig.device).unwrap();
-    scores(rig, host);
-    let c = weights(host.sequences.len());
-    rig.model.backward_scores(&rig.device, &rig.batch, &c, &mut rig.acts).unwrap();
-    rig.grads()
 }
 
 fn norm(values: &[f64]) -> f64 {
@@ -62,9 +36,9 @@ fn gradients_of_scores_are_central_differences() {
     const STEP: f64 = 1e-4;
     let host = host(Size::Tiny, Sharing::On);
     let c = weights(host.sequences.len());
-    for tiny in all(Size::Tiny) {
+    for tiny in rewards(Size::Tiny) {
         let mut rig = rig(Reference, &tiny, &host);
-        let grads = gradients(&mut rig, &host);
+        let grads = rig.score_step(&host).grads;
         let names: Vec<String> = rig.model.params_mut().iter().map(|p| p.name.clone()).collect();
         assert!(names.contains(&"score.weight".to_string()) && !names.contains(&tiny.name_of(Slot::Head, 0)));
         for (p, name) in names.iter().enumerate() {
@@ -74,7 +48,7 @@ fn gradients_of_scores_are_central_differences() {
                 let x = rig.model.params_mut()[p].value.view().f64s()[i];
                 let mut at = |steps: f64| {
                     rig.model.params_mut()[p].value.view_mut().into_f64s()[i] = x + steps * STEP;
-                    scores(&mut rig, &host).iter().zip(&c).map(|(score, c)| c * score).sum::<f64>()
+                    rig.scores(&host).iter().zip(&c).map(|(score, c)| c * score).sum::<f64>()
                 };
                 let numeric = (at(-2.0) - 8.0 * at(-1.0) + 8.0 * at(1.0) - at(2.0)) / (12.0 * STEP);
                 rig.model.params_mut()[p].value.view_mut().into_f64s()[i] = x;
@@ -91,13 +65,13 @@ fn gradients_of_scores_are_central_differences() {
 #[test]
 fn the_cpu_gives_the_scores_and_gradients_of_the_reference() {
     let host = host(Size::Small, Sharing::On);
-    for tiny in all(Size::Small) {
+    for tiny in rewards(Size::Small) {
         let (mut ours, mut exact) = (rig(Cpu::new(2).unwrap(), &tiny, &host), rig(Reference, &tiny, &host));
-        for (a, b) in scores(&mut ours, &host).iter().zip(scores(&mut exact, &host)) {
+        for (a, b) in ours.scores(&host).iter().zip(exact.scores(&host)) {
             assert!((a - b).abs() <= 1e-4 * b.abs().max(1.0), "{}: {a}, expected {b}", tiny.name);
         }
-        let expected = gradients(&mut exact, &host);
-        for (name, ours) in gradients(&mut ours, &host).iter().filter(|(name, _)| !name.ends_with("bias.key")) {
+        let expected = exact.score_step(&host).grads;
+        for (name, ours) in ours.score_step(&host).grads.iter().filter(|(name, _)| !name.ends_with("bias.key")) {
             let off: Vec<f64> = ours.iter().zip(&expected[name]).map(|(a, b)| a - b).collect();
             let ratio = norm(&off) / norm(&expected[name]);
             assert!(ratio <= 1e-3, "{}: {name} is off by {ratio:e}", tiny.name);
@@ -108,16 +82,16 @@ fn the_cpu_gives_the_scores_and_gradients_of_the_reference() {
 #[test]
 fn a_sequence_has_the_same_score_in_any_company() {
     let [shared, apart] = [Sharing::On, Sharing::Off].map(|sharing| host(Size::Small, sharing));
-    for tiny in all(Size::Small) {
+    for tiny in rewards(Size::Small) {
         let largest = apart.extent().max(shared.extent());
         let mut rig = Rig::new(Cpu::new(2).unwrap(), &tiny, &largest, Keep::Nothing);
-        let together = scores(&mut rig, &shared);
+        let together = rig.scores(&shared);
         let bits = |scores: &[f64]| scores.iter().map(|score| score.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&scores(&mut rig, &apart)), bits(&together), "{}", tiny.name);
+        assert_eq!(bits(&rig.scores(&apart)), bits(&together), "{}", tiny.name);
         let examples = Size::Small.examples();
         let alone = examples.iter().flat_map(|example| &example.sequences).map(|sequence| {
             let example = Example { sequences: vec![sequence.clone()], ..Example::default() };
-            scores(&mut rig, &HostBatch::reading(LAST, [&example], Sharing::On))[0]
+            rig.scores(&HostBatch::reading(LAST, [&example], Sharing::On))[0]
         });
         assert_eq!(bits(&alone.collect::<Vec<_>>()), bits(&together), "{}", tiny.name);
     }
@@ -133,10 +107,24 @@ fn what_pads_changes_no_score() {
     });
     let of = |example: &Example, pad: Option<u32>| {
         let host = HostBatch::reading(Read::Last { pad }, [example], Sharing::On);
-        scores(&mut rig(Reference, &tiny, &host), &host)[0]
+        rig(Reference, &tiny, &host).scores(&host)[0]
     };
     assert_eq!(of(&padded, Some(9)), of(&plain, None));
     assert_ne!(of(&padded, None), of(&plain, None));
+}
+
+#[test]
+#[should_panic(expected = "a reward model has no logits")]
+fn a_reward_model_refuses_to_predict_tokens() {
+    let host = host(Size::Tiny, Sharing::On);
+    rig(Reference, &rewards(Size::Tiny)[0], &host).forward(&host);
+}
+
+#[test]
+#[should_panic(expected = "a language model gives no scores")]
+fn a_language_model_refuses_to_score() {
+    let host = host(Size::Tiny, Sharing::On);
+    rig(Reference, &tiny::all(Size::Tiny)[0], &host).scores(&host);
 }
 
 // ---- planned ----------------------------------------------------------------------------------------------------
@@ -144,7 +132,7 @@ fn what_pads_changes_no_score() {
 #[test]
 fn a_reward_model_has_no_vocabulary_head() {
     let host = host(Size::Small, Sharing::On);
-    for (language, reward) in tiny::all(Size::Small).into_iter().zip(all(Size::Small)) {
+    for (language, reward) in tiny::all(Size::Small).into_iter().zip(rewards(Size::Small)) {
         let plan = |tiny: &Tiny, dtype| tiny.plan_in(dtype, &host.extent(), Keep::Everything, &|_| true);
         let (without, with) = (plan(&reward, DType::F32), plan(&language, DType::F32));
         assert_eq!(without.get(Kind::Workspace), 0, "{}: no tiles of logits", reward.name);

@@ -10,7 +10,9 @@ use cuvee::model::arch::Slot;
 use cuvee::ops::Backend;
 use serde_json::Value;
 
-pub use crate::common::tiny::{Rig, SEED, Size, Step, Tiny, all, merged, read, weights, write_config};
+pub use crate::common::tiny::{
+    Rig, SEED, Size, Step, Tiny, all, classifier, merged, read, rewards, weights, write_config,
+};
 
 /// One of [`all`] with some keys of its configuration changed.
 pub fn with(size: Size, name: &str, changes: Value) -> Tiny {
