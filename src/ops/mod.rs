@@ -19,6 +19,7 @@ pub(crate) mod simd;
 pub mod attention;
 pub mod gelu;
 pub mod layer_norm;
+pub mod lerp;
 pub mod linear;
 pub mod logprob_head;
 pub mod merged_update;
@@ -40,6 +41,7 @@ pub trait Backend:
     + attention::Attention
     + gelu::Gelu
     + layer_norm::LayerNorm
+    + lerp::Lerp
     + linear::Linear
     + logprob_head::LogprobHead
     + merged_update::MergedUpdate

@@ -69,6 +69,7 @@ pub fn all<V: Visitor>() -> Vec<(&'static str, Visit<V>)> {
         ("scatter", rows::scatter),
         ("sum_squares", updates::sum_squares),
         ("merged_update", updates::merged_update),
+        ("lerp", updates::lerp),
         ("logprob_head", head::forward),
         ("logprob_head_backward", head::backward),
         ("token_kl", token_kl::forward),

@@ -1,9 +1,9 @@
-//! See src/ops/sum_squares and src/ops/merged_update.
+//! See src/ops/sum_squares, src/ops/merged_update and src/ops/lerp.
 
 use cuvee::Result;
 use cuvee::device::DType;
 use cuvee::ops::merged_update::{self, Rule, Step};
-use cuvee::ops::{Backend, sum_squares};
+use cuvee::ops::{Backend, lerp, sum_squares};
 
 use super::Visitor;
 use crate::common::case::{Case, Slot, Spec, run};
@@ -90,6 +90,55 @@ impl Case for Update {
             weight[i] -= rate * (m[i] / correction(beta1)) / ((v[i] / correction(beta2)).sqrt() + eps as f32);
         }
         rounded.iter_mut().for_each(|rounded| rounded.clone_from(weight));
+    }
+}
+
+pub struct Lerp {
+    pub shape: [usize; 2],
+    pub share: f64,
+    /// The tensor is what rounding leaves of an f32 master.
+    pub master: bool,
+}
+
+impl Case for Lerp {
+    fn op(&self) -> &'static str {
+        "lerp"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        let tensors = [Spec::input("x", self.shape), Spec::in_place("y", self.shape)];
+        let rounding = self.master.then(|| Spec::set("rounded", self.shape));
+        tensors.map(Spec::always_f32).into_iter().chain(rounding).map(Spec::per_row).collect()
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        let [x, y, rounded @ ..] = t else { panic!("two tensors") };
+        let (y, master) = match rounded {
+            [rounded] => (rounded.view_mut(), Some(y.view_mut())),
+            _ => (y.view_mut(), None),
+        };
+        device.lerp(lerp::Args { share: self.share, x: x.view(), y, master })
+    }
+
+    fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
+        let [x, y, rounded @ ..] = t else { panic!("two tensors") };
+        let share = self.share as f32;
+        y.iter_mut().zip(&*x).for_each(|(y, x)| *y = (1.0 - share) * *y + share * x);
+        rounded.iter_mut().for_each(|rounded| rounded.clone_from(y));
+    }
+}
+
+pub fn lerp<V: Visitor>(v: &mut V) {
+    let kinds: &[bool] = if v.storage() == DType::F32 { &[false] } else { &[false, true] };
+    for master in kinds.iter().copied() {
+        for (shape, share) in [([1, 31], 1.0), ([3, 123], 0.6), ([47, 507], 1e-3)] {
+            v.close(&Lerp { shape, share, master });
+        }
+        let case = Lerp { shape: [47, 123], share: 0.3, master };
+        v.repeatable(&case);
+        v.rows(&case);
+        v.nan(&case);
+        v.shapes(&Lerp { shape: [3, 5], ..case });
     }
 }
 
