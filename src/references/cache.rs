@@ -215,9 +215,12 @@ pub(super) fn read_shard(file: &File, header: &Header, start: u64, file_len: u64
     Ok((found.len() == records as usize).then_some(Shard { records: found, finite, end }))
 }
 
+/// Where the values of each sequence are.
+type Records = Vec<([u8; 32], Span)>;
+
 /// The records of a payload that starts at byte `start` of the file, and whether all values are finite; `None` if they do
 /// not fill it exactly.
-fn parse_records(header: &Header, mut payload: &[u8], start: u64) -> Option<(Vec<([u8; 32], Span)>, bool)> {
+fn parse_records(header: &Header, mut payload: &[u8], start: u64) -> Option<(Records, bool)> {
     let (mut records, mut finite) = (Vec::new(), true);
     let mut offset = start;
     while !payload.is_empty() {

@@ -58,6 +58,16 @@ impl HiddenRows {
         self.cache.width()
     }
 
+    /// `[completion tokens, width]` of the sequences of several examples.
+    pub fn read_all(&self, examples: &[&Example]) -> Result<Vec<bf16>> {
+        let (mut all, mut rows) = (Vec::new(), Vec::new());
+        for example in examples {
+            self.read(example, &mut rows)?;
+            all.extend(&rows);
+        }
+        Ok(all)
+    }
+
     /// `[completion tokens, width]` of an example's sequences, one after the other, into `out`.
     pub fn read(&self, example: &Example, out: &mut Vec<bf16>) -> Result<()> {
         out.clear();
