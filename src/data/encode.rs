@@ -25,7 +25,7 @@ use super::dataset::Sequence;
 use super::jsonl::{Parts, Row};
 use super::lint::{self, Lint};
 use super::tokenizer::Tokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What happens to a row with a sequence longer than `max_length`.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -86,6 +86,21 @@ pub struct EncodeOptions {
     /// The longest sequence, prompt and completion, in tokens; at least 2.
     pub max_length: Option<usize>,
     pub on_overflow: Overflow,
+}
+
+/// One row with one completion as tokens, whatever their number; the tokenizer's chat template writes messages.
+///
+/// # Errors
+/// No token is left to score, or none comes before it.
+pub fn encode_row(tokenizer: &Tokenizer, row: &Row) -> Result<Sequence> {
+    let chat = row.has_messages().then(|| tokenizer.chat_template()).transpose()?;
+    let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options: &EncodeOptions::default() };
+    match encoder.encode(row)? {
+        Ok(encoded) => Ok(encoded.sequences.into_iter().next().expect("a row has a completion")),
+        Err(skip) => {
+            Err(Error::option("--ref-model", format!("its tokenizer leaves nothing to score of a text: {skip}")))
+        }
+    }
 }
 
 /// A row's sequences, all with the same `first`.

@@ -21,7 +21,7 @@ pub use batch::{Batch, Extent, Read, Segment, Sharing, extent_of, pack, rows_of}
 pub use chat::ChatTemplate;
 pub use conversation::{Content, Message};
 pub use dataset::{Dataset, Example, Merge, Sequence, label_name};
-pub use encode::{EncodeOptions, Overflow, Skip};
+pub use encode::{EncodeOptions, Overflow, Skip, encode_row};
 pub use jsonl::{Form, Parts, Row, read_rows};
 pub use lint::Lint;
 pub use mismatch::mismatched;

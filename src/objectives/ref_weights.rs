@@ -28,10 +28,11 @@ use std::f64::consts::TAU;
 use super::mrpo::wins;
 use crate::error::{Error, Result};
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Rule {
     /// As given: one for each reference, >= 0, sum 1.
     Fixed(Vec<f64>),
+    #[default]
     Uniform,
     ValidationDiscrimination,
     ValidationAccuracy,
@@ -48,6 +49,11 @@ impl Rule {
     /// Whether [`RefWeights::new`] needs the references' log-probs of a validation set.
     pub fn reads_validation(&self) -> bool {
         matches!(self, Self::ValidationDiscrimination | Self::ValidationAccuracy)
+    }
+
+    /// Whether the pairs of earlier steps decide.
+    pub fn observes(&self) -> bool {
+        matches!(self, Self::SlidingWindow { .. } | Self::Thompson { .. })
     }
 }
 

@@ -2,14 +2,13 @@
 
 use serde_json::{Map, Value};
 
+use super::drift::Estimate;
 use super::policy::Policy;
-use super::step::{append, finite_logps, stats};
-use crate::data::{Example, Packing};
+use super::step::Pass;
 use crate::device::range;
-use crate::error::{Error, Result};
-use crate::objectives::{Metric, Objective, Stats, Totals};
+use crate::error::Result;
+use crate::objectives::{Metric, Stats, Totals};
 use crate::ops::Backend;
-use crate::references::RefLogps;
 
 /// What preferences and likelihoods come to, whatever the objective.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -19,15 +18,18 @@ pub struct Summary {
     pub accuracy: Option<f64>,
     /// Mean of chosen minus rejected log-ratio, nats.
     pub margin: Option<f64>,
-    /// e^(mean negative log-probability) over the tokens of the chosen (or only) completions.
-    pub perplexity: f64,
+    /// e^(mean negative log-probability) over the tokens of the chosen (or only) completions; `None` of a reward model.
+    pub perplexity: Option<f64>,
 }
 
 impl Summary {
-    /// Log-ratios are against `ref_logps[0]`, or plain log-probabilities without a reference.
-    pub fn of(stats: &Stats) -> Self {
-        let reference = |s: usize| stats.ref_logps.first().map_or(0.0, |logps| logps[s]);
-        let ratio = |s: usize| stats.logps[s] - reference(s);
+    /// Log-ratios are against `anchor`, `[sequences]`, or plain log-probabilities without one. A reward model has scores
+    /// in their place.
+    pub fn of(stats: &Stats, anchor: Option<&[f64]>) -> Self {
+        let ratio = |s: usize| match stats.scores.get(s) {
+            Some(score) => *score,
+            None => stats.logps[s] - anchor.map_or(0.0, |logps| logps[s]),
+        };
         let margins: Vec<f64> =
             stats.pairs.iter().map(|(chosen, rejected)| ratio(*chosen) - ratio(*rejected)).collect();
         let mean = |values: &mut dyn Iterator<Item = f64>| {
@@ -37,11 +39,11 @@ impl Summary {
             _ if *margin == 0.0 => 0.5,
             order => f64::from(u8::from(order.is_gt())),
         };
-        let (logps, tokens) = stats.supervised().fold((0.0, 0.0), |(l, t), s| (l + stats.logps[s], t + stats.lens[s]));
+        let sum = |of: &[f64]| stats.supervised().map(|s| of[s]).sum::<f64>();
         Self {
             accuracy: mean(&mut margins.iter().map(won)),
             margin: mean(&mut margins.iter().copied()),
-            perplexity: (-logps / tokens).exp(),
+            perplexity: (!stats.logps.is_empty()).then(|| (-sum(&stats.logps) / sum(&stats.lens)).exp()),
         }
     }
 }
@@ -55,6 +57,8 @@ pub struct Evaluation {
     pub loss: f64,
     pub summary: Summary,
     pub metrics: Vec<(String, f64)>,
+    /// KL(policy || reference), nats a completion, of the anchor and then of the references.
+    pub drift: Vec<Estimate>,
     /// Seconds.
     pub runtime: f64,
 }
@@ -66,46 +70,21 @@ pub struct Measured {
     pub metrics: Vec<Metric>,
 }
 
-/// Rows that are not trained on.
-pub struct HeldOut<'a> {
-    pub examples: &'a [Example],
-    /// `[references]`
-    pub ref_logps: &'a [RefLogps],
-    pub packing: Packing,
-    /// Steps that the policy has behind it, for messages.
-    pub step: u64,
-}
-
-/// Runs the policy over the rows in order; `done` is told how many are finished. Fails, naming rows, where a
+/// Runs the policy over held-out rows in order and compares it with `anchor`, `[sequences]`; `done` is told how many are finished. Fails, naming rows, where a
 /// log-probability is not finite.
 pub fn evaluate<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
-    objective: &dyn Objective,
-    held_out: &HeldOut,
+    pass: &Pass,
+    anchor: Option<&[f64]>,
     done: &mut dyn FnMut(usize),
 ) -> Result<Measured> {
     let _range = range(c"evaluate");
-    let HeldOut { examples, ref_logps, packing, step } = *held_out;
-    let needs = objective.needs();
-    let refs: Vec<&Example> = examples.iter().collect();
-    let mut all = Stats::default();
-    for (range, host) in packing.batches(&refs) {
-        let logps = finite_logps(device, policy, &host, &refs[range.clone()])?.map_err(|found| {
-            let advice = match step {
-                0 => "are the weights sound?",
-                _ => "this step's update broke the model; a lower --learning-rate or --max-grad-norm may help",
-            };
-            Error::NotFinite { step, what: "a held-out log-probability".into(), detail: format!("{found}; {advice}") }
-        })?;
-        let slice = |r: &'_ RefLogps| r.sums[range.clone()].to_vec();
-        let sliced: Vec<Vec<Vec<f64>>> = ref_logps.iter().map(slice).collect();
-        let by_example: Vec<Vec<&[f64]>> = sliced.iter().map(|r| r.iter().map(Vec::as_slice).collect()).collect();
-        append(&mut all, stats(&needs, &host, &logps, &by_example));
-        done(range.end);
-    }
-    let outcome = objective.evaluate(&all, &Totals::of(&all));
-    Ok(Measured { loss: outcome.loss, summary: Summary::of(&all), metrics: outcome.metrics })
+    let stats = pass.look(device, policy, done)?;
+    let outcome = pass.objective.evaluate(&stats, &Totals::of(&stats));
+    // What follows the policy is in no table.
+    let moving = stats.ref_logps.first().map(Vec::as_slice);
+    Ok(Measured { loss: outcome.loss, summary: Summary::of(&stats, anchor.or(moving)), metrics: outcome.metrics })
 }
 
 impl Evaluation {
@@ -119,6 +98,11 @@ impl Evaluation {
         line.insert("eval_margin".into(), self.summary.margin.into());
         line.insert("eval_perplexity".into(), self.summary.perplexity.into());
         self.metrics.iter().for_each(|(name, value)| drop(line.insert(format!("eval_{name}"), (*value).into())));
+        for (k, Estimate { mean, stderr }) in self.drift.iter().enumerate() {
+            let name = if k == 0 { "eval_kl".to_string() } else { format!("eval_kl/{k}") };
+            line.insert(format!("{name}_stderr"), (*stderr).into());
+            line.insert(name, (*mean).into());
+        }
         line.insert("eval_rows".into(), self.rows.into());
         line.insert("eval_runtime".into(), self.runtime.into());
         line
@@ -130,20 +114,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tie_counts_half_and_ratios_are_against_the_first_reference() {
+    fn a_tie_counts_half_and_ratios_are_against_the_anchor() {
         let mut stats = Stats {
             logps: vec![-2.0, -4.0, -3.0, -3.0, -6.0, -1.0],
             lens: vec![2.0; 6],
             pairs: vec![(0, 1), (2, 3), (4, 5)],
             ..Stats::default()
         };
-        let plain = Summary::of(&stats);
+        let plain = Summary::of(&stats, None);
         assert_eq!((plain.accuracy, plain.margin), (Some(0.5), Some(-1.0)));
-        assert!((plain.perplexity - (11.0f64 / 6.0).exp()).abs() < 1e-12);
-        stats.ref_logps = vec![stats.logps.clone()];
-        let same = Summary::of(&stats);
+        assert!((plain.perplexity.unwrap() - (11.0f64 / 6.0).exp()).abs() < 1e-12);
+        let same = Summary::of(&stats, Some(&stats.logps));
         assert_eq!((same.accuracy, same.margin), (Some(0.5), Some(0.0)));
         stats.pairs.clear();
-        assert_eq!(Summary::of(&stats).accuracy, None);
+        assert_eq!(Summary::of(&stats, None).accuracy, None);
     }
 }

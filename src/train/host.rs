@@ -27,6 +27,9 @@ const READING_PER_TOKEN: usize = 8;
 /// An example and a sequence with their vectors' headers, sums of reference log-probabilities and order.
 const PER_EXAMPLE: usize = 120;
 const PER_SEQUENCE: usize = 80;
+/// What each further reference said about them: vectors' headers and sums.
+const SAID_PER_EXAMPLE: usize = 64;
+const SAID_PER_SEQUENCE: usize = 32;
 /// Vectors of a micro-batch by row: tokens, positions, targets, log-probabilities and their derivatives.
 const PER_ROW: usize = 40;
 /// Vectors of a head that a thread keeps in `ops/attention/cpu.rs`: eleven buffers of 64.
@@ -38,34 +41,60 @@ pub struct Host {
     /// Products and attention are a GPU's, which wants memory to exchange data through instead.
     gpu: bool,
     tokenizer_bytes: usize,
+    /// The largest of the references' own.
+    other_tokenizer_bytes: usize,
     tokens: usize,
     examples: usize,
     sequences: usize,
+    /// Bytes of what the references said.
+    said: usize,
 }
 
 impl Host {
     pub fn new(task: &Task, settings: &Settings) -> Self {
+        let own = task.references.iter().filter_map(|reference| reference.own.as_ref());
+        let own = own.flat_map(|own| own.train.iter().chain(&own.eval));
         let examples = || task.datasets().into_iter().flat_map(|dataset| &dataset.examples);
         let sequences = || examples().flat_map(|example| &example.sequences);
+        let own_tokens: usize = own.flat_map(|example| &example.sequences).map(|sequence| sequence.ids.len()).sum();
+        let scored: usize = sequences().map(|sequence| sequence.ids.len() - sequence.first).sum();
+        let by_token = task.objective.needs().ref_token_logps;
+        let said = examples().count() * SAID_PER_EXAMPLE
+            + sequences().count() * SAID_PER_SEQUENCE
+            + if by_token { scored * size_of::<f32>() } else { 0 };
+        let others = task.references.iter().filter(|reference| reference.own.is_some());
         Self {
-            tokens: sequences().map(|sequence| sequence.ids.len()).sum(),
+            tokens: sequences().map(|sequence| sequence.ids.len()).sum::<usize>() + own_tokens,
             examples: examples().count(),
             sequences: sequences().count(),
+            said: task.references.len().saturating_sub(1) * said + usize::from(by_token) * said,
+            other_tokenizer_bytes: others.map(|other| tokenizer_bytes(other.reference.path())).max().unwrap_or(0),
             ..Self::without_data(settings)
         }
     }
 
     pub fn without_data(settings: &Settings) -> Self {
-        let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len() as usize);
-        let tokenizer_bytes = size(&settings.model.join("tokenizer.json"));
-        let (threads, gpu) = (settings.threads, settings.gpu);
-        Self { threads, gpu, tokenizer_bytes, tokens: 0, examples: 0, sequences: 0 }
+        Self {
+            threads: settings.threads,
+            gpu: settings.gpu,
+            tokenizer_bytes: tokenizer_bytes(&settings.model),
+            other_tokenizer_bytes: 0,
+            tokens: 0,
+            examples: 0,
+            sequences: 0,
+            said: 0,
+        }
     }
 
     /// The largest amount while tokenizer and data are read.
     pub fn reading(&self) -> usize {
-        let tokenizer = (TOKENIZER_READING * self.tokenizer_bytes as f64) as usize;
-        self.program() + tokenizer.max(self.resting() + READING_PER_TOKEN * self.tokens)
+        let reading = |bytes: usize| (TOKENIZER_READING * bytes as f64) as usize;
+        let other = match self.other_tokenizer_bytes {
+            0 => 0,
+            bytes => self.resting() + reading(bytes),
+        };
+        let data = self.resting() + READING_PER_TOKEN * self.tokens;
+        self.program() + reading(self.tokenizer_bytes).max(data).max(other)
     }
 
     fn program(&self) -> usize {
@@ -76,7 +105,7 @@ impl Host {
     fn resting(&self) -> usize {
         let encoder = ENCODER * self.tokens as f64 / (self.tokens as f64 + ENCODER_HALF);
         let data = self.tokens * size_of::<u32>() + self.examples * PER_EXAMPLE + self.sequences * PER_SEQUENCE;
-        (TOKENIZER * self.tokenizer_bytes as f64 + encoder) as usize + data
+        (TOKENIZER * self.tokenizer_bytes as f64 + encoder) as usize + data + self.said
     }
 
     /// While micro-batches up to `largest` go through the engine.
@@ -87,6 +116,10 @@ impl Host {
         };
         self.program() + self.resting() + arithmetic + largest.rows * PER_ROW
     }
+}
+
+fn tokenizer_bytes(model: &Path) -> usize {
+    std::fs::metadata(model.join("tokenizer.json")).map_or(0, |file| file.len() as usize)
 }
 
 /// What the largest products of a step need for their packed operands.
@@ -109,8 +142,16 @@ mod tests {
 
     #[test]
     fn more_data_and_threads_take_more() {
-        let host =
-            |threads, tokens| Host { threads, gpu: false, tokenizer_bytes: 1 << 20, tokens, examples: 1, sequences: 2 };
+        let host = |threads, tokens| Host {
+            threads,
+            gpu: false,
+            tokenizer_bytes: 1 << 20,
+            other_tokenizer_bytes: 0,
+            tokens,
+            examples: 1,
+            sequences: 2,
+            said: 0,
+        };
         assert!(host(1, 0).reading() > PROGRAM + (20 << 20), "the tokenizer's tree");
         let grown = host(1, 10_000_000).resting() - host(1, 1_000_000).resting();
         assert!((36_000_000..40_000_000).contains(&grown), "four bytes a token, once the caches are full: {grown}");

@@ -58,6 +58,11 @@ pub fn read_lines(path: &Path) -> Result<Lines> {
     text.lines().map(|line| serde_json::from_str(line).at(path)).collect()
 }
 
+/// The evaluations of the run in a folder.
+pub fn evaluations(output: &Path) -> Result<Lines> {
+    read_lines(&output.join(EVALUATIONS))
+}
+
 /// The lines that metrics.jsonl and evaluations.jsonl held when a checkpoint was written. The run may have gone on
 /// since, or back, or elsewhere.
 pub fn read_history(checkpoint: &Path) -> Result<(Lines, Lines)> {

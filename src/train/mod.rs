@@ -1,8 +1,11 @@
 //! Training: the loop, its steps, metrics, checkpoints and plots.
 
+mod drift;
 mod evaluate;
 mod host;
 mod metrics;
+mod moving;
+mod panel;
 mod plan;
 pub mod plot;
 mod policy;
@@ -13,11 +16,13 @@ mod settings;
 mod step;
 mod task;
 
+pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
+pub use metrics::evaluations;
 pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};
-pub use policy::{Blueprint, Policy};
+pub use policy::{Blueprint, Extras, Policy};
 pub use report::Report;
 pub use run::{Outcome, run};
-pub use settings::{Resume, Samples, Settings};
-pub use step::{StepBatch, StepResult, step};
-pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_reference, check_vocabulary};
+pub use settings::{Moving, References, Resume, Samples, Settings};
+pub use step::{Pass, Purpose, Rows, StepResult, step};
+pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary, own_tokens};

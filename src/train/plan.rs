@@ -1,19 +1,21 @@
 //! What a run costs, from the constructors that run it, on a device without memory; and, for a limit on memory, the
 //! settings that keep within it.
 
+use half::bf16;
 use serde::Serialize;
 
+use super::drift;
 use super::host::Host;
-use super::policy::Blueprint;
+use super::policy::{Blueprint, Extras};
 use super::settings::Settings;
-use super::task::Task;
+use super::task::{FreshReference, Steps, Task, TaskReference};
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
 use crate::device::{DType, Dry, Kind, Ledger, cuda};
 use crate::error::{Error, Result};
-use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options};
+use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Model, Options, RefHeads};
 use crate::optim;
-use crate::references::{Reference, largest_shard};
+use crate::references::{self, Reference, Residency, largest_shard};
 use crate::rollout::{self, Request, Sampling};
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
@@ -70,6 +72,11 @@ pub struct Plan {
     pub max_steps: Option<u64>,
     pub micro_batch_tokens: usize,
     pub recompute: bool,
+    /// What it would take to keep the references in memory that are asked about the policy's completions, rather than load
+    /// each for its turn.
+    pub resident_bytes: usize,
+    /// On disk: hidden rows of references whose distributions the policy's are compared with.
+    pub hidden_rows_bytes: usize,
 }
 
 /// Whose memory is limited.
@@ -104,6 +111,24 @@ impl Plan {
         self.bytes(self.peak(of), of)
     }
 
+    /// Whether references that are asked about the policy's completions stay in memory, of which `available` bytes are left.
+    /// The plan is then with them.
+    pub fn choose_residency(&mut self, available: Option<usize>) -> Residency {
+        let needed = self.peak_of(self.scarce()) + self.resident_bytes;
+        if available.is_none_or(|available| needed > available) {
+            return Residency::Streamed;
+        }
+        // They come with the policy.
+        let from = self.phases.iter().position(|phase| phase.name == "load").unwrap_or(0);
+        self.phases[from..].iter_mut().for_each(|phase| phase.weights += self.resident_bytes);
+        self.set_peaks();
+        Residency::Resident
+    }
+
+    fn set_peaks(&mut self) {
+        (self.peak_bytes, self.peak_device_bytes) = (self.peak_of(Memory::Host), self.peak_of(Memory::Device));
+    }
+
     /// The settings that this plan is of, as flags.
     pub fn flags(&self) -> String {
         format!("--micro-batch-tokens {}{}", self.micro_batch_tokens, if self.recompute { " --recompute" } else { "" })
@@ -119,9 +144,16 @@ const EXACT_VISITS: u64 = 1 << 22;
 pub struct Workload<'a> {
     checkpoint: &'a Checkpoint,
     optimizer: &'static optim::Entry,
-    references: &'a [Reference],
+    references: Vec<Scoring<'a>>,
+    /// What a reference that follows the policy starts as, if not as the policy.
+    moving: Option<&'a Checkpoint>,
+    /// References whose distributions the policy's are compared with.
+    compared: Vec<&'a Checkpoint>,
+    ln_sum_p2: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
+    /// Completions under other prompts, those that go through the engine together in one list.
+    mismatched: Vec<Vec<Extent>>,
     /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
     steps: Option<Vec<Vec<usize>>>,
     /// The same in the order of the file, each once.
@@ -130,15 +162,58 @@ pub struct Workload<'a> {
     sampled: Vec<Vec<&'a Example>>,
     /// The longest prompt that is sampled from.
     prompt: Option<&'a [u32]>,
+    fresh: Option<FreshWork<'a>>,
     host: Host,
     max_steps: Option<u64>,
     /// Examples of a step for each one that is sampled.
     alike: f64,
 }
 
+/// A reference and the sizes of what it scores, in order; `None` for the sizes of the policy's examples.
+struct Scoring<'a> {
+    reference: &'a Reference,
+    own: Option<Vec<Extent>>,
+}
+
+/// Completions that evaluations ask of the policy, and of references what they think of them.
+struct FreshWork<'a> {
+    samples: usize,
+    /// Tokens of one with its prompt, at most.
+    longest: usize,
+    /// The longest prompt, and how many completions are decoded at once.
+    prompt: &'a [u32],
+    together: usize,
+    references: &'a [FreshReference],
+}
+
+impl<'a> FreshWork<'a> {
+    fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
+        let prompts = drift::prompts(task, settings.kl_samples);
+        let prompt = prompts.iter().map(|(prompt, ..)| *prompt).max_by_key(|prompt| prompt.len())?;
+        let together = prompts.iter().map(|(.., count)| *count).max()?.min(drift::TOGETHER);
+        let (samples, longest) = (settings.kl_samples, prompt.len() + settings.samples.max_new_tokens);
+        Some(Self { samples, longest, prompt, together, references: &task.fresh })
+    }
+
+    fn largest(&self, packing: Packing) -> Extent {
+        drift::largest(packing, self.samples, self.longest)
+    }
+}
+
+impl<'a> Scoring<'a> {
+    fn new(task_reference: &'a TaskReference, used: &[usize], packing: Packing) -> Self {
+        let own = task_reference.own.as_ref().map(|own| {
+            let train = used.iter().map(|i| &own.train[*i]);
+            packing.extents(train.chain(&own.eval))
+        });
+        Self { reference: &task_reference.reference, own }
+    }
+}
+
 impl<'a> Workload<'a> {
     pub fn new(task: &'a Task, settings: &Settings) -> Self {
         let packing = settings.packing;
+        let used = task.used_examples(settings);
         let sampled = (1..=task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS)).collect::<Vec<_>>();
         let first = task.order(settings, 0);
         let examples = |step: &u64| {
@@ -148,13 +223,18 @@ impl<'a> Workload<'a> {
         Self {
             checkpoint: &task.checkpoint,
             optimizer: task.optimizer,
-            references: &task.references,
+            references: task.references.iter().map(|r| Scoring::new(r, &used, packing)).collect(),
+            moving: task.moving.as_ref(),
+            compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
+            ln_sum_p2: task.objective.needs().ln_sum_p2,
+            mismatched: under_other_prompts(task, settings),
             train: packing.extents(&task.train.examples),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
             steps: steps(task, settings),
-            used: task.used_examples(settings),
+            used,
             sampled: sampled.iter().map(examples).collect(),
             prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
+            fresh: FreshWork::new(task, settings),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
             alike: 1.0,
@@ -168,7 +248,9 @@ impl<'a> Workload<'a> {
             Some(steps) => steps.iter().map(step).fold(Extent::default(), Extent::max),
             None => packing.bound(&self.train, batch_size),
         };
-        train.max(packing.largest(&self.eval))
+        let mismatched = self.mismatched.iter().map(|together| packing.largest(together));
+        let fresh = self.fresh.as_ref().map_or(Extent::default(), |fresh| fresh.largest(packing));
+        mismatched.fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
     }
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
@@ -179,8 +261,13 @@ impl<'a> Workload<'a> {
             optimizer: self.optimizer,
             hyper: settings.hyper,
             largest,
-            positions: largest.longest.max(samples),
+            positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
+            extras: Extras {
+                moving: settings.references.moving.zip(self.moving.or(Some(self.checkpoint))),
+                compared: self.compared.clone(),
+                ln_sum_p2: self.ln_sum_p2,
+            },
         }
     }
 
@@ -189,7 +276,9 @@ impl<'a> Workload<'a> {
     pub fn plan(&self, settings: &Settings) -> Result<Plan> {
         let blueprint = self.blueprint(settings);
         let (largest, host) = (blueprint.largest, &self.host);
-        let scored: Vec<Extent> = self.used.iter().map(|i| self.train[*i]).chain(self.eval.iter().copied()).collect();
+        let scored =
+            self.used.iter().map(|i| &self.train[*i]).chain(&self.eval).chain(self.mismatched.iter().flatten());
+        let scored: Vec<Extent> = scored.copied().collect();
         let storage = settings.storage();
         let (run, pass) = blueprint.plan(storage);
         let mut names = names(self.checkpoint);
@@ -201,16 +290,34 @@ impl<'a> Workload<'a> {
         let phase = |name, host, ledgers: &[Ledger]| Phase::new(name, host, shared, ledgers);
 
         let mut phases = vec![phase("read", host.reading(), &[])];
-        for reference in self.references {
-            let shard = largest_shard(settings.packing, &scored);
+        for Scoring { reference, own } in &self.references {
+            let shard = largest_shard(settings.packing, own.as_ref().unwrap_or(&scored));
             let host = working + reference.largest_tensor() * size_of::<f32>();
-            phases.push(phase("score", host, &[reference.plan(storage, &shard)]));
+            let ledgers: Vec<Ledger> = reference.plan(storage, &shard).into_iter().collect();
+            phases.push(phase("score", host, &ledgers));
+        }
+        for checkpoint in &self.compared {
+            let largest = settings.packing.bound(&scored, scored.len());
+            phases.push(phase("score", working, &[references::plan(storage, checkpoint, &largest)]));
         }
         phases.push(phase("load", working + tensor, &[run]));
         phases.push(phase("train", working, &[run, pass]));
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);
             phases.push(phase("sample", working, &[run, rollout::plan(storage, &self.checkpoint.spec, &request)]));
+        }
+        let mut resident_bytes = 0;
+        if let Some(fresh) = &self.fresh {
+            let request = drift::request(settings, fresh.prompt, fresh.together);
+            phases.push(phase("sample", working, &[run, rollout::plan(storage, &self.checkpoint.spec, &request)]));
+            let largest = fresh.largest(settings.packing);
+            for reference in fresh.references {
+                // What is a token here may be two there.
+                let largest = if reference.tokenizer.is_some() { largest.join(largest) } else { largest };
+                let ledger = reference.asked(largest).plan(storage);
+                phases.push(phase("ask", working, &[run, ledger]));
+                resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
+            }
         }
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
@@ -223,9 +330,17 @@ impl<'a> Workload<'a> {
             max_steps: self.max_steps,
             micro_batch_tokens: settings.packing.budget,
             recompute: settings.recompute,
+            resident_bytes,
+            hidden_rows_bytes: self.hidden_rows_bytes(),
         };
-        (plan.peak_bytes, plan.peak_device_bytes) = (plan.peak_of(Memory::Host), plan.peak_of(Memory::Device));
+        plan.set_peaks();
         Ok(plan)
+    }
+
+    fn hidden_rows_bytes(&self) -> usize {
+        let tokens: usize =
+            self.used.iter().map(|i| &self.train[*i]).chain(&self.eval).map(|extent| extent.targets).sum();
+        self.compared.iter().map(|checkpoint| tokens * checkpoint.spec.hidden * size_of::<bf16>()).sum()
     }
 
     /// FLOPs of forward and backward over an average step.
@@ -236,11 +351,30 @@ impl<'a> Workload<'a> {
         let mut model = Model::new(&mut arena, spec, naming, Options::train_all(blueprint.positions));
         let mut acts = Acts::new(&mut arena, spec, largest, blueprint.keep);
         let mut batch = Batch::new(&mut arena, largest);
+        let heads = RefHeads::new(&mut arena, spec, &self.compared)?;
+        let mut kl = KlActs::new(&mut arena, &heads, largest.targets);
         for examples in &self.sampled {
             for (_, host) in packing.batches(examples) {
                 batch.load(&dry, &host)?;
-                model.forward(&dry, &batch, &mut acts)?;
-                model.backward(&dry, &batch, &vec![0.0; host.targets.len()], &mut acts, None)?;
+                let derivatives = vec![0.0; host.targets.len()];
+                match spec.head {
+                    Head::Score => {
+                        model.scores(&dry, &batch, &mut acts)?;
+                        model.backward_scores(&dry, &batch, &derivatives, &mut acts)?;
+                    }
+                    Head::Tied | Head::Own => {
+                        model.forward(&dry, &batch, &mut acts)?;
+                        let dkl = vec![0.0; self.compared.len() * host.targets.len()];
+                        let term = match heads.refs() {
+                            0 => None,
+                            _ => {
+                                model.token_kl(&dry, &batch, &acts, &heads, &mut kl)?;
+                                Some(KlTerm { heads: &heads, acts: &mut kl, dkl: &dkl })
+                            }
+                        };
+                        model.backward(&dry, &batch, &derivatives, &mut acts, term)?;
+                    }
+                }
             }
         }
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
@@ -254,21 +388,41 @@ impl<'a> Workload<'a> {
     }
 }
 
-fn steps(task: &Task, settings: &Settings) -> Option<Vec<Vec<usize>>> {
+/// How many steps need to be looked at to know all of them; `None` where they are too many.
+fn exact_steps(task: &Task, settings: &Settings) -> Option<u64> {
     // Every epoch of a run without shuffling is the first.
     let last = if settings.shuffle { task.max_steps } else { task.max_steps.min(task.steps_per_epoch) };
-    if last.saturating_mul(settings.batch_size.min(task.train.examples.len()) as u64) > EXACT_VISITS {
-        return None;
+    let visits = last.saturating_mul(settings.batch_size.min(task.train.examples.len()) as u64);
+    (visits <= EXACT_VISITS).then_some(last)
+}
+
+fn steps(task: &Task, settings: &Settings) -> Option<Vec<Vec<usize>>> {
+    let (last, mut steps) = (exact_steps(task, settings)?, Steps::new(task, settings));
+    Some((1..=last).map(|step| steps.examples(step).to_vec()).collect())
+}
+
+/// Sizes of the completions under other prompts that go through the engine together: of each step and of what is held out.
+fn under_other_prompts(task: &Task, settings: &Settings) -> Vec<Vec<Extent>> {
+    if !task.objective.needs().mismatched {
+        return Vec::new();
     }
-    let mut order = (u64::MAX, Vec::new());
-    let mut examples = |step| {
-        let (epoch, range) = task.place_of_step(settings, step);
-        if order.0 != epoch {
-            order = (epoch, task.order(settings, epoch));
+    let extents = |examples: &[Example]| settings.packing.extents(examples);
+    let mut all = match exact_steps(task, settings) {
+        Some(last) => {
+            let mut steps = Steps::new(task, settings);
+            (1..=last).map(|step| extents(&steps.mismatched(step))).collect()
         }
-        order.1[range].to_vec()
+        None => {
+            let sequences = || task.train.examples.iter().flat_map(|example| &example.sequences);
+            let most = |f: fn(&Sequence) -> usize| sequences().map(f).max().unwrap_or(0);
+            let longest = most(|s| s.first) + most(|s| s.ids.len() - s.first);
+            let longest = longest.min(settings.encode.max_length.unwrap_or(usize::MAX));
+            let extent = Extent { rows: longest, targets: longest, segments: 1, sequences: 1, longest };
+            vec![vec![extent; 2 * settings.batch_size]]
+        }
     };
-    Some((1..=last).map(&mut examples).collect())
+    all.push(extents(&task.mismatched_held_out()));
+    all
 }
 
 /// A model without memory, for the names and shapes of its weights.
@@ -281,15 +435,19 @@ pub struct Assumed {
     checkpoint: Checkpoint,
     optimizer: &'static optim::Entry,
     references: Vec<Reference>,
+    /// The policy's distributions are compared with the references'.
+    compared: bool,
+    ln_sum_p2: bool,
     example: Example,
 }
 
 impl Assumed {
     pub fn new(settings: &Settings, max_length: usize) -> Result<Self> {
         let objective = super::task::objective(settings)?;
-        let sequences = if objective.needs().pairs { 2 } else { 1 };
+        let needs = objective.needs();
+        let sequences = if needs.pairs || needs.labels { 2 } else { 1 };
         let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
-        let checkpoint = Checkpoint::open(&settings.model)?;
+        let checkpoint = super::task::policy_checkpoint(settings, objective.as_ref())?;
         if let Some(most) = checkpoint.spec.most_positions().filter(|most| *most < max_length) {
             let model = checkpoint.dir.display();
             let detail = format!("{max_length}, but {model} has learned positions for {most}; give {most} or less");
@@ -299,6 +457,8 @@ impl Assumed {
             checkpoint,
             optimizer: optim::find(&settings.optimizer)?,
             references: super::task::references(settings, objective.as_ref())?,
+            compared: needs.token_kl,
+            ln_sum_p2: needs.ln_sum_p2,
             example: Example { sequences: vec![sequence; sequences], ..Example::default() },
         })
     }
@@ -310,13 +470,23 @@ impl Assumed {
         Workload {
             checkpoint: &self.checkpoint,
             optimizer: self.optimizer,
-            references: &self.references,
+            references: self.references.iter().map(|reference| Scoring { reference, own: None }).collect(),
+            moving: None,
+            compared: self
+                .compared
+                .then(|| self.references.iter().filter_map(Reference::checkpoint))
+                .into_iter()
+                .flatten()
+                .collect(),
+            ln_sum_p2: self.ln_sum_p2,
+            mismatched: Vec::new(),
             train: vec![extent; full],
             eval: Vec::new(),
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],
             prompt: None,
+            fresh: None,
             host: Host::without_data(settings),
             max_steps: settings.max_steps,
             alike: settings.batch_size as f64 / full as f64,

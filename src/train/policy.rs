@@ -1,14 +1,18 @@
 //! The trained model with everything a step needs.
 
+use half::bf16;
+
+use super::moving::MovingReference;
+use super::settings::Moving;
 use crate::data::{self, Extent};
 use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range};
 use crate::error::Result;
-use crate::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Spec};
+use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Model, Options, RefHeads, Spec};
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{Entry, GradNorm, Hyper, Optimizer};
 
 /// What a policy is built from.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Blueprint<'a> {
     pub checkpoint: &'a Checkpoint,
     pub optimizer: &'a Entry,
@@ -18,15 +22,29 @@ pub struct Blueprint<'a> {
     /// The longest sequence that is trained on, scored or generated.
     pub positions: usize,
     pub keep: Keep,
+    pub extras: Extras<'a>,
+}
+
+/// What some objectives need besides the policy itself.
+#[derive(Clone, Default)]
+pub struct Extras<'a> {
+    /// A reference that follows the policy, and the model it starts as.
+    pub moving: Option<(Moving, &'a Checkpoint)>,
+    /// References whose distributions the policy's are compared with, over the whole vocabulary.
+    pub compared: Vec<&'a Checkpoint>,
+    pub ln_sum_p2: bool,
 }
 
 pub struct Policy<D: Device> {
     pub model: Model<D>,
     pub optimizer: Optimizer<D>,
+    pub moving: Option<MovingReference<D>>,
+    /// Of the references that distributions are compared with.
+    pub heads: Option<RefHeads<D>>,
     /// `[1, 1]`, for the search for what is not finite.
     probe: Tensor<D>,
-    largest: Extent,
-    keep: Keep,
+    sizes: Sizes,
+    pass_ledger: Ledger,
     /// There while batches are run; loading, sampling and saving need its memory for themselves.
     pass: Option<Pass<D>>,
 }
@@ -34,59 +52,111 @@ pub struct Policy<D: Device> {
 /// Activations and the batch that they belong to.
 struct Pass<D: Device> {
     acts: Acts<D>,
+    kl: Option<KlActs<D>>,
     batch: Batch<D>,
 }
 
-impl<D: Device> Pass<D> {
-    fn new(arena: &mut Arena<D>, spec: &Spec, largest: &Extent, keep: Keep) -> Self {
-        Self { acts: Acts::new(arena, spec, largest, keep), batch: Batch::new(arena, largest) }
-    }
+/// What a [`Pass`] is made for.
+#[derive(Clone, Copy)]
+struct Sizes {
+    largest: Extent,
+    keep: Keep,
+    ln_sum_p2: bool,
+}
 
-    fn plan(storage: DType, spec: &Spec, largest: &Extent, keep: Keep) -> Ledger {
-        Dry::measure(storage, |arena| Pass::new(arena, spec, largest, keep))
+impl<D: Device> Pass<D> {
+    fn new(arena: &mut Arena<D>, spec: &Spec, heads: Option<&RefHeads<D>>, sizes: Sizes) -> Self {
+        let Sizes { largest, keep, ln_sum_p2 } = sizes;
+        let mut acts = Acts::new(arena, spec, &largest, keep);
+        if ln_sum_p2 {
+            acts = acts.with_ln_sum_p2(arena);
+        }
+        let kl = heads.map(|heads| KlActs::new(arena, heads, largest.targets));
+        Self { acts, kl, batch: Batch::new(arena, &largest) }
     }
 }
 
 impl Blueprint<'_> {
+    fn sizes(&self) -> Sizes {
+        Sizes { largest: self.largest, keep: self.keep, ln_sum_p2: self.extras.ln_sum_p2 }
+    }
+
     /// Weights, gradients and states: there for the whole run.
-    fn run<D: Device>(&self, arena: &mut Arena<D>) -> (Model<D>, Optimizer<D>, Tensor<D>) {
-        let options = Options::train_all(self.positions);
-        let mut model = Model::new(arena, &self.checkpoint.spec, self.checkpoint.architecture.naming, options);
+    fn run<D: Device>(&self, arena: &mut Arena<D>, pass: Ledger) -> Policy<D> {
+        let (options, spec) = (Options::train_all(self.positions), &self.checkpoint.spec);
+        let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, options);
         let optimizer = Optimizer::new(arena, self.optimizer, self.hyper, &model.params_mut());
-        (model, optimizer, arena.floats(Kind::Workspace, 1, 1))
+        let Extras { moving, compared, .. } = &self.extras;
+        let moving = moving.map(|(moving, start)| MovingReference::new(arena, start, self.positions, moving));
+        let heads = RefHeads::new(arena, spec, compared).expect("the vocabularies were compared before");
+        let heads = (heads.refs() > 0).then_some(heads);
+        let probe = arena.floats(Kind::Workspace, 1, 1);
+        Policy { model, optimizer, moving, heads, probe, sizes: self.sizes(), pass_ledger: pass, pass: None }
     }
 
     /// Memory of the run, and of a training step besides, on a device that stores `storage`.
     pub fn plan(&self, storage: DType) -> (Ledger, Ledger) {
-        let run = Dry::measure(storage, |arena| self.run(arena));
-        (run, Pass::<Dry>::plan(storage, &self.checkpoint.spec, &self.largest, self.keep))
+        let mut heads = None;
+        let run = Dry::measure(storage, |arena| heads = self.run(arena, Ledger::default()).heads);
+        let pass = |arena: &mut Arena<Dry>| Pass::new(arena, &self.checkpoint.spec, heads.as_ref(), self.sizes());
+        (run, Dry::measure(storage, pass))
     }
 
     /// The policy as far as it lives for the whole run; its first batch takes the activations.
     pub fn build<B: Backend>(&self, device: &B) -> Result<Policy<B>> {
-        let (run, _) = self.plan(device.storage());
-        let (model, optimizer, probe) = self.run(&mut Arena::new(device, &run)?);
-        Ok(Policy { model, optimizer, probe, largest: self.largest, keep: self.keep, pass: None })
+        let (run, pass) = self.plan(device.storage());
+        Ok(self.run(&mut Arena::new(device, &run)?, pass))
     }
 }
 
+/// What a forward pass left of one batch.
+pub struct Seen {
+    /// `[targets]` log-probabilities, nats; of a reward model `[sequences]` scores.
+    pub logps: Vec<f32>,
+    /// The same of the reference that follows the policy, where there is one.
+    pub moving: Option<Vec<f32>>,
+    /// `[targets]`, where the policy was built for it.
+    pub ln_sum_p2: Vec<f32>,
+    /// `[references, targets]` KL of distributions, nats; empty where none was asked for.
+    pub token_kl: Vec<f64>,
+}
+
 impl<B: Backend> Policy<B> {
-    /// Log-probabilities of the batch's targets, nats.
-    pub fn forward(&mut self, device: &B, host: &data::Batch) -> Result<Vec<f32>> {
+    /// Runs a batch. `hidden` has each reference's final hidden rows of the batch's targets, where its distributions are to be
+    /// compared; empty where not.
+    pub fn forward(&mut self, device: &B, host: &data::Batch, hidden: &[Vec<bf16>]) -> Result<Seen> {
         let _range = range(c"forward");
         let pass = match &mut self.pass {
             Some(pass) => pass,
             None => {
-                let (spec, largest, keep) = (&self.model.spec, &self.largest, self.keep);
-                let mut arena = Arena::new(device, &Pass::<Dry>::plan(device.storage(), spec, largest, keep))?;
-                self.pass.insert(Pass::new(&mut arena, spec, largest, keep))
+                let mut arena = Arena::new(device, &self.pass_ledger)?;
+                self.pass.insert(Pass::new(&mut arena, &self.model.spec, self.heads.as_ref(), self.sizes))
             }
         };
         pass.batch.load(device, host)?;
-        self.model.forward(device, &pass.batch, &mut pass.acts)?;
-        let mut logps = vec![0.0; host.targets.len()];
-        device.read_f32(pass.acts.top.logp.top(logps.len()), &mut logps)?;
-        Ok(logps)
+        let read = |view: View<B>| {
+            let mut values = vec![0.0; host.targets.len()];
+            device.read_f32(view, &mut values).map(|()| values)
+        };
+        let mut run = |model: &Model<B>| {
+            match model.spec.head {
+                Head::Score => model.scores(device, &pass.batch, &mut pass.acts)?,
+                Head::Tied | Head::Own => model.forward(device, &pass.batch, &mut pass.acts)?,
+            }
+            read(pass.acts.top.logp.top(host.targets.len()))
+        };
+        // The policy comes last: its activations are those of the backward.
+        let moving = self.moving.as_ref().map(|moving| run(&moving.model)).transpose()?;
+        let logps = run(&self.model)?;
+        let ln_sum_p2 = pass.acts.top.ln_sum_p2.as_ref().map(|tensor| read(tensor.top(host.targets.len())));
+        let mut token_kl = Vec::new();
+        if let (false, Some(heads), Some(kl)) = (hidden.is_empty(), &self.heads, &mut pass.kl) {
+            let _range = range(c"token_kl");
+            hidden.iter().enumerate().try_for_each(|(k, rows)| kl.load(device, k, rows))?;
+            self.model.token_kl(device, &pass.batch, &pass.acts, heads, kl)?;
+            token_kl = kl.read(device, host.targets.len())?;
+        }
+        Ok(Seen { logps, moving, ln_sum_p2: ln_sum_p2.transpose()?.unwrap_or_default(), token_kl })
     }
 
     /// Frees the activations until the next batch: what follows needs memory of its own.
@@ -94,11 +164,17 @@ impl<B: Backend> Policy<B> {
         self.pass = None;
     }
 
-    /// Adds to the gradients; of the batch that `forward` saw last.
-    pub fn backward(&mut self, device: &B, dlogp: &[f64]) -> Result<()> {
+    /// Adds to the gradients; of the batch that `forward` saw last, by each of the numbers that it left: by log-probabilities
+    /// or scores, and `[references, targets]` by the KLs, empty where there are none.
+    pub fn backward(&mut self, device: &B, derivatives: &[f64], dkl: &[f64]) -> Result<()> {
         let _range = range(c"backward");
-        let pass = self.pass.as_mut().expect("a backward follows its forward");
-        self.model.backward(device, &pass.batch, dlogp, &mut pass.acts, None)
+        let Pass { acts, batch, kl } = self.pass.as_mut().expect("a backward follows its forward");
+        if self.model.spec.head == Head::Score {
+            return self.model.backward_scores(device, batch, derivatives, acts);
+        }
+        let wanted = kl.as_mut().zip(self.heads.as_ref()).filter(|_| !dkl.is_empty());
+        let term = wanted.map(|(acts, heads)| KlTerm { heads, acts, dkl });
+        self.model.backward(device, batch, derivatives, acts, term)
     }
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {
@@ -108,7 +184,11 @@ impl<B: Backend> Policy<B> {
 
     pub fn update(&mut self, device: &B, step: u64, learning_rate: f64, norm: f64) -> Result<()> {
         let _range = range(c"update");
-        self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)
+        self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)?;
+        match &mut self.moving {
+            Some(moving) => moving.follow(device, &mut self.model, step),
+            None => Ok(()),
+        }
     }
 
     /// The first weight that holds a NaN or an infinity. A rounded weight shows those of its master.

@@ -17,6 +17,8 @@ use crate::ops::Backend;
 const STATE: &str = "cuvee_state.json";
 const TENSORS: &str = "optimizer.safetensors";
 const MODEL: &str = "model.safetensors";
+/// How the weights of a reference that follows the policy are called in [`TENSORS`].
+const REFERENCE: &str = "reference.";
 
 /// Where a run stands. Random choices are functions of seed and step, so there is no more to it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -24,6 +26,9 @@ pub struct RunState {
     /// Optimizer steps done.
     pub step: u64,
     pub num_tokens: u64,
+    /// What the objective remembers from step to step.
+    #[serde(default)]
+    pub objective: Vec<f64>,
     /// Every setting that decides the course of the run, as the user writes it.
     pub course: Map<String, Value>,
 }
@@ -52,6 +57,7 @@ pub fn save_state<B: Backend>(
     dtype: SaveDtype,
 ) -> Result<()> {
     let (model, optimizer) = (&mut policy.model, &policy.optimizer);
+    let moving = policy.moving.as_mut().map(|moving| moving.model.params_mut()).unwrap_or_default();
     let params = model.params_mut();
     let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
     let trained = params.iter().filter(|param| param.grad.is_some());
@@ -63,6 +69,13 @@ pub fn save_state<B: Backend>(
                 fill: Box::new(move |out: &mut [f32]| device.read_f32(tensor.view(), out)),
             });
         }
+    }
+    for param in &moving {
+        tensors.push(TensorSource {
+            name: format!("{REFERENCE}{}", param.name),
+            shape: param.shape(),
+            fill: Box::new(move |out: &mut [f32]| param.read(device, out)),
+        });
     }
     save_safetensors(&dir.join(TENSORS), &tensors, SaveDtype::F32)?;
     write_json(&dir.join(STATE), state)
@@ -113,5 +126,13 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
             device.write_f32(&values, tensor.view_mut())?;
         }
     }
-    model.fill_tables(device)
+    if let Some(moving) = &mut policy.moving {
+        for param in moving.model.params_mut() {
+            values.resize(param.value.len(), 0.0);
+            tensors.read(&format!("{REFERENCE}{}", param.name), &param.shape(), &mut values)?;
+            param.write(device, &values)?;
+        }
+        moving.model.fill_tables(device)?;
+    }
+    policy.model.fill_tables(device)
 }

@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::evaluate::{Evaluation, HeldOut, evaluate};
+use super::drift::Drift;
+use super::evaluate::{Evaluation, evaluate};
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
+use super::panel::Panel;
 use super::plan::{Plan, Workload, sample_request, warning};
 use super::policy::Policy;
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
-use super::step::{StepBatch, step};
-use super::task::Task;
+use super::step::{Pass, Purpose, Rows, step};
+use super::task::{Steps, Task};
 use crate::checkpoint::run_dir::{
     Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, lock, remove_stale,
     set_aside_after,
@@ -23,10 +25,12 @@ use crate::checkpoint::{write_dir, write_file};
 use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::machine;
+use crate::model::Init;
+use crate::objectives::Objective;
+use crate::objectives::ref_weights::RefWeights;
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
-use crate::references::{RefLogps, Reference};
 use crate::rollout::{self, Request};
 
 /// Text generated before and after training, one JSON line each.
@@ -45,9 +49,10 @@ pub enum Outcome {
 pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool) -> Result<Outcome> {
     assert_eq!((B::APART, device.storage()), (settings.gpu, settings.storage()), "settings of another device");
     let task = Task::prepare(settings)?;
+    let settings = &task.refine(settings);
     machine::release_freed();
     let workload = Workload::new(&task, settings);
-    let (blueprint, plan) = (workload.blueprint(settings), workload.plan(settings)?);
+    let (blueprint, mut plan) = (workload.blueprint(settings), workload.plan(settings)?);
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
     let course = task.course(settings)?;
     if !task.references.is_empty() {
@@ -56,19 +61,39 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     }
     // What the program has by now is part of the plan.
     let of_host = machine::memory().map(|memory| memory.available + machine::resident().unwrap_or(0));
-    if let Some(available) = device.available_bytes()?.or(of_host) {
+    let available = device.available_bytes()?.or(of_host);
+    if let Some(available) = available {
         warning(&workload, settings, &plan, available)?.iter().for_each(say);
     }
+    let residency = plan.choose_residency(available);
     check_profile::<B>(settings, task.max_steps)?;
-    let Some(start) = open_output(settings, &course)? else { return Ok(Outcome::AlreadyFinished) };
+    let Some(start) = open_output(settings, &course, task.objective.as_ref())? else {
+        return Ok(Outcome::AlreadyFinished);
+    };
     let _lock = &start.lock;
-    let ref_logps = score_references(device, settings, &task, stop)?;
+    let panel = Panel::score(device, settings, &task, stop)?;
+    let ref_weights = panel.weights(settings, &task, start.state.step + 1)?;
     drop(workload);
     let mut policy = blueprint.build(device)?;
+    for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
+        policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
+    }
     match &start.from {
         Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
-        None => settings.init.fill(device, &task.checkpoint, &mut policy.model)?,
+        None => {
+            settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+            if let Some(moving) = &mut policy.moving {
+                match &task.moving {
+                    Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
+                    None => settings.init.fill(device, &task.checkpoint, &mut moving.model)?,
+                }
+            }
+        }
     }
+    let drift = match settings.kl_samples {
+        0 => None,
+        _ => Some(Drift::new(device, &task, settings, residency)?),
+    };
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     let mut session = Session {
@@ -77,10 +102,12 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         schedule: Schedule::new(settings.learning_rate, settings.decay, settings.warmup_ratio, task.max_steps),
         plan,
         policy,
-        ref_logps,
+        panel,
+        ref_weights,
         saved: start.from.as_deref().filter(|dir| **dir == newest).map(|_| start.state.step),
         state: start.state,
-        order: (u64::MAX, Vec::new()),
+        steps: Steps::new(&task, settings),
+        drift,
         metrics,
         evaluations,
         samples,
@@ -109,7 +136,7 @@ struct Start {
 }
 
 /// Claims the output folder or finds the checkpoint to continue from; `None` when there is nothing left to do.
-fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Option<Start>> {
+fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn Objective) -> Result<Option<Start>> {
     let output = &settings.output_dir;
     let continues = settings.resume.is_some() && is_run(output);
     if continues && is_finished(output) {
@@ -126,7 +153,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>) -> Result<Optio
     };
     let state = match &from {
         Some(dir) => read_state(dir, course)?,
-        None => RunState { step: 0, num_tokens: 0, course: course.clone() },
+        None => RunState { step: 0, num_tokens: 0, objective: objective.initial_state(), course: course.clone() },
     };
     let lock = match held {
         Some(lock) => lock,
@@ -157,8 +184,9 @@ fn claim_new(settings: &Settings) -> Result<File> {
 /// A finished run is moved away to make room; it must not hold what this run is about to read.
 fn check_inputs(settings: &Settings) -> Result<()> {
     let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
-    let models =
-        std::iter::once(("--model", &settings.model)).chain(settings.ref_models.iter().map(|m| ("--ref-model", m)));
+    let models = std::iter::once(("--model", &settings.model))
+        .chain(settings.references.models.iter().map(|m| ("--ref-model", m)));
+    let models = models.chain(settings.anchor.iter().map(|dir| ("--eval-anchor", dir)));
     let data = std::iter::once(("--dataset", &settings.dataset))
         .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
     let inside = |path: &Path| path.canonicalize().is_ok_and(|path| path.starts_with(&output));
@@ -187,27 +215,6 @@ fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
     Ok([metrics, evaluations, LineLog::resume(&samples, 0)?])
 }
 
-/// `[references][training, held out]`; of the training examples only those that a step will see.
-fn score_references<B: Backend>(
-    device: &B,
-    settings: &Settings,
-    task: &Task,
-    stop: &dyn Fn() -> bool,
-) -> Result<Vec<Vec<RefLogps>>> {
-    let used = task.used_examples(settings);
-    let train: Vec<&Example> = used.iter().map(|i| &task.train.examples[*i]).collect();
-    let eval: Vec<&Example> = task.eval.iter().flat_map(|eval| &eval.examples).collect();
-    let score = |reference: &Reference| {
-        let sets = [&train[..], &eval[..]];
-        let mut logps = reference.logps(device, &sets, settings.packing, &settings.cache_dir, stop)?;
-        let mut sums = vec![Vec::new(); task.train.examples.len()];
-        used.iter().zip(std::mem::take(&mut logps[0].sums)).for_each(|(i, scored)| sums[*i] = scored);
-        logps[0].sums = sums;
-        Ok(logps)
-    };
-    task.references.iter().map(score).collect()
-}
-
 struct Session<'a, B: Backend> {
     device: &'a B,
     settings: &'a Settings,
@@ -215,12 +222,14 @@ struct Session<'a, B: Backend> {
     schedule: Schedule,
     plan: Plan,
     policy: Policy<B>,
-    ref_logps: Vec<Vec<RefLogps>>,
+    panel: Panel,
+    /// Of the references, for the coming step.
+    ref_weights: RefWeights,
     state: RunState,
     /// The step of the checkpoint in the output folder that needs no writing again.
     saved: Option<u64>,
-    /// An epoch and the order of its examples.
-    order: (u64, Vec<usize>),
+    steps: Steps<'a>,
+    drift: Option<Drift<'a, B>>,
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
@@ -265,23 +274,30 @@ impl<B: Backend> Session<'_, B> {
     /// One optimizer step and its line; returns what the progress bar says.
     fn step(&mut self) -> Result<String> {
         let number = self.state.step + 1;
-        let (epoch, range) = self.task.place_of_step(self.settings, number);
-        if self.order.0 != epoch {
-            self.order = (epoch, self.task.order(self.settings, epoch));
-        }
-        let indices = &self.order.1[range];
-        let examples: Vec<&Example> = indices.iter().map(|i| &self.task.train.examples[*i]).collect();
-        let of_train = |reference: &'_ Vec<RefLogps>| -> Vec<Vec<f64>> {
-            indices.iter().map(|i| reference[0].sums[*i].clone()).collect()
+        let mismatched = match self.task.objective.needs().mismatched {
+            true => self.steps.mismatched(number),
+            false => Vec::new(),
         };
-        let ref_sums: Vec<Vec<Vec<f64>>> = self.ref_logps.iter().map(of_train).collect();
-        let ref_logps: Vec<Vec<&[f64]>> =
-            ref_sums.iter().map(|sums| sums.iter().map(Vec::as_slice).collect()).collect();
-        let batch = StepBatch { examples: &examples, ref_logps: &ref_logps };
-        let (rate, started) = (self.schedule.rate(number), Instant::now());
+        let indices = self.steps.examples(number);
+        let examples: Vec<&Example> = indices.iter().map(|i| &self.task.train.examples[*i]).collect();
+        let (refs, mismatched_refs) = (self.panel.train(indices), self.panel.mismatched(number));
+        let rows = Rows {
+            examples: &examples,
+            refs: &refs,
+            mismatched: &mismatched,
+            mismatched_refs: &mismatched_refs,
+            ref_weights: &self.ref_weights.weights(),
+            state: &self.state.objective,
+            hidden: &self.panel.hidden,
+        };
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
-        let result = step(self.device, &mut self.policy, objective, packing, &batch, number, rate);
+        let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
+        let (rate, started) = (self.schedule.rate(number), Instant::now());
+        let result = step(self.device, &mut self.policy, &pass, rate);
+        let pairs = Panel::pairs(&refs);
         let result = result.map_err(|e| self.keep_last_good(e))?;
+        self.ref_weights.observe(&pairs);
+        self.state.objective = result.state;
         let step_time = started.elapsed().as_secs_f64();
         self.state.step = number;
         self.state.num_tokens += examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
@@ -341,11 +357,26 @@ impl<B: Backend> Session<'_, B> {
             }
         };
         let started = Instant::now();
-        let ref_logps: Vec<RefLogps> = self.ref_logps.iter().map(|by_dataset| by_dataset[1].clone()).collect();
-        let objective = self.task.objective.as_ref();
-        let (packing, examples, ref_logps) = (self.settings.packing, &eval.examples[..], &ref_logps[..]);
-        let held_out = HeldOut { examples, ref_logps, packing, step };
-        let measured = evaluate(self.device, &mut self.policy, objective, &held_out, done)?;
+        let examples: Vec<&Example> = eval.examples.iter().collect();
+        let mismatched = self.task.mismatched_held_out();
+        let (refs, mismatched_refs) = (self.panel.held_out(), self.panel.mismatched_held_out());
+        let rows = Rows {
+            examples: &examples,
+            refs: &refs,
+            mismatched: &mismatched,
+            mismatched_refs: &mismatched_refs,
+            ref_weights: &self.ref_weights.weights(),
+            state: &self.state.objective,
+            hidden: &self.panel.hidden,
+        };
+        let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
+        let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
+        let anchor = self.panel.anchor();
+        let measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), done)?;
+        let drift = match &mut self.drift {
+            Some(drift) => drift.measure(self.device, &mut self.policy)?,
+            None => Vec::new(),
+        };
         own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
@@ -354,6 +385,7 @@ impl<B: Backend> Session<'_, B> {
             loss: measured.loss,
             summary: measured.summary,
             metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
+            drift,
             runtime: started.elapsed().as_secs_f64(),
         };
         self.evaluations.append(&evaluation.to_json())?;
@@ -425,7 +457,9 @@ impl<B: Backend> Session<'_, B> {
         self.sample()?;
         self.policy.rest();
         let output: &Path = &self.settings.output_dir;
-        save_model(self.device, &mut self.policy, self.task, output, self.settings.dtype)?;
+        if self.settings.keep_model {
+            save_model(self.device, &mut self.policy, self.task, output, self.settings.dtype)?;
+        }
         self.trainer_state().write(output, output)?;
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
@@ -436,5 +470,7 @@ impl<B: Backend> Session<'_, B> {
 
 fn describe(e: &Evaluation) -> String {
     let accuracy = e.summary.accuracy.map_or(String::new(), |a| format!(", pair accuracy {:.1} %", 100.0 * a));
-    format!("step {}: held-out loss {:.4}{accuracy}, perplexity {:.2}", e.step, e.loss, e.summary.perplexity)
+    let drift = e.drift.first().map_or(String::new(), |kl| format!(", KL {:.2}", kl.mean));
+    let perplexity = e.summary.perplexity.map_or(String::new(), |perplexity| format!(", perplexity {perplexity:.2}"));
+    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}", e.step, e.loss)
 }

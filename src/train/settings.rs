@@ -4,7 +4,10 @@ use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
 use crate::model::Init;
-use crate::objectives;
+use crate::objectives::Choice;
+use crate::objectives::kl::KlPenaltyOptions;
+use crate::objectives::mrpo::Blend;
+use crate::objectives::ref_weights::Rule;
 use crate::optim::{Decay, Hyper};
 
 /// A run, completely: what the command line and the recipe come down to.
@@ -12,13 +15,19 @@ use crate::optim::{Decay, Hyper};
 pub struct Settings {
     pub model: PathBuf,
     pub init: Init,
-    /// Frozen references; empty means the policy at step 0.
-    pub ref_models: Vec<PathBuf>,
+    pub references: References,
+    /// What evaluations compare with instead of the first reference.
+    pub anchor: Option<PathBuf>,
+    /// Completions that an evaluation asks of the policy to see how far it has gone; 0 = none.
+    pub kl_samples: usize,
+    /// Train on this many rows, chosen at random.
+    pub limit: Option<usize>,
     pub dataset: PathBuf,
     pub eval_dataset: Option<PathBuf>,
     pub output_dir: PathBuf,
     pub cache_dir: PathBuf,
-    pub objective: objectives::Choice,
+    pub objective: Choice,
+    pub kl_penalty: Option<KlPenaltyOptions>,
     pub optimizer: String,
     pub hyper: Hyper,
     pub learning_rate: f64,
@@ -47,6 +56,8 @@ pub struct Settings {
     pub profile_steps: Option<(u64, u64)>,
     pub eval_steps: Option<u64>,
     pub save_steps: Option<u64>,
+    /// Write the trained model; without it a run leaves its logs.
+    pub keep_model: bool,
     /// What the checkpoints hold.
     pub dtype: SaveDtype,
     pub samples: Samples,
@@ -62,6 +73,27 @@ impl Settings {
             _ => DType::F32,
         }
     }
+}
+
+/// What the policy is compared with.
+#[derive(Clone, Debug, Default)]
+pub struct References {
+    /// Folders of models, or cache files; the first is the anchor. Empty means the policy at step 0.
+    pub models: Vec<PathBuf>,
+    /// Of several, how they become one.
+    pub blend: Blend,
+    /// Of several, who decides how much each counts.
+    pub rule: Rule,
+    pub moving: Option<Moving>,
+}
+
+/// A reference that follows the policy.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Moving {
+    /// Steps between two moves.
+    pub every: u64,
+    /// Share of the policy in what the reference becomes, (0, 1].
+    pub mixup: f64,
 }
 
 /// Where to continue.

@@ -6,15 +6,19 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::plan::sample_request;
-use super::settings::Settings;
+use super::settings::{References, Settings};
 use super::step::check_needs;
-use crate::data::{Dataset, Form, Sharing, Tokenizer, epoch_order};
-use crate::device::Philox;
+use crate::data::{
+    Dataset, EncodeOptions, Example, Extent, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched,
+};
+use crate::device::{DType, Dry, Philox};
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init};
-use crate::objectives::Objective;
+use crate::model::{Checkpoint, Init, RefHeads};
+use crate::objectives::kl::KlPenalty;
+use crate::objectives::{Objective, mrpo};
 use crate::optim;
-use crate::references::Reference;
+use crate::progress::say;
+use crate::references::{Asked, Reference};
 
 /// Rows of a micro-batch where the user does not say: large enough to keep the cores busy, small enough for the
 /// activations of a 135M model to fit beside a browser.
@@ -22,25 +26,74 @@ pub const MICRO_BATCH_TOKENS: usize = 2048;
 
 /// Streams of the seed. Names are hashed, so a new one disturbs no other.
 const SHUFFLE: &str = "shuffle";
+const LIMIT: &str = "limit";
 
 pub struct Task {
     pub checkpoint: Checkpoint,
     pub tokenizer: Tokenizer,
     pub objective: Box<dyn Objective>,
     pub optimizer: &'static optim::Entry,
-    pub references: Vec<Reference>,
+    /// Those that are scored before the first step.
+    pub references: Vec<TaskReference>,
+    /// What a reference that follows the policy starts as, where it is named.
+    pub moving: Option<Checkpoint>,
+    /// Evaluations compare with it instead of the first reference.
+    pub anchor: Option<Reference>,
+    /// Those that are asked about the policy's own completions, the anchor first.
+    pub fresh: Vec<FreshReference>,
     pub train: Dataset,
     pub eval: Option<Dataset>,
     pub steps_per_epoch: u64,
     pub max_steps: u64,
 }
 
+/// A reference and, where its tokenizer is another, the texts as its tokens.
+pub struct TaskReference {
+    pub reference: Reference,
+    pub own: Option<OwnTokens>,
+}
+
+/// A reference that is asked about completions that nobody has seen before.
+pub struct FreshReference {
+    pub checkpoint: Checkpoint,
+    pub init: Init,
+    /// Its own, where it is another than the policy's.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+impl FreshReference {
+    pub fn asked(&self, largest: Extent) -> Asked<'_> {
+        Asked { checkpoint: &self.checkpoint, init: self.init, largest, own_tokens: self.tokenizer.is_some() }
+    }
+}
+
+/// The examples of a run under another tokenizer, in the order of the policy's.
+pub struct OwnTokens {
+    pub train: Vec<Example>,
+    pub eval: Vec<Example>,
+}
+
+impl TaskReference {
+    /// What it scores: the training examples and those held out.
+    pub fn examples<'a>(&'a self, task: &'a Task) -> (&'a [Example], &'a [Example]) {
+        match &self.own {
+            Some(own) => (&own.train, &own.eval),
+            None => (&task.train.examples, task.eval.as_ref().map_or(&[], |eval| &eval.examples)),
+        }
+    }
+}
+
 /// The objective of a run, checked against what training can give it and which references are named.
 pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
-    let objective = settings.objective.build()?;
+    let References { models, blend, .. } = &settings.references;
+    let mut objective = mrpo::build(&settings.objective, blend, models.len().max(1))?;
+    if let Some(penalty) = &settings.kl_penalty {
+        penalty.check(models.len().max(1))?;
+        objective = Box::new(KlPenalty::new(objective, penalty.clone()));
+    }
     let (name, needs) = (objective.name(), objective.needs());
     check_needs(name, &needs)?;
-    let (given, most) = (settings.ref_models.len(), *needs.refs.end());
+    let (given, most) = (models.len(), *needs.refs.end());
     if given > most {
         let detail = format!("{given} given, but {name} uses {most}; leave the rest out");
         return Err(Error::option("--ref-model", detail));
@@ -48,16 +101,143 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     Ok(objective)
 }
 
-/// The references that an objective reads: those named, or else the policy as it starts.
+/// What is trained: a language model, or one with a reward head where the objective is about scores.
+pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Result<Checkpoint> {
+    if !objective.needs().scores {
+        return Checkpoint::open(&settings.model);
+    }
+    for (flag, asked) in [("--samples", settings.samples.count), ("--kl-samples", settings.kl_samples)] {
+        if asked > 0 {
+            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
+            return Err(Error::option(flag, detail));
+        }
+    }
+    Checkpoint::with_reward_head(&settings.model, settings.seed)
+}
+
+/// The references to be scored for an objective: those named, or else the policy as it starts.
 pub fn references(settings: &Settings, objective: &dyn Objective) -> Result<Vec<Reference>> {
-    if *objective.needs().refs.end() == 0 {
+    if *objective.needs().refs.end() == 0 || settings.references.moving.is_some() {
         return Ok(Vec::new());
     }
-    if settings.ref_models.is_empty() {
-        return Ok(vec![Reference { checkpoint: Checkpoint::open(&settings.model)?, init: settings.init }]);
+    if settings.references.models.is_empty() {
+        return Ok(vec![Reference::model(Checkpoint::open(&settings.model)?, settings.init)]);
     }
-    let open = |dir: &std::path::PathBuf| Ok(Reference { checkpoint: Checkpoint::open(dir)?, init: Init::Checkpoint });
-    settings.ref_models.iter().map(open).collect()
+    settings.references.models.iter().map(|path| Reference::open(path)).collect()
+}
+
+/// What a reference that follows the policy starts as, where it is named. It must have the policy's weights to move to.
+fn moving_start(settings: &Settings, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>> {
+    let (Some(_), Some(dir)) = (settings.references.moving, settings.references.models.first()) else {
+        return Ok(None);
+    };
+    let start = Checkpoint::open(dir)?;
+    if start.spec == checkpoint.spec && start.architecture.model_type == checkpoint.architecture.model_type {
+        return Ok(Some(start));
+    }
+    let detail = format!("{} has other shapes than --model, so it cannot follow it; leave it out", dir.display());
+    Err(Error::option("--ref-model", detail))
+}
+
+/// The references whose distance from the policy is measured: the anchor, or else the first, and the others.
+fn fresh_references(
+    settings: &Settings,
+    references: &[TaskReference],
+    anchor: Option<&Reference>,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<FreshReference>> {
+    if settings.kl_samples == 0 {
+        return Ok(Vec::new());
+    }
+    let of = |reference: &Reference| {
+        let (Some(checkpoint), Some(init)) = (reference.checkpoint(), reference.init()) else {
+            let path = reference.path().display();
+            let detail = format!("asks references about new completions, and {path} holds only what was asked before");
+            return Err(Error::option("--kl-samples", detail));
+        };
+        let checkpoint = Checkpoint::open(&checkpoint.dir)?;
+        let own = !tokenizer.shares_vocabulary(&checkpoint.dir)?;
+        let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
+        Ok(FreshReference { checkpoint, init, tokenizer })
+    };
+    let all = anchor.into_iter().chain(references.iter().map(|reference| &reference.reference));
+    let fresh = all.map(of).collect::<Result<Vec<_>>>()?;
+    if fresh.is_empty() {
+        let detail = "measures the distance from a reference, and there is none; give --eval-anchor, or drop it";
+        return Err(Error::option("--kl-samples", detail));
+    }
+    Ok(fresh)
+}
+
+/// The references of a run with what each of them scores.
+fn task_references(
+    settings: &Settings,
+    objective: &dyn Objective,
+    tokenizer: &Tokenizer,
+    train: &Dataset,
+    eval: Option<&Dataset>,
+) -> Result<Vec<TaskReference>> {
+    let needs = objective.needs();
+    let of = |reference: Reference| {
+        let Some(checkpoint) = reference.checkpoint() else { return Ok(TaskReference { reference, own: None }) };
+        let Some(own_train) = own_tokens(train, tokenizer, checkpoint)? else {
+            eval.map(|eval| own_tokens(eval, tokenizer, checkpoint)).transpose()?;
+            return Ok(TaskReference { reference, own: None });
+        };
+        let per_token = [
+            (needs.ref_token_logps, "log-probabilities of each token"),
+            (needs.token_kl, "distributions over the policy's tokens"),
+            (needs.mismatched, "completions put under other prompts token by token"),
+        ];
+        if let Some((_, what)) = per_token.iter().find(|(needed, _)| *needed) {
+            let (dir, name) = (checkpoint.dir.display(), objective.name());
+            let detail = format!(
+                "{dir} has another tokenizer than --model, so only whole completions can be compared; {name} as it is set up here reads {what}"
+            );
+            return Err(Error::option("--ref-model", detail));
+        }
+        let eval = eval.map(|eval| own_tokens(eval, tokenizer, checkpoint)).transpose()?.flatten();
+        let own = OwnTokens { train: own_train.examples, eval: eval.map(|eval| eval.examples).unwrap_or_default() };
+        say(format_args!("{}: scores the texts as tokens of its own", checkpoint.dir.display()));
+        Ok(TaskReference { own: Some(own), reference })
+    };
+    references(settings, objective)?.into_iter().map(of).collect()
+}
+
+/// The rows of a data set as the tokenizer and the chat template of a reference write them; `None` where its tokens mean
+/// the same as the policy's.
+pub fn own_tokens(dataset: &Dataset, policy: &Tokenizer, reference: &Checkpoint) -> Result<Option<Dataset>> {
+    if policy.shares_vocabulary(&reference.dir)? {
+        check_vocabulary(reference, [dataset])?;
+        return check_positions(reference, [dataset]).map(|()| None);
+    }
+    let dir = reference.dir.display();
+    if dataset.truncated > 0 {
+        let detail = format!(
+            "{} rows of {} are cut, and {dir}, whose tokenizer is another, cannot be asked about a text that ends within it; use --on-overflow drop",
+            dataset.truncated,
+            dataset.path.display()
+        );
+        return Err(Error::option("--on-overflow", detail));
+    }
+    let mut theirs = Dataset::load(&dataset.path, &Tokenizer::load(&reference.dir)?, &EncodeOptions::default())?;
+    check_vocabulary(reference, [&theirs])?;
+    check_positions(reference, [&theirs])?;
+    let mut examples = std::mem::take(&mut theirs.examples);
+    let of = |example: &Example| {
+        let Ok(at) = examples.binary_search_by_key(&example.row, |theirs| theirs.row) else {
+            let skip = theirs.skipped.iter().find(|(row, _)| *row == example.row).map(|(_, skip)| skip.to_string());
+            let (line, why) = (theirs.line(example.row), skip.unwrap_or_default());
+            let detail =
+                format!("line {line} of {} has no tokens that {dir} could score: {why}", dataset.path.display());
+            return Err(Error::option("--ref-model", detail));
+        };
+        let mut sequences = std::mem::take(&mut examples[at].sequences);
+        sequences.truncate(example.sequences.len());
+        Ok(Example { sequences, ..example.clone() })
+    };
+    theirs.examples = dataset.examples.iter().map(of).collect::<Result<_>>()?;
+    Ok(Some(theirs))
 }
 
 impl Task {
@@ -65,30 +245,61 @@ impl Task {
     pub fn prepare(settings: &Settings) -> Result<Self> {
         let objective = objective(settings)?;
         let optimizer = optim::find(&settings.optimizer)?;
-        let checkpoint = Checkpoint::open(&settings.model)?;
-        let references = references(settings, objective.as_ref())?;
+        let checkpoint = policy_checkpoint(settings, objective.as_ref())?;
         let tokenizer = Tokenizer::load(&settings.model)?;
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
-        if !objective.needs().pairs {
+        let needs = objective.needs();
+        if let Some(limit) = settings.limit {
+            keep_some(&mut train, limit, settings.seed)?;
+        }
+        if !needs.pairs && !needs.labels {
             // What an objective never reads is not trained on. Held-out pairs stay: accuracy needs both sides.
             train.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
         }
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
-        for reference in &references {
-            check_reference(&tokenizer, &reference.checkpoint.dir)?;
-            let datasets = || [Some(&train), eval.as_ref()].into_iter().flatten();
-            check_vocabulary(&reference.checkpoint, datasets())?;
-            check_positions(&reference.checkpoint, datasets())?;
+        let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
+        let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
+        if let Some(checkpoint) = anchor.as_ref().and_then(Reference::checkpoint) {
+            check_anchor(checkpoint, &tokenizer, eval.as_ref())?;
         }
+        let fresh = fresh_references(settings, &references, anchor.as_ref(), &tokenizer)?;
         let steps_per_epoch = train.examples.len().div_ceil(settings.batch_size) as u64;
         let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
         let max_steps = settings.max_steps.unwrap_or(by_epochs);
-        let task =
-            Self { checkpoint, tokenizer, objective, optimizer, references, train, eval, steps_per_epoch, max_steps };
+        if needs.token_kl {
+            check_compared(&references, &checkpoint)?;
+        }
+        let moving = moving_start(settings, &checkpoint)?;
+        let task = Self {
+            checkpoint,
+            tokenizer,
+            objective,
+            optimizer,
+            references,
+            moving,
+            anchor,
+            fresh,
+            train,
+            eval,
+            steps_per_epoch,
+            max_steps,
+        };
         let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
         longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
         Ok(task)
+    }
+
+    /// References whose distributions the policy's are compared with, over the whole vocabulary.
+    pub fn compared(&self) -> Vec<(&Checkpoint, Init)> {
+        let references = self.references.iter().filter(|_| self.objective.needs().token_kl);
+        references.filter_map(|r| Some((r.reference.checkpoint()?, r.reference.init()?))).collect()
+    }
+
+    /// The settings with what the model's kind decides: where its head reads a batch.
+    pub fn refine(&self, settings: &Settings) -> Settings {
+        let packing = Packing { read: self.checkpoint.reads(&self.tokenizer), ..settings.packing };
+        Settings { packing, ..settings.clone() }
     }
 
     pub fn datasets(&self) -> Vec<&Dataset> {
@@ -106,6 +317,16 @@ impl Task {
         let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch);
         let first = index as usize * settings.batch_size;
         (epoch, first..(first + settings.batch_size).min(self.train.examples.len()))
+    }
+
+    /// Held-out completions under each other's prompts, for objectives that read such; see [`Steps::mismatched`].
+    pub fn mismatched_held_out(&self) -> Vec<Example> {
+        match &self.eval {
+            Some(eval) if self.objective.needs().mismatched => {
+                mismatched(&eval.examples.iter().collect::<Vec<_>>(), None, eval.options.max_length)
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// Indices of the training examples that some step of the run will see, in the order of the file.
@@ -133,10 +354,13 @@ impl Task {
     /// Every setting that decides the course of a run; a checkpoint of another course cannot be continued.
     pub fn course(&self, settings: &Settings) -> Result<Map<String, Value>> {
         let hex = |bytes: [u8; 32]| blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string();
-        let references = self.references.iter().map(|r| Ok(hex(r.init.identity(&r.checkpoint)?)));
+        let references = self.references.iter().map(|r| Ok(hex(r.reference.identity()?)));
         let mut course = json!({
             "model": hex(settings.init.identity(&self.checkpoint)?),
-            "ref_model": references.collect::<Result<Vec<_>>>()?,
+            "ref_model": match &self.moving {
+                Some(start) => vec![hex(Init::Checkpoint.identity(start)?)],
+                None => references.collect::<Result<Vec<_>>>()?,
+            },
             "dataset": hex(self.train.fingerprint()),
             "eval_dataset": self.eval.as_ref().map(|eval| hex(eval.fingerprint())),
             "objective": self.objective.name(),
@@ -157,6 +381,15 @@ impl Task {
             "seed": settings.seed,
             "dtype": settings.dtype.config_name(),
         });
+        let References { blend, rule, moving, .. } = &settings.references;
+        course["ref_mean"] = json!(format!("{:?} {:?}", blend.mean, blend.official_k2_swap));
+        course["ref_weights"] = json!(format!("{:?} {rule:?}", blend.weights));
+        course["ref_clip"] = json!(blend.clip.map(|clip| format!("{clip:?}")));
+        course["ref_level"] = json!(format!("{:?}", blend.level));
+        course["ref_sync_steps"] = json!(moving.map(|moving| moving.every));
+        course["ref_mixup"] = json!(moving.map(|moving| moving.mixup));
+        course["kl_penalty"] = json!(settings.kl_penalty.as_ref().map(|penalty| penalty.weight));
+        course["kl_estimator"] = json!(settings.kl_penalty.as_ref().map(|penalty| format!("{:?}", penalty.estimator)));
         course["objective_weights"] = settings.objective.terms.iter().map(|term| term.1).collect();
         for (name, value) in settings.objective.resolved()?.iter() {
             course[name] = json!(value);
@@ -168,6 +401,40 @@ impl Task {
     }
 }
 
+/// The examples of every step. Remembers one epoch's order, so that steps in a row cost no more than their own.
+pub struct Steps<'a> {
+    task: &'a Task,
+    settings: &'a Settings,
+    epoch: Option<u64>,
+    order: Vec<usize>,
+}
+
+impl<'a> Steps<'a> {
+    pub fn new(task: &'a Task, settings: &'a Settings) -> Self {
+        Self { task, settings, epoch: None, order: Vec::new() }
+    }
+
+    /// Indices of the training examples of a step, counted from 1, in the order of its epoch.
+    pub fn examples(&mut self, step: u64) -> &[usize] {
+        let (epoch, range) = self.task.place_of_step(self.settings, step);
+        if self.epoch != Some(epoch) {
+            (self.epoch, self.order) = (Some(epoch), self.task.order(self.settings, epoch));
+        }
+        &self.order[range]
+    }
+
+    /// The completions of a step under each other's prompts, for objectives that read such: completion i - 1 under prompt i,
+    /// in the order of the step's sequences, cut to `--max-length`. A step of one sequence takes the last completion of the
+    /// step before; nothing, if it is the first.
+    pub fn mismatched(&mut self, step: u64) -> Vec<Example> {
+        let examples = &self.task.train.examples;
+        let last = (step > 1).then(|| self.examples(step - 1).last().copied()).flatten();
+        let previous = last.and_then(|last| examples[last].sequences.last());
+        let of_step: Vec<&Example> = self.examples(step).iter().map(|i| &examples[*i]).collect();
+        mismatched(&of_step, previous, self.settings.encode.max_length)
+    }
+}
+
 fn load_dataset(
     path: &Path,
     tokenizer: &Tokenizer,
@@ -176,23 +443,64 @@ fn load_dataset(
     checkpoint: &Checkpoint,
 ) -> Result<Dataset> {
     let dataset = Dataset::load(path, tokenizer, &settings.encode)?.not_empty()?;
-    if objective.needs().pairs && dataset.form != Form::Pairs {
-        let name = objective.name();
-        let detail = format!("{name} trains on pairs (prompt, chosen, rejected), these rows are {}", dataset.form);
-        return Err(Error::file(path, detail));
+    let (needs, form) = (objective.needs(), dataset.form);
+    let wanted = match form {
+        Form::Pairs => None,
+        _ if needs.pairs => Some("trains on pairs (prompt, chosen, rejected)"),
+        Form::Unpaired if !needs.labels => Some("would learn what is labelled undesirable, too"),
+        Form::Completions | Form::Text if needs.labels => Some("trains on labels (prompt, completion, label) or pairs"),
+        _ => None,
+    };
+    if let Some(wanted) = wanted {
+        return Err(Error::file(path, format!("{} {wanted}; these rows are {form}", objective.name())));
     }
     check_vocabulary(checkpoint, [&dataset])?;
     check_positions(checkpoint, [&dataset])?;
     Ok(dataset)
 }
 
-/// A reference scores the policy's token ids: they must mean the same to it.
-pub fn check_reference(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
-    if tokenizer.shares_vocabulary(dir)? {
-        return Ok(());
+/// Keeps `limit` rows, chosen at random, in the order of the file. Of one seed, fewer rows are among more rows.
+fn keep_some(train: &mut Dataset, limit: usize, seed: u64) -> Result<()> {
+    let rows = train.examples.len();
+    if limit > rows {
+        let detail = format!("{limit} rows asked for, {} has {rows}; give fewer, or drop it", train.path.display());
+        return Err(Error::option("--limit", detail));
     }
-    let detail = format!("{} has another vocabulary than --model; a reference must share it", dir.display());
-    Err(Error::option("--ref-model", detail))
+    let random = Philox::named(seed, LIMIT);
+    let mut kept = epoch_order(rows, true, &mut |i| random.u64(i));
+    kept.truncate(limit);
+    kept.sort_unstable();
+    let mut kept = kept.into_iter().peekable();
+    let mut at = 0..;
+    train.examples.retain(|_| kept.next_if_eq(&at.next().expect("endless")).is_some());
+    Ok(())
+}
+
+/// Distributions can be compared where references have weights and the policy's vocabulary.
+fn check_compared(references: &[TaskReference], policy: &Checkpoint) -> Result<()> {
+    let weights = |TaskReference { reference, .. }: &'_ TaskReference| match reference.checkpoint() {
+        Some(_) => Ok(()),
+        None => {
+            let path = reference.path().display();
+            let detail = format!(
+                "compares whole distributions, and {path} holds the data's tokens alone; give the model, or --kl-estimator k3"
+            );
+            Err(Error::option("--kl-penalty", detail))
+        }
+    };
+    references.iter().try_for_each(weights)?;
+    let checkpoints: Vec<&Checkpoint> = references.iter().filter_map(|r| r.reference.checkpoint()).collect();
+    RefHeads::new(&mut Dry::arena(DType::F32), &policy.spec, &checkpoints).map(|_| ())
+}
+
+/// The anchor scores held-out completions as the policy's tokens.
+fn check_anchor(checkpoint: &Checkpoint, tokenizer: &Tokenizer, eval: Option<&Dataset>) -> Result<()> {
+    if !tokenizer.shares_vocabulary(&checkpoint.dir)? {
+        let dir = checkpoint.dir.display();
+        return Err(Error::option("--eval-anchor", format!("{dir} has another vocabulary than --model")));
+    }
+    check_vocabulary(checkpoint, eval)?;
+    check_positions(checkpoint, eval)
 }
 
 /// Token ids must have a row in the embedding.

@@ -1,0 +1,183 @@
+//! How far the policy has gone from its references, measured on completions of its own:
+//!
+//! ```text
+//! KL(policy || reference) ~ mean over samples y of ln pi(y | x) - ln pi_ref(y | x)        k1 of whole sequences, unbiased
+//! ```
+//!
+//! at temperature 1 over the whole vocabulary, since it is the policy's distribution that is asked about. Completions end at
+//! `--max-new-tokens`. Not a sum of per-token estimates of another kind: those have other expectations on samples.
+
+use super::plan::sample_request;
+use super::policy::Policy;
+use super::settings::Settings;
+use super::step::sums;
+use super::task::{FreshReference, Task};
+use crate::data::{Content, Example, Extent, Message, Packing, Parts, Row, Sequence, Tokenizer, encode_row, read_rows};
+use crate::error::{Error, Result};
+use crate::ops::Backend;
+use crate::references::{Detail, Fresh, Residency};
+use crate::rollout::{self, Completion, Request, Sampling};
+
+/// Samples that are decoded together.
+pub const TOGETHER: usize = 32;
+/// Name of the random numbers.
+const STREAM: u64 = 1 << 40;
+
+/// A mean of samples and its standard error.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Estimate {
+    pub mean: f64,
+    pub stderr: f64,
+}
+
+impl Estimate {
+    /// Of at least one number.
+    pub fn of(values: &[f64]) -> Self {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        Self { mean, stderr: (variance / n).sqrt() }
+    }
+}
+
+/// A completion that the policy wrote.
+struct Sample {
+    /// Of the prompt, in [`Drift::prompts`].
+    prompt: usize,
+    completion: Completion,
+}
+
+pub struct Drift<'a, B: Backend> {
+    task: &'a Task,
+    settings: &'a Settings,
+    fresh: Fresh<'a, B>,
+    /// Tokens of the held-out prompts to complete, each once, with the row and how many completions it gets.
+    prompts: Vec<(&'a [u32], usize, usize)>,
+    /// The rows of the held-out file, where some reference needs the text.
+    rows: Vec<Row>,
+}
+
+/// Held-out prompts for `samples` completions: those of the first rows, again from the start where there are fewer; equal
+/// ones together.
+pub fn prompts(task: &Task, samples: usize) -> Vec<(&[u32], usize, usize)> {
+    let mut prompts: Vec<(&[u32], usize, usize)> = Vec::new();
+    let examples = task.eval.iter().flat_map(|eval| &eval.examples).cycle().take(samples);
+    for example in examples {
+        let Sequence { ids, first } = &example.sequences[0];
+        match prompts.iter_mut().find(|(known, ..)| *known == &ids[..*first]) {
+            Some((.., count)) => *count += 1,
+            None => prompts.push((&ids[..*first], example.row, 1)),
+        }
+    }
+    prompts
+}
+
+/// The largest micro-batch of `samples` completions, no longer than `longest` with their prompts, but perhaps much shorter.
+pub fn largest(packing: Packing, samples: usize, longest: usize) -> Extent {
+    let rows = (samples * longest).min(packing.budget.max(longest));
+    Extent { rows, targets: rows, segments: samples, sequences: samples, longest }
+}
+
+impl<'a, B: Backend> Drift<'a, B> {
+    pub fn new(device: &'a B, task: &'a Task, settings: &'a Settings, residency: Residency) -> Result<Self> {
+        let prompts = prompts(task, settings.kl_samples);
+        let longest =
+            prompts.iter().map(|(prompt, ..)| prompt.len()).max().unwrap_or(0) + settings.samples.max_new_tokens;
+        let largest = largest(settings.packing, settings.kl_samples, longest);
+        let asked = |reference: &'a FreshReference| reference.asked(largest);
+        let fresh = Fresh::new(device, task.fresh.iter().map(asked).collect(), settings.packing, residency)?;
+        let texts = task.fresh.iter().any(|reference| reference.tokenizer.is_some());
+        let rows = match &task.eval {
+            Some(eval) if texts => read_rows(&eval.path)?.1,
+            _ => Vec::new(),
+        };
+        Ok(Self { task, settings, fresh, prompts, rows })
+    }
+
+    /// KL(policy || reference) of each reference, nats a completion.
+    pub fn measure(&mut self, device: &B, policy: &mut Policy<B>) -> Result<Vec<Estimate>> {
+        policy.rest();
+        let samples = self.sample(device, policy)?;
+        let examples: Vec<Example> = samples.iter().map(|sample| self.example(sample)).collect();
+        let examples: Vec<&Example> = examples.iter().collect();
+        let mut logps: Vec<f64> = Vec::with_capacity(samples.len());
+        for (_, host) in self.settings.packing.batches(&examples) {
+            let seen = policy.forward(device, &host, &[])?;
+            logps.extend(sums(&host, &seen.logps));
+        }
+        policy.rest();
+        let mut estimates = Vec::new();
+        for (k, reference) in self.task.fresh.iter().enumerate() {
+            let own = reference.tokenizer.as_ref().map(|tokenizer| self.own(tokenizer, &samples)).transpose()?;
+            let asked: Vec<&Example> = own.as_ref().map_or_else(|| examples.clone(), |own| own.iter().collect());
+            let scored = self.fresh.score(k, &asked, Detail::Sums)?;
+            let ratios: Vec<f64> = logps.iter().zip(&scored).map(|(logp, scored)| logp - scored.sums[0]).collect();
+            estimates.push(Estimate::of(&ratios));
+        }
+        Ok(estimates)
+    }
+
+    fn sample(&self, device: &B, policy: &Policy<B>) -> Result<Vec<Sample>> {
+        let mut samples = Vec::new();
+        for (at, (prompt, _, count)) in self.prompts.iter().enumerate() {
+            for first in (0..*count).step_by(TOGETHER) {
+                let request = request(self.settings, prompt, TOGETHER.min(count - first));
+                let first_sample = STREAM + samples.len() as u64;
+                let request = Request { first_sample, eos: self.task.tokenizer.stops(), ..request };
+                let completions = rollout::generate(device, &policy.model, &request)?;
+                samples.extend(completions.into_iter().map(|completion| Sample { prompt: at, completion }));
+            }
+        }
+        Ok(samples)
+    }
+
+    fn example(&self, sample: &Sample) -> Example {
+        let (prompt, row, _) = self.prompts[sample.prompt];
+        let sequence = Sequence { ids: [prompt, &sample.completion.ids].concat(), first: prompt.len() };
+        Example { row, sequences: vec![sequence], ..Example::default() }
+    }
+
+    /// What a completion adds to its prompt: a token's text may depend on what comes before.
+    fn text(&self, sample: &Sample) -> Result<String> {
+        let (prompt, ..) = self.prompts[sample.prompt];
+        let decode = |ids: &[u32]| self.task.tokenizer.decode(ids);
+        let (start, whole) = (decode(prompt)?, decode(&[prompt, &sample.completion.ids].concat())?);
+        whole.strip_prefix(&start).map_or_else(|| decode(&sample.completion.ids), |text| Ok(text.to_string()))
+    }
+
+    /// The samples as another tokenizer and its chat template write them.
+    fn own(&self, tokenizer: &Tokenizer, samples: &[Sample]) -> Result<Vec<Example>> {
+        let of = |sample: &Sample| {
+            let (_, at, _) = self.prompts[sample.prompt];
+            let Row { parts, variables, .. } = &self.rows[at];
+            let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. }) = parts else {
+                let detail = "measures completions of prompts, and these rows are whole texts, which a reference with another tokenizer cannot be asked about";
+                return Err(Error::option("--kl-samples", detail));
+            };
+            let text = self.text(sample)?;
+            let completion = match prompt {
+                Content::Text(_) => Content::Text(text),
+                Content::Messages(_) => Content::Messages(vec![answer(text)]),
+            };
+            let parts = Parts::Completion { prompt: prompt.clone(), completion };
+            let row = Row { parts, variables: variables.clone(), label: None, margin: None };
+            let mut sequence = encode_row(tokenizer, &row)?;
+            if !sample.completion.finished && sequence.ids.len() > sequence.first + 1 {
+                // The text goes on; no end was sampled.
+                sequence.ids.pop_if(|last| tokenizer.stops().contains(last));
+            }
+            Ok(Example { row: at, sequences: vec![sequence], ..Example::default() })
+        };
+        samples.iter().map(of).collect()
+    }
+}
+
+fn answer(text: String) -> Message {
+    Message::from_iter([("role".to_string(), "assistant".into()), ("content".to_string(), text.into())])
+}
+
+/// What is asked of the policy for some completions of one prompt.
+pub fn request<'a>(settings: &Settings, prompt: &'a [u32], samples: usize) -> Request<'a> {
+    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: settings.seed };
+    Request { samples, sampling, ..sample_request(settings, prompt) }
+}
