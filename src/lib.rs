@@ -5,6 +5,7 @@ pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod lab;
 pub mod machine;
 pub mod model;
 pub mod objectives;

@@ -15,20 +15,20 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub struct Progress {
     bar: ProgressBar,
-    what: &'static str,
+    what: String,
     /// Set where a bar cannot be drawn.
     last_line: Option<Instant>,
 }
 
 impl Progress {
     /// A bar on stderr over `total` units of work; `unit` is their plural.
-    pub fn new(what: &'static str, total: u64, unit: &str) -> Self {
+    pub fn new(what: &str, total: u64, unit: &str) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
         let template = format!("{what} {{bar:24}} {{pos}}/{{len}} {unit} {{msg}} [{{elapsed}} < {{eta}}]");
         let style = ProgressStyle::with_template(&template).expect("the template is well formed");
         bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
         let last_line = bar.is_hidden().then(Instant::now);
-        Self { bar, what, last_line }
+        Self { bar, what: what.to_string(), last_line }
     }
 
     /// A bar that starts where an interrupted run stopped.

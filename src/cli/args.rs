@@ -10,8 +10,10 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
+use super::references::RefArgs;
 use super::{needs, recipe};
 use crate::device::DType;
+use crate::lab::Pairs;
 use crate::objectives::{self, Choice, Domain, Params, Shared};
 use crate::{Error, Result};
 
@@ -36,6 +38,9 @@ pub enum Command {
     Train(TrainArgs),
     /// Print what a training run will cost in memory and arithmetic, without running it
     Plan(PlanArgs),
+    /// Train one recipe with each of several references and with their blends, over several seeds, and tabulate what they
+    /// are worth
+    Compare(CompareArgs),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
@@ -113,15 +118,46 @@ pub struct PlanArgs {
     pub json: bool,
 }
 
-/// What `train` and `plan` share.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Runs the recipe with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
+(harmonic, arwc weights, clipped: as released) of all, on several numbers of pairs and seeds. Everything is
+measured against one anchor, the first reference: after --max-steps, and where the policies have gone equally far from
+it (KL on completions of their own). OUTPUT_DIR gets compare.txt, compare.json, compare.svg and the runs' logs, no
+models; the same command goes on after an interruption.
+
+Examples:
+  cuvee compare recipes/quickstart.toml --ref-model A --ref-model B --ref-model C --output-dir runs/compare
+  cuvee compare recipes/quickstart.toml --ref-model A --ref-model B --arms A,B,geometric --pairs 200,all --seeds 5"
+)]
+pub struct CompareArgs {
+    /// Preference pairs to train on: .jsonl or .jsonl.gz
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    pub dataset: PathBuf,
+    /// Folder for the table, the curves and the runs' logs
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub output_dir: PathBuf,
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Runs of each arm, with --seed and the numbers after it; below 3 there is no spread worth the name
+    #[arg(long, value_name = "N", default_value = "3", value_parser = steps, help_heading = "Comparison")]
+    pub seeds: u64,
+    /// How many pairs to train on, one table for each
+    #[arg(long, value_name = "N,N..", default_value = "50,200,all", value_delimiter = ',', value_parser = pairs, help_heading = "Comparison")]
+    pub pairs: Vec<Pairs>,
+    /// Only these: folder names of references, geometric, harmonic, arithmetic, multi-dpo, mrpo [default: all]
+    #[arg(long, value_name = "NAME,NAME..", value_delimiter = ',', help_heading = "Comparison")]
+    pub arms: Vec<String>,
+}
+
+/// What `train`, `plan` and `compare` share.
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 pub struct RunArgs {
     /// Model to train: a Hugging Face folder (config.json, tokenizer.json, *.safetensors)
     #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
     pub model: PathBuf,
-    /// Frozen reference model; repeat the flag for several [default: the model before training]
-    #[arg(long, value_name = "DIR", help_heading = "Files")]
-    pub ref_model: Vec<PathBuf>,
     /// Held-out pairs, evaluated before and after training
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub eval_dataset: Option<PathBuf>,
@@ -132,6 +168,9 @@ pub struct RunArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub loss: LossArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub refs: RefArgs,
     #[command(flatten)]
     #[serde(flatten)]
     pub optim: OptimArgs,
@@ -372,6 +411,9 @@ pub struct DataArgs {
     /// What to do with a pair that is longer than --max-length
     #[arg(long, value_name = "WHAT", default_value = "drop")]
     pub on_overflow: OnOverflow,
+    /// Train on N rows of the data, chosen at random by --seed [default: all]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub limit: Option<usize>,
     /// Keep the order of the file instead of shuffling it every epoch
     #[arg(long)]
     pub no_shuffle: bool,
@@ -383,6 +425,14 @@ pub struct SaveArgs {
     /// Evaluate every N steps as well; needs --eval-dataset [default: only before and after]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub eval_steps: Option<u64>,
+    /// Compare with this model in evaluations, instead of the first reference: accuracy against other references is another
+    /// number
+    #[arg(long, value_name = "DIR")]
+    pub eval_anchor: Option<PathBuf>,
+    /// Let every evaluation ask the policy for N completions of held-out prompts, of --max-new-tokens at most, and measure on
+    /// them how far it has gone from its references: KL, nats a completion; 0 = none
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
+    pub kl_samples: usize,
     /// Write a checkpoint every N steps as well [default: only at the end]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub save_steps: Option<u64>,
@@ -401,7 +451,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "F", default_value = "0.8", value_parser = zero_or_more)]
     pub temperature: f64,
     /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
-    #[arg(long, value_name = "F", default_value = "0.95", value_parser = share)]
+    #[arg(long, value_name = "F", default_value = "0.95", value_parser = above_zero_to_one)]
     pub top_p: f64,
 }
 
@@ -575,7 +625,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
     pub temperature: f64,
     /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
-    #[arg(long, value_name = "F", default_value = "1.0", value_parser = share)]
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = above_zero_to_one)]
     pub top_p: f64,
     /// Seed of the samples
     #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
@@ -863,8 +913,9 @@ impl TrainArgs {
         saved.output_dir = relative(&self.output_dir);
         let run = &mut saved.run;
         run.model = relative(&self.run.model);
-        run.ref_model = self.run.ref_model.iter().map(relative).collect();
+        run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
         run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
+        run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
         run.cache_dir = self.run.cache_dir.as_ref().map(relative);
         if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
             *path = relative(path);
@@ -879,13 +930,21 @@ impl RunArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
+        needs(flags, "eval_anchor", "eval_dataset", "give the held-out pairs to compare on")?;
+        if self.save.kl_samples > 0 {
+            needs(flags, "kl_samples", "eval_dataset", "its prompts are what the policy completes")?;
+        }
         if self.sampling.samples > 0 {
             needs(flags, "samples", "eval_dataset", "its prompts are what samples complete")?;
         }
-        for option in ["max_new_tokens", "temperature", "top_p"] {
+        if self.save.kl_samples == 0 {
+            needs(flags, "max_new_tokens", "samples", "say how many samples to print")?;
+        }
+        for option in ["temperature", "top_p"] {
             needs(flags, option, "samples", "say how many samples to print")?;
         }
         self.engine.check()?;
+        self.refs.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
@@ -931,6 +990,28 @@ impl EngineArgs {
     }
 }
 
+impl CompareArgs {
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        self.run.check(flags)?;
+        if self.run.refs.ref_model.len() < 2 {
+            return Err(Error::option("--ref-model", "there is nothing to compare; give two references or more"));
+        }
+        if self.run.eval_dataset.is_none() {
+            return Err(Error::option("--eval-dataset", "missing; give the held-out pairs to compare on"));
+        }
+        let fixed =
+            ["ref_mean", "ref_weights", "ref_clip", "ref_level", "eval_anchor", "limit", "save_steps", "stop_at_step"];
+        let fixed = fixed.into_iter().chain(["resume_from_checkpoint"]);
+        match fixed.into_iter().find(|option| super::is_given(flags, option)) {
+            Some(option) => {
+                let flag = format!("--{}", option.replace('_', "-"));
+                Err(Error::option(flag, "is what compare decides for each of its runs; drop it"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 impl LimitArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "on_overflow", "max_length", "no pair is too long for no limit")
@@ -962,7 +1043,7 @@ fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, S
     }
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+pub(super) fn positive(text: &str) -> Result<f64, String> {
     number(text, "above 0", |x| x > 0.0)
 }
 
@@ -983,7 +1064,7 @@ fn below_one(text: &str) -> Result<f64, String> {
     number(text, "from 0 to below 1", |x| (0.0..1.0).contains(&x))
 }
 
-fn share(text: &str) -> Result<f64, String> {
+pub(super) fn above_zero_to_one(text: &str) -> Result<f64, String> {
     number(text, "above 0 and up to 1", |x| x > 0.0 && x <= 1.0)
 }
 
@@ -1009,7 +1090,7 @@ fn seed(text: &str) -> Result<u64, String> {
     whole(text, 0)
 }
 
-fn steps(text: &str) -> Result<u64, String> {
+pub(super) fn steps(text: &str) -> Result<u64, String> {
     whole(text, 1)
 }
 
@@ -1061,6 +1142,10 @@ fn step_range(text: &str) -> Result<StepRange, String> {
         Some((first, last)) if first <= last => Ok(StepRange(first, last)),
         _ => Err("expected two steps, such as 5..8, counted from 1".into()),
     }
+}
+
+fn pairs(text: &str) -> Result<Pairs, String> {
+    if text == "all" { Ok(Pairs::All) } else { count(text).map(Pairs::Some) }
 }
 
 /// A sequence has at least one token to condition on and one to score.

@@ -13,7 +13,7 @@ use crate::model::Checkpoint;
 use crate::objectives::Stats;
 use crate::ops::Backend;
 use crate::progress::say;
-use crate::train::{Summary, check_reference};
+use crate::train::{Summary, own_tokens};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     device::run(&args.engine, args.precision.dtype, None, args)
@@ -30,19 +30,21 @@ impl Job for &EvalArgs {
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
         dataset.report().iter().for_each(say);
-        args.ref_model.iter().try_for_each(|dir| check_reference(&tokenizer, dir))?;
         let packing = super::packing(&args.batching);
-        let sums = |dir: &Path| sums(device, dir, &dataset, packing);
+        let reference = |dir: &Path| {
+            let own = own_tokens(&dataset, &tokenizer, &Checkpoint::open(dir)?)?;
+            sums(device, dir, own.as_ref().unwrap_or(&dataset), packing)
+        };
         let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);
         let pairs = if dataset.form == Form::Pairs { dataset.examples.len() } else { 0 };
         let stats = Stats {
-            logps: sums(&args.model)?,
-            ref_logps: args.ref_model.as_deref().map(sums).transpose()?.into_iter().collect(),
+            ref_logps: args.ref_model.as_deref().map(reference).transpose()?.into_iter().collect(),
+            logps: sums(device, &args.model, &dataset, packing)?,
             lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
             pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
             ..Stats::default()
         };
-        let summary = Summary::of(&stats);
+        let summary = Summary::of(&stats, stats.ref_logps.first().map(Vec::as_slice));
         let (rows, skipped) = (dataset.examples.len(), dataset.skipped.len());
         if args.json {
             let result = json!({
@@ -59,7 +61,9 @@ impl Job for &EvalArgs {
             let against = if stats.ref_logps.is_empty() { "log-probability" } else { "log-ratio to the reference" };
             out += &format!("accuracy    {:.1} %\nmargin      {margin:.3} nats ({against})\n", 100.0 * accuracy);
         }
-        out += &format!("perplexity  {:.2}\n", summary.perplexity);
+        if let Some(perplexity) = summary.perplexity {
+            out += &format!("perplexity  {perplexity:.2}\n");
+        }
         super::print(&out)
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod args;
 mod cache;
+mod compare;
 mod device;
 mod doctor;
 mod eval;
@@ -12,6 +13,7 @@ mod logps;
 mod plan;
 mod preview;
 mod recipe;
+mod references;
 mod score;
 mod train;
 
@@ -67,6 +69,7 @@ pub fn execute(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Logps(args) => logps::run(&args),
         Command::Score(args) => score::run(&args),
@@ -126,6 +129,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     match &cli.command {
         Command::Train(args) => args.run.check(flags)?,
         Command::Plan(args) => args.run.check(flags)?,
+        Command::Compare(args) => args.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
@@ -244,14 +248,14 @@ mod tests {
         assert_eq!((schedule.num_train_epochs, schedule.max_steps, schedule.seed), (1.0, None, 42));
         assert_eq!((data.per_device_train_batch_size, data.gradient_accumulation_steps), (8, 1));
         assert_eq!((data.max_length, data.on_overflow, data.no_shuffle), (1024, OnOverflow::Drop, false));
-        assert_eq!(*save, SaveArgs { eval_steps: None, save_steps: None });
+        assert_eq!(*save, SaveArgs { eval_steps: None, eval_anchor: None, kl_samples: 0, save_steps: None });
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
         assert_eq!(
             args.run.engine,
             EngineArgs { threads: None, device: Device::Auto, no_amx: false, batch_invariant: false }
         );
-        assert!(args.run.ref_model.is_empty());
+        assert!(args.run.refs.ref_model.is_empty());
     }
 
     #[test]
@@ -284,12 +288,12 @@ mod tests {
     fn flags_override_the_recipe() {
         let (_folder, path) = recipe("beta = 0.1\nref_model = ['r1', 'r2']\nrecompute = true\nsamples = 3\n");
         let args = train(&[&path]);
-        assert_eq!((beta(&args), args.run.recompute, args.run.ref_model.len()), (Some(0.1), true, 2));
+        assert_eq!((beta(&args), args.run.recompute, args.run.refs.ref_model.len()), (Some(0.1), true, 2));
 
         let line = [&path, "--beta", "0.3", "--ref-model", "other", "--recompute=false", "--dataset", "mine.jsonl"];
         let args = train(&line);
         assert_eq!((beta(&args), args.run.recompute), (Some(0.3), false));
-        assert_eq!(args.run.ref_model, [Path::new("other")]);
+        assert_eq!(args.run.refs.ref_model, [Path::new("other")]);
         assert_eq!(args.dataset, Path::new("mine.jsonl"));
         assert_eq!(beta(&train(&["--beta=0.3", &path, "--no-shuffle"])), Some(0.3));
 
@@ -318,7 +322,7 @@ mod tests {
         assert_eq!(args.run.model, root.join("m"));
         assert_eq!(args.dataset, root.parent().unwrap().join("d.jsonl"));
         assert_eq!(args.output_dir, root.join("runs/b"));
-        assert_eq!(args.run.ref_model, [Path::new("/abs/r")]);
+        assert_eq!(args.run.refs.ref_model, [Path::new("/abs/r")]);
         assert_eq!(args.run.schedule.resume_from_checkpoint, Some(Resume::Dir(root.join("c"))));
         let (_folder, path) = recipe("resume_from_checkpoint = 'auto'\n");
         assert_eq!(train(&[&path]).run.schedule.resume_from_checkpoint, Some(Resume::Auto));
@@ -456,7 +460,12 @@ mod tests {
         max_length = 77\n on_overflow = 'truncate'\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n samples = 3
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
-        ref_model = ['r1', '../r2']\n profile_steps = '5..8'";
+        ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
+        ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
+        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000";
+
+    /// The flags that contradict some of those.
+    const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5";
 
     /// Every flag of train, none at its default.
     fn everything() -> String {
@@ -470,7 +479,7 @@ mod tests {
 
     #[test]
     fn a_saved_recipe_is_the_run() {
-        for text in [&everything()[..], ""] {
+        for text in [&everything()[..], MOVING, "ref_model = ['r', 's']\n ref_weights = 'sliding-window:8'", ""] {
             let (_folder, path) = recipe(text);
             let args = train(&[&path]);
             let saved = args.output_dir.join("recipe.toml");
@@ -480,11 +489,14 @@ mod tests {
         }
 
         // No flag may be missing from what is saved.
-        let (_folder, path) = recipe(&everything());
-        let table: toml::Table = train(&[&path]).to_toml().parse().unwrap();
-        let cli = Cli::command();
+        let saved = |text: &str| -> toml::Table {
+            let (_folder, path) = recipe(text);
+            train(&[&path]).to_toml().parse().unwrap()
+        };
+        let (most, rest, cli) = (saved(&everything()), saved(MOVING), Cli::command());
         for arg in cli.find_subcommand("train").unwrap().get_arguments() {
-            assert!(table.contains_key(arg.get_id().as_str()), "{arg} is not in to_toml()");
+            let id = arg.get_id().as_str();
+            assert!(most.contains_key(id) || rest.contains_key(id), "{id} is not in to_toml()");
         }
     }
 

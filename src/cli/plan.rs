@@ -17,6 +17,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         Some(dataset) => {
             settings.dataset = dataset.clone();
             let task = Task::prepare(&settings)?;
+            let settings = task.refine(&settings);
             show(args, &settings, &Workload::new(&task, &settings))
         }
         None => {
@@ -143,6 +144,17 @@ fn table(plan: &Plan, of: Memory) -> String {
     }
     let (gflop, parameters) = (plan.flops_per_step / 1e9, plan.parameters);
     let _ = writeln!(out, "{gflop:.3} GFLOP a step, {parameters} parameters");
+    if plan.hidden_rows_bytes > 0 {
+        let rows = human(plan.hidden_rows_bytes);
+        let _ = writeln!(out, "{rows} on disk for the hidden rows that --kl-penalty compares with");
+    }
+    if plan.resident_bytes > 0 {
+        let resident = human(plan.resident_bytes);
+        let _ = writeln!(
+            out,
+            "{resident} more if references that --kl-samples asks stay in memory, as they do where there is room"
+        );
+    }
     out
 }
 
@@ -152,6 +164,7 @@ fn doing(phase: &Phase) -> &'static str {
         "score" => "while the reference scores",
         "load" => "while the weights are loaded",
         "sample" => "while samples are generated",
+        "ask" => "while a reference is asked about samples",
         "save" => "while a checkpoint is written",
         _ => "while training",
     }

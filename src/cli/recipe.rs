@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub(super) const ARG: &str = "recipe";
 
 /// The subcommands that take a recipe; the keys are the flags of the first.
-pub(super) const TAKEN_BY: [&str; 2] = ["train", "plan"];
+pub(super) const TAKEN_BY: [&str; 3] = ["train", "plan", "compare"];
 
 /// Lets a subcommand take a recipe, which may then supply the flags that were required.
 pub(super) fn accept(command: Command) -> Command {

@@ -42,7 +42,7 @@ impl Job for &TrainArgs {
 }
 
 /// The first Ctrl-C asks for a checkpoint, the second ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // In this order: the flag that the first handler reads is set by the second.
@@ -77,7 +77,12 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             args::Init::Checkpoint => Init::Checkpoint,
             args::Init::Random => Init::Random { seed: run.schedule.seed },
         },
-        ref_models: run.ref_model.clone(),
+        references: run.refs.references(run.schedule.seed),
+        kl_penalty: run.refs.kl_penalty(),
+        anchor: run.save.eval_anchor.clone(),
+        kl_samples: run.save.kl_samples,
+        limit: run.data.limit,
+        keep_model: true,
         dataset: Default::default(),
         eval_dataset: run.eval_dataset.clone(),
         output_dir: Default::default(),
