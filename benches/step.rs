@@ -10,9 +10,11 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Read, Sequence, Sharing};
 use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
-use cuvee::objectives::{Choice, Params};
+use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
+use cuvee::objectives::{Choice, Objective, Params, build};
 use cuvee::optim::{self, Hyper};
-use cuvee::train::{Blueprint, StepBatch, step};
+use cuvee::references::Scored;
+use cuvee::train::{Blueprint, Extras, Pass, Purpose, Rows, step};
 
 const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
 
@@ -65,6 +67,41 @@ impl Case {
     }
 }
 
+/// What K cached references cost a step beyond one: nothing, is the claim.
+const REFERENCES: [(&str, Option<Blend>, usize); 3] = [
+    ("1 reference", None, 1),
+    ("4 references", Some(HARMONIC), 4),
+    ("4 references by token", Some(Blend { level: Level::Token, ..HARMONIC }), 4),
+];
+const HARMONIC: Blend = Blend {
+    mean: Mean::Harmonic,
+    weights: Weighting::Step,
+    clip: None,
+    level: Level::Sequence,
+    official_k2_swap: false,
+};
+
+fn objective(blend: Option<Blend>) -> Box<dyn Objective> {
+    let choice = Choice::one("sigmoid", Params::from_iter([("beta", 0.1)]));
+    let leaf = |inner: Box<dyn Objective>| -> Box<dyn Objective> {
+        match blend {
+            Some(blend) => Box::new(MultiRef::new(inner, blend)),
+            None => inner,
+        }
+    };
+    build(&choice, &leaf).expect("registered")
+}
+
+/// `[references][examples]`, something that a reference might say.
+fn said(examples: &[&Example], references: usize) -> Vec<Vec<Scored>> {
+    let of = |example: &&Example| {
+        let lens = example.sequences.iter().map(|s| s.ids.len() - s.first);
+        let tokens: Vec<Vec<f32>> = lens.map(|len| vec![-2.5; len]).collect();
+        Scored { sums: tokens.iter().map(|t| -2.5 * t.len() as f64).collect(), tokens }
+    };
+    (0..references).map(|_| examples.iter().map(of).collect()).collect()
+}
+
 /// FLOPs of forward and backward.
 fn flops(checkpoint: &Checkpoint, host: &HostBatch) -> u64 {
     let (dry, mut arena, size) = (Dry::default(), Dry::arena(DType::F32), host.extent());
@@ -89,21 +126,34 @@ fn steps(c: &mut Criterion) {
         let largest = host.extent();
         let (optimizer, positions) = (optim::find("adamw").expect("registered"), largest.longest);
         let keep = Keep::Everything;
-        let blueprint = Blueprint { checkpoint: &checkpoint, optimizer, hyper: HYPER, largest, positions, keep };
+        let blueprint = Blueprint {
+            checkpoint: &checkpoint,
+            optimizer,
+            hyper: HYPER,
+            largest,
+            positions,
+            keep,
+            extras: Extras::default(),
+        };
         let mut policy = blueprint.build(&cpu).expect("memory");
         init_random(&cpu, &mut policy.model, 1).expect("filled");
-        let objective = Choice::one("sigmoid", Params::from_iter([("beta", 0.1)])).build().expect("registered");
-        let scored = vec![[-1.0, -2.0]; examples.len()];
-        let ref_logps = vec![scored.iter().map(|sums| sums.as_slice()).collect::<Vec<_>>()];
-        let mut count = 0;
         group.throughput(Throughput::Elements(flops(&checkpoint, &host)));
-        group.bench_function(format!("{} {} tokens", case.name, largest.rows), |b| {
-            b.iter(|| {
-                count += 1;
-                let batch = StepBatch { examples: &examples, ref_logps: &ref_logps };
-                step(&cpu, &mut policy, objective.as_ref(), packing, &batch, count, 1e-6).expect("a finite step")
+        let mut count = 0;
+        for (what, blend, references) in REFERENCES {
+            let objective = objective(blend);
+            let said = said(&examples, references);
+            let refs: Vec<Vec<&Scored>> = said.iter().map(|said| said.iter().collect()).collect();
+            let ref_weights = vec![1.0 / references as f64; references];
+            let rows = Rows { examples: &examples, refs: &refs, ref_weights: &ref_weights, ..Rows::default() };
+            group.bench_function(format!("{} {} tokens, {what}", case.name, largest.rows), |b| {
+                b.iter(|| {
+                    count += 1;
+                    let (objective, purpose) = (objective.as_ref(), Purpose::Training);
+                    let pass = Pass { objective, rows, packing, purpose, step: count };
+                    step(&cpu, &mut policy, &pass, 1e-6).expect("a finite step")
+                });
             });
-        });
+        }
     }
     group.finish();
 }

@@ -35,6 +35,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "machine",
         ],
     ),
+    ("lab", &["ops", "objectives", "checkpoint", "progress", "train"]),
 ];
 /// Files of `src/` that stand above the modules.
 const ROOTS: &[&str] = &["lib", "main", "cli"];

@@ -9,6 +9,7 @@ mod multi_ref;
 mod objectives;
 mod ops;
 mod program;
+mod references;
 mod reward;
 mod step;
 mod tiny;

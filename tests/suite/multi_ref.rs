@@ -742,7 +742,8 @@ fn on_policy_estimators_have_the_gradient_of_the_kl_and_the_sum_of_k2_over_token
         paths.iter().map(of).sum()
     };
     // d logp of a token by the logit of its state: token - probability of 1.
-    let expectation = |slopes: &dyn Fn(&[f64], &[f64]) -> Vec<f64>| -> [f64; 3] {
+    type Slopes<'a> = &'a dyn Fn(&[f64], &[f64]) -> Vec<f64>;
+    let expectation = |slopes: Slopes| -> [f64; 3] {
         let mut grad = [0.0; 3];
         for (first, second) in paths {
             let (p, q) = (logps(&policy, first, second), logps(&reference, first, second));

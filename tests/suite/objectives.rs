@@ -32,7 +32,7 @@ fn a_parameter_means_the_same_wherever_it_occurs() {
     for (name, shared) in objectives::params() {
         let kind = |spec: &ParamSpec| match spec.domain {
             Domain::Number { .. } => None,
-            domain => Some((domain.clone(), spec.default())),
+            domain => Some((domain, spec.default())),
         };
         let first = shared.specs[0];
         for spec in &shared.specs {

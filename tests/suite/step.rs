@@ -6,7 +6,8 @@ use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
 use cuvee::objectives::{Choice, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 use cuvee::optim::{self, Hyper};
-use cuvee::train::{Blueprint, Policy, StepBatch, StepResult, step};
+use cuvee::references::Scored;
+use cuvee::train::{Blueprint, Extras, Pass, Policy, Purpose, Rows, StepResult, step};
 
 use crate::tiny::{self, SEED, Size};
 
@@ -25,8 +26,9 @@ fn pairs() -> Vec<Example> {
 }
 
 /// Fixed reference log-probs, in the order of the sequences.
-fn reference(examples: &[Example]) -> Vec<Vec<f64>> {
-    examples.iter().map(|e| e.sequences.iter().map(|s| -2.5 * (s.ids.len() - s.first) as f64).collect()).collect()
+fn reference(examples: &[Example]) -> Vec<Scored> {
+    let sums = |e: &Example| e.sequences.iter().map(|s| -2.5 * (s.ids.len() - s.first) as f64).collect();
+    examples.iter().map(|e| Scored { sums: sums(e), ..Scored::default() }).collect()
 }
 
 struct Rig {
@@ -45,21 +47,23 @@ impl Rig {
         let checkpoint = &tiny.checkpoint;
         let positions = largest.longest;
         let keep = Keep::Everything;
-        let blueprint = Blueprint { checkpoint, optimizer, hyper: HYPER, largest, positions, keep };
+        let blueprint =
+            Blueprint { checkpoint, optimizer, hyper: HYPER, largest, positions, keep, extras: Extras::default() };
         let mut policy = blueprint.build(&cpu).unwrap();
         init_random(&cpu, &mut policy.model, SEED).unwrap();
         Self { cpu, policy, examples }
     }
 
     fn step(&mut self, objective: &dyn Objective, packing: Packing, rate: f64) -> Result<StepResult, Error> {
-        let sums = reference(&self.examples);
-        let ref_logps = match objective.needs().refs.end() {
+        let said = reference(&self.examples);
+        let refs = match objective.needs().refs.end() {
             0 => Vec::new(),
-            _ => vec![sums.iter().map(Vec::as_slice).collect()],
+            _ => vec![said.iter().collect()],
         };
         let examples: Vec<&Example> = self.examples.iter().collect();
-        let batch = StepBatch { examples: &examples, ref_logps: &ref_logps };
-        step(&self.cpu, &mut self.policy, objective, packing, &batch, 1, rate)
+        let rows = Rows { examples: &examples, refs: &refs, ..Rows::default() };
+        let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: 1 };
+        step(&self.cpu, &mut self.policy, &pass, rate)
     }
 
     fn weights(&mut self) -> Vec<f32> {
