@@ -160,10 +160,12 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// The sequences whose likelihood is raised: the chosen one of each pair, or all where there are no pairs.
+    /// The sequences whose likelihood is raised: the chosen one of each pair, or, where there are no pairs, all but those
+    /// that are labelled undesirable.
     pub fn supervised(&self) -> impl Iterator<Item = usize> {
         let unpaired = if self.pairs.is_empty() { 0..self.lens.len() } else { 0..0 };
-        self.pairs.iter().map(|&(chosen, _)| chosen).chain(unpaired)
+        let wanted = unpaired.filter(|s| self.labels.get(*s).copied().unwrap_or(true));
+        self.pairs.iter().map(|&(chosen, _)| chosen).chain(wanted)
     }
 }
 

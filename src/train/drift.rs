@@ -9,9 +9,10 @@
 
 use super::plan::sample_request;
 use super::policy::Policy;
+use super::references::FreshReference;
 use super::settings::Settings;
 use super::step::sums;
-use super::task::{FreshReference, Task};
+use super::task::Task;
 use crate::data::{Content, Example, Extent, Message, Packing, Parts, Row, Sequence, Tokenizer, encode_row, read_rows};
 use crate::error::{Error, Result};
 use crate::ops::Backend;

@@ -1,7 +1,8 @@
 //! What the references of a run say, scored before the first step and looked up by step.
 
+use super::references::TaskReference;
 use super::settings::Settings;
-use super::task::{Steps, Task, TaskReference};
+use super::task::{Steps, Task};
 use crate::data::Example;
 use crate::error::Result;
 use crate::objectives::ref_weights::RefWeights;

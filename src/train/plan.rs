@@ -7,8 +7,9 @@ use serde::Serialize;
 use super::drift;
 use super::host::Host;
 use super::policy::{Blueprint, Extras};
+use super::references::{FreshReference, TaskReference};
 use super::settings::Settings;
-use super::task::{FreshReference, Steps, Task, TaskReference};
+use super::task::{Steps, Task};
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
 use crate::device::{DType, Dry, Kind, Ledger, cuda};
@@ -456,7 +457,7 @@ impl Assumed {
         Ok(Self {
             checkpoint,
             optimizer: optim::find(&settings.optimizer)?,
-            references: super::task::references(settings, objective.as_ref())?,
+            references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
             ln_sum_p2: needs.ln_sum_p2,
             example: Example { sequences: vec![sequence; sequences], ..Example::default() },

@@ -6,19 +6,19 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::plan::sample_request;
+use super::references::{
+    FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, task_references,
+};
 use super::settings::{References, Settings};
 use super::step::check_needs;
-use crate::data::{
-    Dataset, EncodeOptions, Example, Extent, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched,
-};
-use crate::device::{DType, Dry, Philox};
+use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
+use crate::device::Philox;
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init, RefHeads};
+use crate::model::{Checkpoint, Init};
 use crate::objectives::kl::KlPenalty;
 use crate::objectives::{Objective, mrpo};
 use crate::optim;
-use crate::progress::say;
-use crate::references::{Asked, Reference};
+use crate::references::Reference;
 
 /// Rows of a micro-batch where the user does not say: large enough to keep the cores busy, small enough for the
 /// activations of a 135M model to fit beside a browser.
@@ -47,42 +47,6 @@ pub struct Task {
     pub max_steps: u64,
 }
 
-/// A reference and, where its tokenizer is another, the texts as its tokens.
-pub struct TaskReference {
-    pub reference: Reference,
-    pub own: Option<OwnTokens>,
-}
-
-/// A reference that is asked about completions that nobody has seen before.
-pub struct FreshReference {
-    pub checkpoint: Checkpoint,
-    pub init: Init,
-    /// Its own, where it is another than the policy's.
-    pub tokenizer: Option<Tokenizer>,
-}
-
-impl FreshReference {
-    pub fn asked(&self, largest: Extent) -> Asked<'_> {
-        Asked { checkpoint: &self.checkpoint, init: self.init, largest, own_tokens: self.tokenizer.is_some() }
-    }
-}
-
-/// The examples of a run under another tokenizer, in the order of the policy's.
-pub struct OwnTokens {
-    pub train: Vec<Example>,
-    pub eval: Vec<Example>,
-}
-
-impl TaskReference {
-    /// What it scores: the training examples and those held out.
-    pub fn examples<'a>(&'a self, task: &'a Task) -> (&'a [Example], &'a [Example]) {
-        match &self.own {
-            Some(own) => (&own.train, &own.eval),
-            None => (&task.train.examples, task.eval.as_ref().map_or(&[], |eval| &eval.examples)),
-        }
-    }
-}
-
 /// The objective of a run, checked against what training can give it and which references are named.
 pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     let References { models, blend, .. } = &settings.references;
@@ -94,6 +58,9 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     let (name, needs) = (objective.name(), objective.needs());
     check_needs(name, &needs)?;
     let (given, most) = (models.len(), *needs.refs.end());
+    if settings.references.moving.is_some() && most == 0 {
+        return Err(Error::option("--ref-sync-steps", format!("{name} reads no reference that could move; drop it")));
+    }
     if given > most {
         let detail = format!("{given} given, but {name} uses {most}; leave the rest out");
         return Err(Error::option("--ref-model", detail));
@@ -113,131 +80,6 @@ pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Resu
         }
     }
     Checkpoint::with_reward_head(&settings.model, settings.seed)
-}
-
-/// The references to be scored for an objective: those named, or else the policy as it starts.
-pub fn references(settings: &Settings, objective: &dyn Objective) -> Result<Vec<Reference>> {
-    if *objective.needs().refs.end() == 0 || settings.references.moving.is_some() {
-        return Ok(Vec::new());
-    }
-    if settings.references.models.is_empty() {
-        return Ok(vec![Reference::model(Checkpoint::open(&settings.model)?, settings.init)]);
-    }
-    settings.references.models.iter().map(|path| Reference::open(path)).collect()
-}
-
-/// What a reference that follows the policy starts as, where it is named. It must have the policy's weights to move to.
-fn moving_start(settings: &Settings, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>> {
-    let (Some(_), Some(dir)) = (settings.references.moving, settings.references.models.first()) else {
-        return Ok(None);
-    };
-    let start = Checkpoint::open(dir)?;
-    if start.spec == checkpoint.spec && start.architecture.model_type == checkpoint.architecture.model_type {
-        return Ok(Some(start));
-    }
-    let detail = format!("{} has other shapes than --model, so it cannot follow it; leave it out", dir.display());
-    Err(Error::option("--ref-model", detail))
-}
-
-/// The references whose distance from the policy is measured: the anchor, or else the first, and the others.
-fn fresh_references(
-    settings: &Settings,
-    references: &[TaskReference],
-    anchor: Option<&Reference>,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<FreshReference>> {
-    if settings.kl_samples == 0 {
-        return Ok(Vec::new());
-    }
-    let of = |reference: &Reference| {
-        let (Some(checkpoint), Some(init)) = (reference.checkpoint(), reference.init()) else {
-            let path = reference.path().display();
-            let detail = format!("asks references about new completions, and {path} holds only what was asked before");
-            return Err(Error::option("--kl-samples", detail));
-        };
-        let checkpoint = Checkpoint::open(&checkpoint.dir)?;
-        let own = !tokenizer.shares_vocabulary(&checkpoint.dir)?;
-        let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
-        Ok(FreshReference { checkpoint, init, tokenizer })
-    };
-    let all = anchor.into_iter().chain(references.iter().map(|reference| &reference.reference));
-    let fresh = all.map(of).collect::<Result<Vec<_>>>()?;
-    if fresh.is_empty() {
-        let detail = "measures the distance from a reference, and there is none; give --eval-anchor, or drop it";
-        return Err(Error::option("--kl-samples", detail));
-    }
-    Ok(fresh)
-}
-
-/// The references of a run with what each of them scores.
-fn task_references(
-    settings: &Settings,
-    objective: &dyn Objective,
-    tokenizer: &Tokenizer,
-    train: &Dataset,
-    eval: Option<&Dataset>,
-) -> Result<Vec<TaskReference>> {
-    let needs = objective.needs();
-    let of = |reference: Reference| {
-        let Some(checkpoint) = reference.checkpoint() else { return Ok(TaskReference { reference, own: None }) };
-        let Some(own_train) = own_tokens(train, tokenizer, checkpoint)? else {
-            eval.map(|eval| own_tokens(eval, tokenizer, checkpoint)).transpose()?;
-            return Ok(TaskReference { reference, own: None });
-        };
-        let per_token = [
-            (needs.ref_token_logps, "log-probabilities of each token"),
-            (needs.token_kl, "distributions over the policy's tokens"),
-            (needs.mismatched, "completions put under other prompts token by token"),
-        ];
-        if let Some((_, what)) = per_token.iter().find(|(needed, _)| *needed) {
-            let (dir, name) = (checkpoint.dir.display(), objective.name());
-            let detail = format!(
-                "{dir} has another tokenizer than --model, so only whole completions can be compared; {name} as it is set up here reads {what}"
-            );
-            return Err(Error::option("--ref-model", detail));
-        }
-        let eval = eval.map(|eval| own_tokens(eval, tokenizer, checkpoint)).transpose()?.flatten();
-        let own = OwnTokens { train: own_train.examples, eval: eval.map(|eval| eval.examples).unwrap_or_default() };
-        say(format_args!("{}: scores the texts as tokens of its own", checkpoint.dir.display()));
-        Ok(TaskReference { own: Some(own), reference })
-    };
-    references(settings, objective)?.into_iter().map(of).collect()
-}
-
-/// The rows of a data set as the tokenizer and the chat template of a reference write them; `None` where its tokens mean
-/// the same as the policy's.
-pub fn own_tokens(dataset: &Dataset, policy: &Tokenizer, reference: &Checkpoint) -> Result<Option<Dataset>> {
-    if policy.shares_vocabulary(&reference.dir)? {
-        check_vocabulary(reference, [dataset])?;
-        return check_positions(reference, [dataset]).map(|()| None);
-    }
-    let dir = reference.dir.display();
-    if dataset.truncated > 0 {
-        let detail = format!(
-            "{} rows of {} are cut, and {dir}, whose tokenizer is another, cannot be asked about a text that ends within it; use --on-overflow drop",
-            dataset.truncated,
-            dataset.path.display()
-        );
-        return Err(Error::option("--on-overflow", detail));
-    }
-    let mut theirs = Dataset::load(&dataset.path, &Tokenizer::load(&reference.dir)?, &EncodeOptions::default())?;
-    check_vocabulary(reference, [&theirs])?;
-    check_positions(reference, [&theirs])?;
-    let mut examples = std::mem::take(&mut theirs.examples);
-    let of = |example: &Example| {
-        let Ok(at) = examples.binary_search_by_key(&example.row, |theirs| theirs.row) else {
-            let skip = theirs.skipped.iter().find(|(row, _)| *row == example.row).map(|(_, skip)| skip.to_string());
-            let (line, why) = (theirs.line(example.row), skip.unwrap_or_default());
-            let detail =
-                format!("line {line} of {} has no tokens that {dir} could score: {why}", dataset.path.display());
-            return Err(Error::option("--ref-model", detail));
-        };
-        let mut sequences = std::mem::take(&mut examples[at].sequences);
-        sequences.truncate(example.sequences.len());
-        Ok(Example { sequences, ..example.clone() })
-    };
-    theirs.examples = dataset.examples.iter().map(of).collect::<Result<_>>()?;
-    Ok(Some(theirs))
 }
 
 impl Task {
@@ -319,11 +161,18 @@ impl Task {
         (epoch, first..(first + settings.batch_size).min(self.train.examples.len()))
     }
 
+    /// Where a sequence that was put together must end: at `--max-length`, or where learned positions do.
+    fn most_tokens(&self, max_length: Option<usize>) -> Option<usize> {
+        let references = self.references.iter().filter_map(|r| r.reference.checkpoint());
+        let models = references.chain([&self.checkpoint]).filter_map(|checkpoint| checkpoint.spec.most_positions());
+        models.chain(max_length).min()
+    }
+
     /// Held-out completions under each other's prompts, for objectives that read such; see [`Steps::mismatched`].
     pub fn mismatched_held_out(&self) -> Vec<Example> {
         match &self.eval {
             Some(eval) if self.objective.needs().mismatched => {
-                mismatched(&eval.examples.iter().collect::<Vec<_>>(), None, eval.options.max_length)
+                mismatched(&eval.examples.iter().collect::<Vec<_>>(), None, self.most_tokens(eval.options.max_length))
             }
             _ => Vec::new(),
         }
@@ -431,7 +280,7 @@ impl<'a> Steps<'a> {
         let last = (step > 1).then(|| self.examples(step - 1).last().copied()).flatten();
         let previous = last.and_then(|last| examples[last].sequences.last());
         let of_step: Vec<&Example> = self.examples(step).iter().map(|i| &examples[*i]).collect();
-        mismatched(&of_step, previous, self.settings.encode.max_length)
+        mismatched(&of_step, previous, self.task.most_tokens(self.settings.encode.max_length))
     }
 }
 
@@ -474,33 +323,6 @@ fn keep_some(train: &mut Dataset, limit: usize, seed: u64) -> Result<()> {
     let mut at = 0..;
     train.examples.retain(|_| kept.next_if_eq(&at.next().expect("endless")).is_some());
     Ok(())
-}
-
-/// Distributions can be compared where references have weights and the policy's vocabulary.
-fn check_compared(references: &[TaskReference], policy: &Checkpoint) -> Result<()> {
-    let weights = |TaskReference { reference, .. }: &'_ TaskReference| match reference.checkpoint() {
-        Some(_) => Ok(()),
-        None => {
-            let path = reference.path().display();
-            let detail = format!(
-                "compares whole distributions, and {path} holds the data's tokens alone; give the model, or --kl-estimator k3"
-            );
-            Err(Error::option("--kl-penalty", detail))
-        }
-    };
-    references.iter().try_for_each(weights)?;
-    let checkpoints: Vec<&Checkpoint> = references.iter().filter_map(|r| r.reference.checkpoint()).collect();
-    RefHeads::new(&mut Dry::arena(DType::F32), &policy.spec, &checkpoints).map(|_| ())
-}
-
-/// The anchor scores held-out completions as the policy's tokens.
-fn check_anchor(checkpoint: &Checkpoint, tokenizer: &Tokenizer, eval: Option<&Dataset>) -> Result<()> {
-    if !tokenizer.shares_vocabulary(&checkpoint.dir)? {
-        let dir = checkpoint.dir.display();
-        return Err(Error::option("--eval-anchor", format!("{dir} has another vocabulary than --model")));
-    }
-    check_vocabulary(checkpoint, eval)?;
-    check_positions(checkpoint, eval)
 }
 
 /// Token ids must have a row in the embedding.

@@ -187,6 +187,8 @@ fn a_reference_that_moves_follows_the_policy_and_resumes() {
         &["--ref-sync-steps", "one reference"],
     );
     w.fails(2, &format!("{line} 1 --kl-penalty 1 --output-dir x"), &["--kl-penalty", "frozen"]);
+    let sft = line.replace("--objective sigmoid", "--objective sft").replace("--beta 0.1 ", "");
+    w.fails(1, &format!("{sft} 1 --output-dir x"), &["--ref-sync-steps", "no reference that could move"]);
 }
 
 /// Weights that depend on the pairs before are the same after a resume, and so is a running mean.
@@ -257,6 +259,8 @@ fn labels_train_and_a_batch_of_one_borrows_a_completion() {
     }
     let one = line.replace("--batch-size 6", "--batch-size 1 --no-shuffle").replace("5e-4", "5e-3");
     w.ok(&format!("{one} --objective kto --output-dir one"));
+    // Beside it, likelihood is raised of the desirable rows alone.
+    w.ok(&format!("{line} --objective kto --objective sft --output-dir both"));
     // Pairs are labels, too.
     w.ok(&format!("{TRAIN} --objective kto --output-dir pairs"));
     let sft = format!("{} --objective sft --output-dir x", line.replace("--beta 0.1 ", ""));
