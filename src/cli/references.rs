@@ -22,8 +22,8 @@ pub struct RefArgs {
     #[arg(long, value_name = "DIR|FILE.logps")]
     pub ref_model: Vec<PathBuf>,
     /// Of several references, what the policy is held to: their geometric mean (which solves the problem with a KL term for
-    /// each), harmonic mean (MRPO as published), arithmetic mean, or each on its own with the losses added (multi-dpo)
-    /// [default: geometric]
+    /// each), harmonic mean (MRPO as published), arithmetic mean (with --f-divergence-type forward_kl the solution for
+    /// forward KLs), or each on its own with the losses added (multi-dpo) [default: geometric]
     #[arg(long, value_name = "MEAN")]
     pub ref_mean: Option<MeanArg>,
     /// How much each of several references counts, in their order: numbers such as 0.7,0.3 that sum to 1, or who decides:

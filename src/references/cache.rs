@@ -447,6 +447,13 @@ impl<V: Value> Cache<V> {
         write_file(&path, |out| writeln!(out, "{text}"))
     }
 
+    /// Lets other runs have the file. What is indexed stays readable: a file only grows behind it.
+    pub fn release(mut self) -> Result<Self> {
+        self.writable = false;
+        self.file.unlock().at(&self.path)?;
+        Ok(self)
+    }
+
     /// Reads one sequence from disk: `out` then holds [`Cache::width`] values for each scored token, or, when false is
     /// returned, nothing.
     pub fn get(&self, key: &[u8; 32], out: &mut Vec<V>) -> Result<bool> {

@@ -45,7 +45,8 @@ impl HiddenRows {
         if !missing.is_empty() {
             fill(device, (checkpoint, init), &missing, packing, &mut cache, stop)?;
         }
-        Ok(Self { cache })
+        // A run reads from it until its end; another may want to add to it.
+        Ok(Self { cache: cache.release()? })
     }
 
     /// A cache file that was made elsewhere.

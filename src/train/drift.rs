@@ -95,10 +95,15 @@ impl<'a, B: Backend> Drift<'a, B> {
         Ok(Self { task, settings, fresh, prompts, rows })
     }
 
-    /// KL(policy || reference) of each reference, nats a completion.
-    pub fn measure(&mut self, device: &B, policy: &mut Policy<B>) -> Result<Vec<Estimate>> {
+    /// KL(policy || reference) of each reference, nats a completion. `done` is told how many completions there are.
+    pub fn measure(
+        &mut self,
+        device: &B,
+        policy: &mut Policy<B>,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Estimate>> {
         policy.rest();
-        let samples = self.sample(device, policy)?;
+        let samples = self.sample(device, policy, done)?;
         let examples: Vec<Example> = samples.iter().map(|sample| self.example(sample)).collect();
         let examples: Vec<&Example> = examples.iter().collect();
         let mut logps: Vec<f64> = Vec::with_capacity(samples.len());
@@ -118,7 +123,7 @@ impl<'a, B: Backend> Drift<'a, B> {
         Ok(estimates)
     }
 
-    fn sample(&self, device: &B, policy: &Policy<B>) -> Result<Vec<Sample>> {
+    fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Sample>> {
         let mut samples = Vec::new();
         for (at, (prompt, _, count)) in self.prompts.iter().enumerate() {
             for first in (0..*count).step_by(TOGETHER) {
@@ -127,6 +132,7 @@ impl<'a, B: Backend> Drift<'a, B> {
                 let request = Request { first_sample, eos: self.task.tokenizer.stops(), ..request };
                 let completions = rollout::generate(device, &policy.model, &request)?;
                 samples.extend(completions.into_iter().map(|completion| Sample { prompt: at, completion }));
+                done(samples.len());
             }
         }
         Ok(samples)

@@ -347,13 +347,13 @@ impl<B: Backend> Session<'_, B> {
     /// Shows itself in the bar of the training that it interrupts, or in one of its own.
     fn evaluate(&mut self, training: Option<&mut Progress>) -> Result<Option<Evaluation>> {
         let Some(eval) = &self.task.eval else { return Ok(None) };
-        let (step, rows) = (self.state.step, eval.examples.len());
+        let (step, held_out) = (self.state.step, eval.examples.len());
         let mut own = None;
-        let done: &mut dyn FnMut(usize) = match training {
-            Some(bar) => &mut |done| bar.at(step, &format!("evaluating {done}/{rows}")),
+        let show: &mut dyn FnMut(&str, usize, usize) = match training {
+            Some(bar) => &mut |what, done, all| bar.at(step, &format!("{what} {done}/{all}")),
             None => {
-                let bar = own.insert(Progress::new("evaluating", rows as u64, "rows"));
-                &mut |done| bar.at(done as u64, "")
+                let bar = own.insert(Progress::new("evaluating", held_out as u64, "rows"));
+                &mut |what, done, all| bar.at(done.min(held_out) as u64, &format!("{what} {done}/{all}"))
             }
         };
         let started = Instant::now();
@@ -372,16 +372,20 @@ impl<B: Backend> Session<'_, B> {
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
-        let measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), done)?;
+        let mut done = |done| show("evaluating", done, held_out);
+        let measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
         let drift = match &mut self.drift {
-            Some(drift) => drift.measure(self.device, &mut self.policy)?,
+            Some(drift) => {
+                let all = self.settings.kl_samples;
+                drift.measure(self.device, &mut self.policy, &mut |done| show("sampling", done, all))?
+            }
             None => Vec::new(),
         };
         own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
             epoch: self.task.epoch(self.state.step),
-            rows: eval.examples.len(),
+            rows: held_out,
             loss: measured.loss,
             summary: measured.summary,
             metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
