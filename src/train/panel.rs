@@ -2,6 +2,7 @@
 
 use super::references::TaskReference;
 use super::settings::Settings;
+use super::step::Rows;
 use super::task::{Steps, Task};
 use crate::data::Example;
 use crate::error::Result;
@@ -21,6 +22,26 @@ pub struct Panel {
     anchor: Option<Vec<Scored>>,
     /// Final hidden rows, where distributions are compared.
     pub hidden: Vec<HiddenRows>,
+}
+
+/// Rows with what the references said about them, on their way to an objective.
+pub struct Gathered<'a> {
+    pub examples: Vec<&'a Example>,
+    refs: Vec<Vec<&'a Scored>>,
+    mismatched: Vec<Example>,
+    mismatched_refs: Vec<Vec<&'a Scored>>,
+}
+
+impl Gathered<'_> {
+    pub fn rows<'b>(&'b self, ref_weights: &'b [f64], state: &'b [f64], hidden: &'b [HiddenRows]) -> Rows<'b> {
+        let Self { examples, refs, mismatched, mismatched_refs } = self;
+        Rows { examples, refs, mismatched, mismatched_refs, ref_weights, state, hidden }
+    }
+
+    /// What the rules for weights look at.
+    pub fn pairs(&self) -> Vec<Vec<(f64, f64)>> {
+        pairs(&self.refs)
+    }
 }
 
 impl Panel {
@@ -82,26 +103,35 @@ impl Panel {
         Ok(panel)
     }
 
-    /// `[references][indices]` of these training examples.
-    pub fn train(&self, indices: &[usize]) -> Vec<Vec<&Scored>> {
-        self.train.iter().map(|said| indices.iter().map(|i| &said[*i]).collect()).collect()
-    }
-
-    /// `[references][held-out examples]`
-    pub fn held_out(&self) -> Vec<Vec<&Scored>> {
-        self.held_out.iter().map(|said| said.iter().collect()).collect()
-    }
-
-    /// `[references][mismatched examples]` of a step, counted from 1.
-    pub fn mismatched(&self, step: u64) -> Vec<Vec<&Scored>> {
+    /// The rows of a step, counted from 1.
+    pub fn training<'a>(&'a self, task: &'a Task, steps: &mut Steps, step: u64) -> Gathered<'a> {
         fn of_step(steps: &[Vec<Scored>], step: u64) -> Vec<&Scored> {
             steps.get(step as usize - 1).into_iter().flatten().collect()
         }
-        self.mismatched.iter().map(|steps| of_step(steps, step)).collect()
+        let wanted = task.objective.needs().mismatched;
+        let mismatched = if wanted { steps.mismatched(step) } else { Vec::new() };
+        let indices = steps.examples(step);
+        Gathered {
+            examples: indices.iter().map(|i| &task.train.examples[*i]).collect(),
+            refs: self.refs_of(indices),
+            mismatched,
+            mismatched_refs: self.mismatched.iter().map(|steps| of_step(steps, step)).collect(),
+        }
     }
 
-    pub fn mismatched_held_out(&self) -> Vec<Vec<&Scored>> {
-        self.mismatched_held_out.iter().map(|said| said.iter().collect()).collect()
+    pub fn held_out<'a>(&'a self, task: &'a Task) -> Gathered<'a> {
+        let all = |said: &'a [Vec<Scored>]| said.iter().map(|said| said.iter().collect()).collect();
+        Gathered {
+            examples: task.eval.iter().flat_map(|eval| &eval.examples).collect(),
+            refs: all(&self.held_out),
+            mismatched: task.mismatched_held_out(),
+            mismatched_refs: all(&self.mismatched_held_out),
+        }
+    }
+
+    /// `[references][indices]` of these training examples.
+    fn refs_of(&self, indices: &[usize]) -> Vec<Vec<&Scored>> {
+        self.train.iter().map(|said| indices.iter().map(|i| &said[*i]).collect()).collect()
     }
 
     /// `[held-out sequences]` log-probabilities by what evaluations compare with: the anchor, or else the first reference.
@@ -110,20 +140,14 @@ impl Panel {
         Some(said.iter().flat_map(|scored| &scored.sums).copied().collect())
     }
 
-    /// What the rules for weights look at: each reference's log-probabilities of these pairs.
-    pub fn pairs(said: &[Vec<&Scored>]) -> Vec<Vec<(f64, f64)>> {
-        let pair = |scored: &&Scored| Some((*scored.sums.first()?, *scored.sums.get(1)?));
-        said.iter().map(|scored| scored.iter().filter_map(pair).collect()).collect()
-    }
-
     /// The weights of the references as they are before step `step`, from what came before it.
     pub fn weights(&self, settings: &Settings, task: &Task, step: u64) -> Result<RefWeights> {
-        let held_out = task.eval.as_ref().map(|_| Self::pairs(&self.held_out()));
+        let held_out = task.eval.as_ref().map(|_| self.held_out(task).pairs());
         let rule = &settings.references.rule;
         let mut weights = RefWeights::new(rule.clone(), task.references.len(), held_out.as_deref())?;
         if rule.observes() {
             let mut steps = Steps::new(task, settings);
-            (1..step).for_each(|earlier| weights.observe(&Self::pairs(&self.train(steps.examples(earlier)))));
+            (1..step).for_each(|earlier| weights.observe(&pairs(&self.refs_of(steps.examples(earlier)))));
         }
         Ok(weights)
     }
@@ -134,4 +158,10 @@ fn name(k: usize, references: &[TaskReference]) -> String {
         1 => "the reference".to_string(),
         all => format!("reference {} of {all}", k + 1),
     }
+}
+
+/// What the rules for weights look at: each reference's log-probabilities of these pairs.
+fn pairs(said: &[Vec<&Scored>]) -> Vec<Vec<(f64, f64)>> {
+    let pair = |scored: &&Scored| Some((*scored.sums.first()?, *scored.sums.get(1)?));
+    said.iter().map(|scored| scored.iter().filter_map(pair).collect()).collect()
 }

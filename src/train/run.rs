@@ -15,14 +15,13 @@ use super::policy::Policy;
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
-use super::step::{Pass, Purpose, Rows, step};
+use super::step::{Pass, Purpose, step};
 use super::task::{Steps, Task};
 use crate::checkpoint::run_dir::{
     Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, lock, remove_stale,
     set_aside_after,
 };
 use crate::checkpoint::{write_dir, write_file};
-use crate::data::Example;
 use crate::error::{Error, Result};
 use crate::machine;
 use crate::model::Init;
@@ -274,33 +273,21 @@ impl<B: Backend> Session<'_, B> {
     /// One optimizer step and its line; returns what the progress bar says.
     fn step(&mut self) -> Result<String> {
         let number = self.state.step + 1;
-        let mismatched = match self.task.objective.needs().mismatched {
-            true => self.steps.mismatched(number),
-            false => Vec::new(),
-        };
-        let indices = self.steps.examples(number);
-        let examples: Vec<&Example> = indices.iter().map(|i| &self.task.train.examples[*i]).collect();
-        let (refs, mismatched_refs) = (self.panel.train(indices), self.panel.mismatched(number));
-        let rows = Rows {
-            examples: &examples,
-            refs: &refs,
-            mismatched: &mismatched,
-            mismatched_refs: &mismatched_refs,
-            ref_weights: &self.ref_weights.weights(),
-            state: &self.state.objective,
-            hidden: &self.panel.hidden,
-        };
+        let gathered = self.panel.training(self.task, &mut self.steps, number);
+        let ref_weights = self.ref_weights.weights();
+        let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
         let (rate, started) = (self.schedule.rate(number), Instant::now());
         let result = step(self.device, &mut self.policy, &pass, rate);
-        let pairs = Panel::pairs(&refs);
+        let tokens = gathered.examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
+        let pairs = gathered.pairs();
         let result = result.map_err(|e| self.keep_last_good(e))?;
         self.ref_weights.observe(&pairs);
         self.state.objective = result.state;
         let step_time = started.elapsed().as_secs_f64();
         self.state.step = number;
-        self.state.num_tokens += examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
+        self.state.num_tokens += tokens;
         let line = Line {
             step: number,
             epoch: self.task.epoch(number),
@@ -357,18 +344,9 @@ impl<B: Backend> Session<'_, B> {
             }
         };
         let started = Instant::now();
-        let examples: Vec<&Example> = eval.examples.iter().collect();
-        let mismatched = self.task.mismatched_held_out();
-        let (refs, mismatched_refs) = (self.panel.held_out(), self.panel.mismatched_held_out());
-        let rows = Rows {
-            examples: &examples,
-            refs: &refs,
-            mismatched: &mismatched,
-            mismatched_refs: &mismatched_refs,
-            ref_weights: &self.ref_weights.weights(),
-            state: &self.state.objective,
-            hidden: &self.panel.hidden,
-        };
+        let gathered = self.panel.held_out(self.task);
+        let ref_weights = self.ref_weights.weights();
+        let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
