@@ -115,7 +115,8 @@ impl Table {
         }
         let _ = writeln!(
             out,
-            "\n± is the standard deviation over {} seeds. Every arm is measured against the same anchor, the first reference.",
+            "\n± is the standard deviation over {} seeds. Every arm is measured against the same anchor, the first reference. The \
+             best of each kind\nis picked by the numbers that it is then compared by, which favours the kind with more arms.",
             self.seeds
         );
         out
