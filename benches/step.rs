@@ -11,7 +11,7 @@ use cuvee::data::{Batch as HostBatch, Example, Packing, Read, Sequence, Sharing}
 use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
-use cuvee::objectives::{Choice, Objective, Params, build};
+use cuvee::objectives::{Choice, Objective, Params, Stats, Totals, build};
 use cuvee::optim::{self, Hyper};
 use cuvee::references::Scored;
 use cuvee::train::{Blueprint, Extras, Pass, Purpose, Rows, step};
@@ -158,5 +158,35 @@ fn steps(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, steps);
+/// The part of a step that knows how many references there are, alone: a step's time scatters by more than it takes.
+fn objectives(c: &mut Criterion) {
+    let mut group = c.benchmark_group("objective");
+    let examples = CASES[0].examples();
+    let examples: Vec<&Example> = examples.iter().collect();
+    for (what, blend, references) in REFERENCES {
+        let objective = objective(blend);
+        let said = said(&examples, references);
+        let tokens =
+            |said: &Vec<Scored>| said.iter().flat_map(|s| &s.tokens).flatten().map(|x| f64::from(*x)).collect();
+        let ref_token_logps: Vec<Vec<f64>> = said.iter().map(tokens).collect();
+        let lens: Vec<f64> = said[0].iter().flat_map(|s| &s.tokens).map(|tokens| tokens.len() as f64).collect();
+        let offsets = (0..=lens.len()).map(|s| lens[..s].iter().sum::<f64>() as usize).collect();
+        let stats = Stats {
+            logps: lens.iter().map(|len| -2.0 * len).collect(),
+            ref_logps: said.iter().map(|said| said.iter().flat_map(|s| s.sums.clone()).collect()).collect(),
+            pairs: (0..examples.len()).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
+            token_logps: vec![-2.0; ref_token_logps[0].len()],
+            ref_weights: vec![1.0 / references as f64; references],
+            offsets,
+            lens,
+            ref_token_logps,
+            ..Stats::default()
+        };
+        let totals = Totals::of(&stats);
+        group.bench_function(format!("{}, {what}", CASES[0].name), |b| b.iter(|| objective.evaluate(&stats, &totals)));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, steps, objectives);
 criterion_main!(benches);
