@@ -21,7 +21,8 @@ use crate::rollout::{self, Completion, Request, Sampling};
 
 /// Samples that are decoded together.
 pub const TOGETHER: usize = 32;
-/// Name of the random numbers.
+/// Where its streams of random numbers begin, beyond those of `--samples`. Every evaluation draws the same ones, so that
+/// what changes between two is the policy.
 const STREAM: u64 = 1 << 40;
 
 /// A mean of samples and its standard error.
