@@ -5,16 +5,16 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::references::RefArgs;
-use super::{needs, recipe};
+use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
-use crate::objectives::{self, Choice, Domain, Params, Shared};
+use crate::objectives::{self, Choice};
+use crate::params::Params;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -237,7 +237,8 @@ impl Args for LossArgs {
             .num_args(1..)
             .value_parser(positive)
             .help("Weight of each objective in the sum, in their order [default: 1 each]");
-        let params = objectives::params().into_iter().map(|(name, shared)| param(name, &shared));
+        let names: Vec<&str> = objectives::all().iter().map(|entry| entry.name).collect();
+        let params = flags::args(objectives::params(), &names, "around losses on pairs");
         command.args([objective, weights].into_iter().chain(params).map(|arg| arg.help_heading("Objective")))
     }
 
@@ -246,67 +247,10 @@ impl Args for LossArgs {
     }
 }
 
-/// The flag of a parameter.
-fn param(name: &'static str, shared: &Shared) -> Arg {
-    let arg = Arg::new(name).long(name.replace('_', "-")).help(param_help(shared));
-    let specs = shared.specs.clone();
-    match specs[0].domain {
-        Domain::Number { .. } => arg.value_name("F").value_parser(move |text: &str| {
-            let fits = |x: f64| specs.iter().any(|spec| spec.accepts(&x.into()));
-            number(text, &format!("with {}", specs[0].domain_text()), fits)
-        }),
-        Domain::Choice { values, .. } => arg.value_name("NAME").value_parser(PossibleValuesParser::new(values)),
-        Domain::Switch => arg.action(ArgAction::SetTrue).value_parser(clap::value_parser!(bool)),
-    }
-}
-
-/// Meaning, who takes it, what happens without it.
-fn param_help(shared: &Shared) -> String {
-    let spec = shared.specs[0];
-    let mut help = spec.help.to_string();
-    help[..1].make_ascii_uppercase();
-    let others: Vec<&str> =
-        objectives::all().iter().map(|e| e.name).filter(|name| !shared.objectives.contains(name)).collect();
-    if shared.objectives.is_empty() {
-        help += " (around losses on pairs)";
-    } else if others.len() < shared.objectives.len() {
-        help += &format!(" (all but {})", others.join(", "));
-    } else {
-        help += &format!(" ({})", shared.objectives.join(", "));
-    }
-    if let Some((other, value)) = spec.only_with {
-        help += &format!("; with --{} {value}", other.replace('_', "-"));
-    }
-    if let Domain::Switch = spec.domain {
-        return help;
-    }
-    if let Some(default) = shared.specs.iter().find_map(|spec| spec.default()) {
-        let owners = shared.objectives.iter().zip(&shared.specs);
-        let requiring: Vec<&str> = owners.filter(|of| of.1.required()).map(|of| *of.0).collect();
-        help += &match requiring[..] {
-            [] => format!(" [default: {default}]"),
-            _ => format!(" [default: {default}; required by {}]", requiring.join(", ")),
-        };
-    }
-    help
-}
-
 impl FromArgMatches for LossArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let many = |id| matches.get_many::<String>(id).into_iter().flatten().cloned().collect();
-        let mut params = Params::default();
-        for (name, shared) in objectives::params() {
-            match shared.specs[0].domain {
-                Domain::Number { .. } => {
-                    matches.get_one::<f64>(name).into_iter().for_each(|number| params.set(name, *number));
-                }
-                Domain::Choice { .. } => {
-                    matches.get_one::<String>(name).into_iter().for_each(|choice| params.set(name, choice.as_str()));
-                }
-                Domain::Switch if matches.get_flag(name) => params.set(name, true),
-                Domain::Switch => {}
-            }
-        }
+        let params = flags::given(matches, &objectives::params());
         let objective_weights = matches.get_many::<f64>(WEIGHTS).into_iter().flatten().copied().collect();
         Ok(Self { objective: many(OBJECTIVE), objective_weights, params })
     }

@@ -7,6 +7,7 @@ mod compare;
 mod device;
 mod doctor;
 mod eval;
+mod flags;
 mod generate;
 mod list;
 mod logps;

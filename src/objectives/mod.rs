@@ -41,7 +41,9 @@ use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
 
 pub use mixture::{Choice, Wrap, build};
-pub use registry::{Domain, Entry, ParamSpec, Params, Shared, Value, find, params};
+pub use registry::{Entry, find, params};
+pub use crate::params::{Domain, ParamSpec, Params, Shared, Value};
+
 
 /// Every objective, by name.
 pub fn all() -> &'static [Entry] {

@@ -98,7 +98,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let mut session = Session {
         device,
         settings,
-        schedule: Schedule::new(settings.learning_rate, settings.decay, settings.warmup_ratio, task.max_steps),
+        schedule: settings.schedule(task.max_steps),
         plan,
         policy,
         panel,
