@@ -10,6 +10,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
+use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::{needs, recipe};
 use crate::device::DType;
@@ -57,6 +58,8 @@ pub enum Command {
     List(ListArgs),
     /// Look after the cache of what references say: list, verify, remove
     Cache(CacheArgs),
+    /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
+    Merge(MergeArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
