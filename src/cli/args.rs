@@ -9,11 +9,13 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
+use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
+use crate::optim;
 use crate::params::Params;
 use crate::{Error, Result};
 
@@ -57,6 +59,8 @@ pub enum Command {
     List(ListArgs),
     /// Look after the cache of what references say: list, verify, remove
     Cache(CacheArgs),
+    /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
+    Merge(MergeArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -288,12 +292,71 @@ impl LossArgs {
     }
 }
 
+/// How weights are updated. As with losses, an optimizer's file is all that knows its flags.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UpdateArgs {
+    pub optimizer: String,
+    pub params: Params,
+}
+
+const OPTIMIZER: &str = "optimizer";
+
+impl Args for UpdateArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let optimizer = Arg::new(OPTIMIZER)
+            .long("optimizer")
+            .value_name("NAME")
+            .default_value("adamw")
+            .help("Update rule; `cuvee list optimizers` names them all");
+        let names: Vec<&str> = optim::all().iter().map(|entry| entry.name).collect();
+        let params = flags::args(optim::params(), &names, "");
+        command.args(std::iter::once(optimizer).chain(params).map(|arg| arg.help_heading("Optimizer")))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for UpdateArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let optimizer = matches.get_one::<String>(OPTIMIZER).expect("it has a default").clone();
+        Ok(Self { optimizer, params: flags::given(matches, &optim::params()) })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Serialize for UpdateArgs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = serializer.serialize_map(None)?;
+        table.serialize_entry(OPTIMIZER, &self.optimizer)?;
+        self.params.iter().try_for_each(|(name, value)| table.serialize_entry(name, value))?;
+        table.end()
+    }
+}
+
+impl UpdateArgs {
+    pub(super) fn choice(&self) -> optim::Choice {
+        optim::Choice { name: self.optimizer.clone(), params: self.params.clone() }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Optimizer")]
 pub struct OptimArgs {
-    /// Update rule; `cuvee list optimizers` names them all
-    #[arg(long, value_name = "NAME", default_value = "adamw")]
-    pub optimizer: String,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub choice: UpdateArgs,
+    /// The model before fine-tuning: optimizers that merge blend every update with what fine-tuning added to it
+    #[arg(long, value_name = "DIR")]
+    pub base_model: Option<PathBuf>,
+    /// The fine-tuned model of that difference [default: the policy as it starts]
+    #[arg(long, value_name = "DIR")]
+    pub tau_model: Option<PathBuf>,
     /// Peak learning rate
     #[arg(long, value_name = "F", default_value = "1e-6", value_parser = positive)]
     pub learning_rate: f64,
@@ -318,6 +381,10 @@ pub struct OptimArgs {
     /// Scale gradients down to this global norm; 0 = off
     #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
     pub max_grad_norm: f64,
+    /// Round updated weights up or down at random, in proportion to the distance, rather than to the nearest: no update is
+    /// too small to count on average. bf16 weights on a GPU then need no f32 copies, 4 bytes less for each
+    #[arg(long)]
+    pub stochastic_rounding: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -980,7 +1047,7 @@ impl GenerateArgs {
 
 // Parsers of numbers. Their messages follow "invalid value 'x' for '--flag <F>': ".
 
-fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
+pub(super) fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && holds(value) => Ok(value),
         _ => Err(format!("expected a number {range}")),

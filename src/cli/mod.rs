@@ -11,6 +11,7 @@ mod flags;
 mod generate;
 mod list;
 mod logps;
+mod merge;
 mod plan;
 mod preview;
 mod recipe;
@@ -79,6 +80,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
+        Command::Merge(args) => merge::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -136,7 +138,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) => {}
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) => {}
     }
     Ok(cli)
 }
@@ -242,7 +244,7 @@ mod tests {
         let RunArgs { loss, optim, schedule, data, save, sampling, .. } = &args.run;
         assert_eq!((&loss.objective[..], loss.params.names().count()), (&["sigmoid".to_string()][..], 0));
         assert!(loss.objective_weights.is_empty());
-        assert_eq!((optim.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
+        assert_eq!((optim.choice.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
         assert_eq!((optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((optim.max_grad_norm, optim.weight_decay, optim.warmup_ratio), (1.0, 0.0, 0.0));
         assert_eq!(optim.lr_scheduler_type, LrSchedulerType::Linear);
@@ -474,7 +476,7 @@ mod tests {
             objectives::Value::Choice(choice) => format!("{name} = '{choice}'\n"),
             value => format!("{name} = {value}\n"),
         };
-        let params: String = objectives::params().into_iter().map(example).collect();
+        let params: String = objectives::params().into_iter().chain(optim::params()).map(example).collect();
         format!("{EVERYTHING}\nobjective_weights = 0.5\n{params}")
     }
 

@@ -56,9 +56,9 @@ impl<D: Device> Param<D> {
         device.write_f32(values, self.value.view_mut())
     }
 
-    /// The weight in full: what training continues from.
+    /// The weight, as exactly as one tensor has it.
     pub fn read(&self, device: &D, out: &mut [f32]) -> Result<()> {
-        device.read_f32(self.master.as_ref().unwrap_or(&self.value).view(), out)
+        device.read_f32(self.whole(), out)
     }
 
     pub fn view(&self) -> View<'_, D> {

@@ -171,8 +171,9 @@ impl<D: Device> Optimizer<D> {
         self.slots.iter().map(|slot| &slot.state)
     }
 
-    pub fn method(&self) -> &Method {
-        &self.method
+    /// Merge weights of the run, summed: the share of `tau_ref` that it adds, at most.
+    pub fn added(&self) -> f64 {
+        self.method.added(&self.schedule)
     }
 
     /// What the lazily applied merge has come to after `steps` steps.
@@ -194,24 +195,27 @@ impl<D: Device> Optimizer<D> {
 }
 
 impl<B: Backend> Optimizer<B> {
-    /// Gives the states that do not start as zeros their values, and every weight that is merged with it its `tau_ref`: what
-    /// fine-tuning added to the base model, prepared as the method wants it. `params` hold the first weights.
-    pub fn start(&mut self, device: &B, params: &[&mut Param<B>], tau: Option<TauRef<B>>) -> Result<()> {
+    /// Gives the states that do not start as zeros their values. `params` hold the first weights.
+    pub fn start(&mut self, device: &B, params: &[&mut Param<B>]) -> Result<()> {
         let trained = params.iter().filter(|p| p.grad.is_some());
         let mut values = Vec::new();
-        for (param, slot) in trained.clone().zip(&mut self.slots) {
+        for (param, slot) in trained.zip(&mut self.slots) {
             if let Some((_, average)) = slot.state.iter_mut().find(|(name, _)| *name == method::AVERAGE) {
                 values.resize(param.value.len(), 0.0);
                 param.read(device, &mut values)?;
                 device.write_f32(&values, average.view_mut())?;
             }
         }
-        let Some(tau) = tau else { return Ok(()) };
+        Ok(())
+    }
+
+    /// Gives every trained weight its `tau_ref`, prepared as the method wants it.
+    pub fn set_tau_ref(&mut self, device: &B, params: &[&mut Param<B>], tau: TauRef<B>) -> Result<()> {
+        let (trained, mut values) = (params.iter().filter(|p| p.grad.is_some()), Vec::new());
         for (param, slot) in trained.zip(&mut self.slots) {
             let tau_ref = slot.tau_ref.as_mut().expect("a method that merges has room for it");
             values.resize(param.value.len(), 0.0);
             tau(param, &mut values)?;
-            merged_update::prepare(&self.method.rule, &slot.random, &mut values);
             device.write_f32(&values, tau_ref.view_mut())?;
         }
         Ok(())

@@ -42,7 +42,7 @@ impl Tau {
         }
         let tuned = match &settings.tau_model {
             Some(dir) => Checkpoint::open(dir)?,
-            None => policy.clone(),
+            None => Checkpoint::open(&settings.model)?,
         };
         let tau = Self { base: Checkpoint::open(base)?, tuned };
         tau.check("--tau-model", &tau.tuned, policy)?;
@@ -55,8 +55,9 @@ impl Tau {
         let (spec, naming) = (&policy.spec, policy.architecture.naming);
         let mut model = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
         let weights = Weights::open(&checkpoint.dir)?;
+        let drawn = policy.drawn_head();
         for param in model.params_mut() {
-            if fresh(policy, param) {
+            if drawn.as_ref().is_some_and(|(name, _)| *name == param.name) {
                 continue;
             }
             let name = found_name(checkpoint, &weights, &param.stored.tensor);
@@ -96,16 +97,17 @@ impl Tau {
     ) -> Result<f64> {
         let (base, tuned) = (Weights::open(&self.base.dir)?, Weights::open(&self.tuned.dir)?);
         let mut reader = Reader::default();
-        let (mut of_base, mut of_tau) = (0.0, 0.0);
+        let (mut of_base, mut of_tau, drawn) = (0.0, 0.0, policy.drawn_head());
         use_it(&mut |param, out| {
-            if fresh(policy, param) {
+            // A head that is drawn is in no checkpoint: fine-tuning added nothing to it.
+            if drawn.as_ref().is_some_and(|(name, _)| *name == param.name) {
                 out.fill(0.0);
                 return Ok(());
             }
             let tensor = &param.stored.tensor;
             out.copy_from_slice(reader.read(&tuned, &found_name(&self.tuned, &tuned, tensor), param)?);
-            let base = reader.read(&base, &found_name(&self.base, &base, tensor), param)?;
-            for (tau, base) in out.iter_mut().zip(base) {
+            let values = reader.read(&base, &found_name(&self.base, &base, tensor), param)?;
+            for (tau, base) in out.iter_mut().zip(values) {
                 *tau -= base;
                 of_tau += f64::from(*tau).powi(2);
                 of_base += f64::from(*base).powi(2);
@@ -114,9 +116,4 @@ impl Tau {
         })?;
         Ok((of_tau / of_base).sqrt())
     }
-}
-
-/// A weight that no checkpoint has: the drawn head of a reward model, which nothing was added to.
-fn fresh<D: Device>(policy: &Checkpoint, param: &Param<D>) -> bool {
-    policy.fresh_head.is_some() && param.name == policy.head_name()
 }
