@@ -8,6 +8,7 @@ mod model;
 mod multi_ref;
 mod objectives;
 mod ops;
+mod peft;
 mod program;
 mod references;
 mod reward;
