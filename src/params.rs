@@ -53,8 +53,7 @@ pub const POSITIVE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Exc
 /// [0, inf)
 pub const NOT_NEGATIVE: (Bound<f64>, Bound<f64>) = (Bound::Included(0.0), Bound::Excluded(f64::INFINITY));
 /// (-inf, inf)
-pub const FINITE: (Bound<f64>, Bound<f64>) =
-    (Bound::Excluded(f64::NEG_INFINITY), Bound::Excluded(f64::INFINITY));
+pub const FINITE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(f64::NEG_INFINITY), Bound::Excluded(f64::INFINITY));
 
 impl ParamSpec {
     pub fn required(&self) -> bool {

@@ -37,7 +37,10 @@ fn objective(entry: &objectives::Entry) -> (String, String) {
         [] => String::new(),
         names => format!("; also {}", names.join(", ")),
     };
-    (entry.name.to_string(), format!("{} ({}{also}) {}", entry.summary, entry.paper, flags(entry.params)).trim_end().into())
+    (
+        entry.name.to_string(),
+        format!("{} ({}{also}) {}", entry.summary, entry.paper, flags(entry.params)).trim_end().into(),
+    )
 }
 
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {

@@ -196,7 +196,7 @@ mod tests {
 
     use super::args::*;
     use super::*;
-    use crate::objectives;
+    use crate::{objectives, optim};
 
     fn run(line: &[&str]) -> Result<Cli, Failure> {
         parse(["cuvee"].iter().chain(line).map(OsString::from))
@@ -465,7 +465,8 @@ mod tests {
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
-        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000";
+        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
+        base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5";

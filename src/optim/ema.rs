@@ -16,11 +16,7 @@ use crate::params::{Domain, ParamSpec};
 
 const EMA_RATE: ParamSpec = ParamSpec {
     name: "ema_rate",
-    domain: Domain::Number {
-        default: None,
-        range: (Bound::Excluded(0.0), Bound::Excluded(1.0)),
-        example: 1e-3,
-    },
+    domain: Domain::Number { default: None, range: (Bound::Excluded(0.0), Bound::Excluded(1.0)), example: 1e-3 },
     only_with: None,
     help: "r: how far the average goes towards the weights in a step, and the weights towards the average",
 };

@@ -25,15 +25,7 @@ pub const ENTRY: Entry = Entry {
     name: "onties",
     paper: "Lu et al., arXiv:2405.17931, Eq. 5 to 7",
     summary: "merges while it trains: the largest share of each update, blended with tau_ref where the signs agree",
-    params: &[
-        RESERVE_RATE,
-        MERGE_WEIGHT,
-        MERGE_SCHEDULE,
-        MERGE_EVERY,
-        MERGE_FORM,
-        MERGE_RESCALE,
-        ADAM_FORM_PUBLISHED,
-    ],
+    params: &[RESERVE_RATE, MERGE_WEIGHT, MERGE_SCHEDULE, MERGE_EVERY, MERGE_FORM, MERGE_RESCALE, ADAM_FORM_PUBLISHED],
     build: |params| {
         let consensus = match params.choice("merge_form") {
             Some("paper") => Consensus::AfterWeight,

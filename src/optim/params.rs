@@ -33,11 +33,7 @@ pub(super) const RESERVE_RATE: ParamSpec = ParamSpec {
 
 pub(super) const MERGE_WEIGHT: ParamSpec = ParamSpec {
     name: "merge_weight",
-    domain: Domain::Number {
-        default: None,
-        range: (Bound::Included(0.0), Bound::Excluded(1.0)),
-        example: 1e-6,
-    },
+    domain: Domain::Number { default: None, range: (Bound::Included(0.0), Bound::Excluded(1.0)), example: 1e-6 },
     only_with: None,
     help: "lambda in weight += (1 - lambda) update + lambda tau_ref, at every merge; over the run about lambda times merges of \
            tau_ref are added",

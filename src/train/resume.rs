@@ -64,13 +64,13 @@ pub fn save_state<B: Backend>(
     let params = model.params_mut();
     let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
     let lazy = params.iter().filter(|param| param.lazy);
-    tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(|(param, master)| {
-        TensorSource {
+    tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
+        |(param, master)| TensorSource {
             name: format!("{}.{MASTER}", param.name),
             shape: param.shape(),
             fill: Box::new(move |out: &mut [f32]| device.read_f32(master.view(), out)),
-        }
-    }));
+        },
+    ));
     let trained = params.iter().filter(|param| param.grad.is_some());
     for (param, state) in trained.zip(optimizer.states()) {
         for (what, tensor) in state {

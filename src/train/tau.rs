@@ -83,7 +83,10 @@ impl Tau {
         let tuned = Init::Checkpoint.identity(&self.tuned)?;
         if base == tuned {
             let (base, tuned) = (self.base.dir.display(), self.tuned.dir.display());
-            let detail = format!("{base} and {tuned} are one model, so that tau_ref would be 0; {} needs the model that came before fine-tuning", settings.optimizer.name);
+            let detail = format!(
+                "{base} and {tuned} are one model, so that tau_ref would be 0; {} needs the model that came before fine-tuning",
+                settings.optimizer.name
+            );
             return Err(Error::option(BASE, detail));
         }
         Ok([base, tuned])
