@@ -4,6 +4,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod lineage;
 mod model;
 mod multi_ref;
 mod objectives;
