@@ -5,6 +5,7 @@ mod cli;
 mod common;
 mod exactness;
 mod lineage;
+mod merging;
 mod model;
 mod multi_ref;
 mod objectives;
