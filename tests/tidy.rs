@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("objectives", &[]),
     ("checkpoint", &[]),
     ("lineage", &["checkpoint"]),
+    ("merge", &["checkpoint"]),
     ("ops", &["device"]),
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["device", "ops", "model"]),
