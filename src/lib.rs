@@ -8,6 +8,7 @@ pub mod error;
 pub mod lab;
 pub mod lineage;
 pub mod machine;
+pub mod merge;
 pub mod model;
 pub mod objectives;
 pub mod ops;

@@ -1112,7 +1112,7 @@ fn zero_or_count(text: &str) -> Result<usize, String> {
     size(text, 0)
 }
 
-fn count(text: &str) -> Result<usize, String> {
+pub(super) fn count(text: &str) -> Result<usize, String> {
     size(text, 1)
 }
 

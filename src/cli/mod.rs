@@ -140,7 +140,8 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) | Command::Lineage(_) => {}
+        Command::Merge(args) => args.check(flags)?,
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
     }
     Ok(cli)
 }
