@@ -6,7 +6,6 @@ mod cli;
 mod common;
 mod exactness;
 mod lineage;
-mod merging;
 mod model;
 mod multi_ref;
 mod objectives;
