@@ -216,6 +216,7 @@ impl<B: Backend> Optimizer<B> {
             let tau_ref = slot.tau_ref.as_mut().expect("a method that merges has room for it");
             values.resize(param.value.len(), 0.0);
             tau(param, &mut values)?;
+            merged_update::prepare(&self.method.rule, &slot.random, &mut values);
             device.write_f32(&values, tau_ref.view_mut())?;
         }
         Ok(())

@@ -10,8 +10,10 @@ const TRAIN: &str = "train --objective sigmoid --beta 0.1 --learning-rate 5e-4 -
 /// `sft` is `model` after some fine-tuning: the policy, and the model that it came from.
 fn workspace() -> Workspace {
     let w = Workspace::with_reviews(40);
-    w.ok("train --objective sft --learning-rate 1e-3 --model model --dataset train.jsonl --max-length 48 --batch-size 8 \
-          --max-steps 5 --output-dir sft");
+    w.ok(
+        "train --objective sft --learning-rate 1e-3 --model model --dataset train.jsonl --max-length 48 --batch-size 8 \
+          --max-steps 5 --output-dir sft",
+    );
     w
 }
 
@@ -83,7 +85,8 @@ fn a_stopped_run_continues_to_the_same_bits() {
 #[test]
 fn merges_that_are_too_small_to_be_added_add_up() {
     let w = workspace();
-    let still = TRAIN.replace("--learning-rate 5e-4", "--learning-rate 1e-30").replace("--max-steps 10", "--max-steps 40");
+    let still =
+        TRAIN.replace("--learning-rate 5e-4", "--learning-rate 1e-30").replace("--max-steps 10", "--max-steps 40");
     let merging = "--reserve-rate 1 --merge-weight 1e-6 --base-model model";
     let (before, base) = (weights(&w, "sft"), weights(&w, "model"));
     for (name, flags, exact) in [
@@ -120,7 +123,10 @@ fn a_run_says_what_its_merges_will_amount_to_and_what_rounding_lost() {
     assert!(said.contains("tau_ref: sft minus model, ") && said.contains("add up to 1.0e-1 of it"), "{said}");
     assert!(!said.contains("next to nothing"), "{said}");
     let said = train(&w, "little", &format!("{merging} --merge-weight 1e-7 --merge-every 5"));
-    assert!(said.contains("add up to 2.0e-7 of it") && said.contains("next to nothing; a larger --merge-weight"), "{said}");
+    assert!(
+        said.contains("add up to 2.0e-7 of it") && said.contains("next to nothing; a larger --merge-weight"),
+        "{said}"
+    );
     let said = train(&w, "ramp", &format!("{merging} --merge-weight 0.01 --merge-schedule ramp"));
     assert!(said.contains("add up to 5.5e-2 of it"), "{said}");
     let lost = w.column("much/metrics.jsonl", "lost_updates");
@@ -147,7 +153,10 @@ fn what_cannot_be_merged_with_is_refused_by_name() {
           --output-dir other");
     let ondare = "--optimizer ondare --reserve-rate 0.5 --merge-weight 1e-3";
     for (flags, said) in [
-        (ondare.to_string(), "--base-model: ondare merges with what fine-tuning added to a base model: give the folder"),
+        (
+            ondare.to_string(),
+            "--base-model: ondare merges with what fine-tuning added to a base model: give the folder",
+        ),
         (format!("{ondare} --base-model sft"), "--base-model: sft and sft are one model, so that tau_ref would be 0"),
         (format!("{ondare} --base-model model --tau-model model"), "--base-model: model and model are one model"),
         (format!("{ondare} --base-model other"), "in --model, other has it as ["),
@@ -159,13 +168,17 @@ fn what_cannot_be_merged_with_is_refused_by_name() {
         ("--reserve-rate 0.5".into(), "--reserve-rate: adamw does not use it, it takes --adam-form; remove it"),
         ("--optimizer ondare --merge-weight 0.1".into(), "--reserve-rate: ondare requires it"),
         ("--optimizer ema".into(), "--ema-rate: ema requires it"),
-        (format!("{ondare} --merge-form paper --merge-clip 2"), "--merge-clip: does nothing without --merge-form released"),
+        (
+            format!("{ondare} --merge-form paper --merge-clip 2"),
+            "--merge-clip: does nothing without --merge-form released",
+        ),
         ("--optimizer lion".into(), "--optimizer: \"lion\" is not an optimizer; adamw, ondare"),
     ] {
         w.fails(1, &format!("{TRAIN} --output-dir run {flags}"), &[said]);
         assert!(!w.exists("run"), "{flags}: refused before anything is made");
     }
-    for flags in ["--merge-every 0", "--merge-every 1.5", "--merge-weight 1", "--reserve-rate 0", "--reserve-rate 1.1"] {
+    for flags in ["--merge-every 0", "--merge-every 1.5", "--merge-weight 1", "--reserve-rate 0", "--reserve-rate 1.1"]
+    {
         w.fails(2, &format!("{TRAIN} --output-dir run --optimizer ondare {flags}"), &["expected a number with"]);
     }
     // A run that merged does not go on merging with something else.
