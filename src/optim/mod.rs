@@ -104,6 +104,7 @@ pub struct Optimizer<D: Device> {
     squares: Tensor<D>,
     /// `[weights, 2]` of the last update: elements that were to change, and those of them that rounding left as they were.
     lost: Tensor<D>,
+    /// `[elements, 1]`, for the weight that needs most.
     scratch: Option<Tensor<D>>,
     shares: Shares,
 }
@@ -157,7 +158,7 @@ impl<D: Device> Optimizer<D> {
         };
         let slots: Vec<_> = trained.iter_mut().map(|param| slot(param)).collect();
         let largest = trained.iter().map(|param| method.rule.scratch(param.value.len())).max().unwrap_or(0);
-        let scratch = (largest > 0).then(|| arena.floats(Kind::Workspace, 1, largest));
+        let scratch = (largest > 0).then(|| arena.floats(Kind::Workspace, largest, 1));
         let squares = arena.floats(Kind::States, slots.len(), 1);
         let lost = arena.indices(Kind::States, slots.len(), 2);
         Self { method, hyper, schedule, slots, squares, lost, scratch, shares: Shares::default() }
@@ -254,6 +255,7 @@ impl<B: Backend> Optimizer<B> {
         let random_merge = method.merges() && !method.lazy();
         let trained = params.iter_mut().filter(|p| p.grad.is_some());
         for (i, (param, slot)) in trained.zip(&mut self.slots).enumerate() {
+            let wanted = method.rule.scratch(param.value.len());
             let decays = param.role == Role::Matrix;
             let weight_decay = if decays { self.hyper.weight_decay } else { 0.0 };
             let (mut first_moment, mut second_moment, mut since_merge, mut average) = (None, None, None, None);
@@ -291,7 +293,7 @@ impl<B: Backend> Optimizer<B> {
                 since_merge,
                 average,
                 tau_ref: slot.tau_ref.as_ref().map(Tensor::view),
-                scratch: self.scratch.as_mut().map(Tensor::view_mut),
+                scratch: self.scratch.as_mut().map(|scratch| scratch.top_mut(wanted)).filter(|_| wanted > 0),
                 lost: Some(self.lost.view_mut().slice(i, 1)),
             })?;
         }
