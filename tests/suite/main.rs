@@ -1,13 +1,16 @@
+mod adapters;
 mod anomalies;
 mod cache;
 mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod lineage;
 mod model;
 mod multi_ref;
 mod objectives;
 mod ops;
+mod peft;
 mod program;
 mod references;
 mod reward;
