@@ -78,9 +78,15 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
     match &start.from {
-        Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
+        Some(dir) => {
+            if task.lora.is_some() {
+                settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+            }
+            load_state(device, &mut policy, dir, settings.dtype)?;
+        }
         None => {
             settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+            policy.model.init_adapter(device, settings.seed)?;
             if let Some(moving) = &mut policy.moving {
                 match &task.moving {
                     Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
@@ -185,6 +191,7 @@ fn check_inputs(settings: &Settings) -> Result<()> {
     let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
     let models = std::iter::once(("--model", &settings.model))
         .chain(settings.references.models.iter().map(|m| ("--ref-model", m)));
+    let models = models.chain(settings.adapters.iter().map(|(dir, _)| ("--adapter", dir)));
     let models = models.chain(settings.anchor.iter().map(|dir| ("--eval-anchor", dir)));
     let data = std::iter::once(("--dataset", &settings.dataset))
         .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
