@@ -16,7 +16,7 @@ use cuvee::ops::attention::{Attention, Dims, NO_PARENT, Segment};
 use cuvee::ops::layer_norm::{LayerNorm, STATS};
 use cuvee::ops::linear::Linear;
 use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
-use cuvee::ops::merged_update::{MergedUpdate, Rule, Step};
+use cuvee::ops::merged_update::{Adam, Form, MergedUpdate, Rounding, Rule, Step};
 use cuvee::ops::rms_norm::RmsNorm;
 use cuvee::ops::rope::{Direction, Rope};
 use cuvee::ops::rows::Rows;
@@ -403,8 +403,19 @@ fn update(c: &mut Criterion, bench: &Bench) {
     let (grad, mut weight, mut master) = (wide(), bench.tensor(DType::Bf16, rows, cols), wide());
     let (mut first, mut second) = (wide(), bench.tensor(DType::F32, rows, cols));
     bench.cuda.zero(second.view_mut()).expect("a fill: second moments are not negative");
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-    let step = Step { rule, step: 10, learning_rate: 1e-6, weight_decay: 0.0, clip: 1.0 };
+    let step = Step {
+        adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, form: Form::Torch },
+        rule: Rule::Adam,
+        step: 10,
+        learning_rate: 1e-6,
+        weight_decay: 0.0,
+        clip: 1.0,
+        gradient_reserve_rate: 1.0,
+        merges: true,
+        share: 0.0,
+        rounding: Rounding::Nearest,
+        random: Philox::new(0, 0),
+    };
     // Gradient; master, moments read and written; weight written.
     let work = Work { bytes: (4 + 3 * 8 + 2) * parameters, flops: 0 };
     bench.measure(c, &format!("merged_update adamw {parameters}"), work, |cuda| {
@@ -415,6 +426,11 @@ fn update(c: &mut Criterion, bench: &Bench) {
             master: Some(master.view_mut()),
             first_moment: first.view_mut(),
             second_moment: second.view_mut(),
+            since_merge: None,
+            average: None,
+            tau_ref: None,
+            scratch: None,
+            lost: None,
         })
     });
 }

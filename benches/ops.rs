@@ -13,7 +13,7 @@ use cuvee::device::{Arena, Cpu, Device, Isa, Kind, Philox, Products, Tensor};
 use cuvee::ops::attention::{Attention, Dims, NO_PARENT, Segment};
 use cuvee::ops::linear::Linear;
 use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
-use cuvee::ops::merged_update::{MergedUpdate, Rule, Step};
+use cuvee::ops::merged_update::{Adam, Form, MergedUpdate, Rounding, Rule, Step};
 use cuvee::ops::rms_norm::RmsNorm;
 use cuvee::ops::rope::Rope;
 use cuvee::ops::swiglu::SwiGlu;
@@ -443,8 +443,19 @@ fn bench_memory_bound(c: &mut Criterion) {
         let shape = [s.vocab, hidden];
         let [grad, mut weight, mut m, mut v] = [(); 4].map(|()| b.random(shape[0], shape[1]));
         b.cpu.zero(v.view_mut()).expect("a fill");
-        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        let step = Step { rule, step: 10, learning_rate: 1e-4, weight_decay: 0.01, clip: 1.0 };
+        let step = Step {
+            adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, form: Form::Torch },
+            rule: Rule::Adam,
+            step: 10,
+            learning_rate: 1e-4,
+            weight_decay: 0.01,
+            clip: 1.0,
+            gradient_reserve_rate: 1.0,
+            merges: true,
+            share: 0.0,
+            rounding: Rounding::Nearest,
+            random: Philox::new(0, 0),
+        };
         measure(
             &mut group,
             format!("merged_update {}x{}", shape[0], shape[1]),
@@ -452,7 +463,19 @@ fn bench_memory_bound(c: &mut Criterion) {
             || {
                 let (grad, weight) = (grad.view(), weight.view_mut());
                 let (first_moment, second_moment) = (m.view_mut(), v.view_mut());
-                let arguments = merged_update::Args { step, grad, weight, master: None, first_moment, second_moment };
+                let arguments = merged_update::Args {
+                    step,
+                    grad,
+                    weight,
+                    master: None,
+                    first_moment,
+                    second_moment,
+                    since_merge: None,
+                    average: None,
+                    tau_ref: None,
+                    scratch: None,
+                    lost: None,
+                };
                 b.cpu.merged_update(arguments).expect("shapes fit");
             },
         );

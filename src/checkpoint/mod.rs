@@ -6,6 +6,7 @@
 pub mod atomic;
 pub mod hf;
 pub mod json;
+pub mod peft;
 pub mod run_dir;
 pub mod save;
 pub mod weights;

@@ -107,7 +107,9 @@ mod tests {
     #[test]
     fn a_folder_has_a_weight_behind_it_or_none() {
         let read = |text: &str| adapter(text).map(|AdapterArg { dir, weight }| (dir, weight));
-        for (text, dir, weight) in [("a=0.3", "a", 0.3), ("a/b", "a/b", 1.0), ("a=b=-2", "a=b", -2.0), ("a=b", "a=b", 1.0)] {
+        for (text, dir, weight) in
+            [("a=0.3", "a", 0.3), ("a/b", "a/b", 1.0), ("a=b=-2", "a=b", -2.0), ("a=b", "a=b", 1.0)]
+        {
             assert_eq!(read(text), Ok((dir.into(), weight)), "{text}");
         }
         for text in ["", "=1", "a=0", "a=inf", "a=nan"] {

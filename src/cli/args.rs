@@ -11,6 +11,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::{needs, recipe};
 use crate::device::DType;
@@ -58,6 +59,8 @@ pub enum Command {
     List(ListArgs),
     /// Look after the cache of what references say: list, verify, remove
     Cache(CacheArgs),
+    /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
+    Merge(MergeArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]

@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod list;
 mod logps;
+mod merge;
 mod plan;
 mod preview;
 mod recipe;
@@ -79,6 +80,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
+        Command::Merge(args) => merge::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -136,7 +138,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) => {}
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) => {}
     }
     Ok(cli)
 }

@@ -4,7 +4,7 @@
 //! advance in the right order, so resuming, threads and devices cannot change what is drawn.
 
 /// A keyed family of random numbers. Two streams of one seed are independent.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Philox {
     key: [u32; 2],
     stream: u64,

@@ -32,7 +32,7 @@ impl Lora {
         self.alpha / if self.rslora { rank.sqrt() } else { rank }
     }
 
-    fn trains(&self, module: &str) -> bool {
+    pub fn trains(&self, module: &str) -> bool {
         self.targets.is_empty() || self.targets.iter().any(|target| names(target, module))
     }
 
@@ -42,7 +42,11 @@ impl Lora {
         let last = |stored: &Stored| module_of(stored).rsplit('.').next().unwrap_or_default().to_string();
         let whole: Vec<&Stored> = layers.iter().filter(|stored| stored.is_alone()).collect();
         let mut known: Vec<String> = Vec::new();
-        whole.iter().map(|stored| last(stored)).for_each(|name| if !known.contains(&name) { known.push(name) });
+        whole.iter().map(|stored| last(stored)).for_each(|name| {
+            if !known.contains(&name) {
+                known.push(name)
+            }
+        });
         let known = known.join(",");
         let fail = |detail| Err(Error::option("--target-modules", detail));
         if let Some(target) = self.targets.iter().find(|t| !layers.iter().any(|stored| names(t, module_of(stored)))) {
@@ -63,7 +67,11 @@ impl Lora {
         let last = |stored: &&Stored| module_of(stored).rsplit('.').next().unwrap_or_default().to_string();
         let mut targets = self.targets.clone();
         if targets.is_empty() {
-            linears.iter().map(last).for_each(|name| if !targets.contains(&name) { targets.push(name) });
+            linears.iter().map(last).for_each(|name| {
+                if !targets.contains(&name) {
+                    targets.push(name)
+                }
+            });
         }
         AdapterConfig {
             lora_rank: self.rank,

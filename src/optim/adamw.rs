@@ -8,5 +8,5 @@ pub const ENTRY: Entry = Entry {
     paper: "Loshchilov and Hutter, arXiv:1711.05101",
     summary: "Adam with decoupled weight decay; f32 moments",
     states: &["first_moment", "second_moment"],
-    rule: |hyper| Rule::AdamW { beta1: hyper.beta1, beta2: hyper.beta2, eps: hyper.eps },
+    rule: |_| Rule::Adam,
 };

@@ -6,10 +6,11 @@ mod schedule;
 
 pub use schedule::{Decay, Schedule};
 
+use crate::device::Philox;
 use crate::device::{Arena, Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::model::{Param, Role};
-use crate::ops::merged_update::{self, Rule};
+use crate::ops::merged_update::{self, Adam, Form, Rounding, Rule};
 use crate::ops::{Backend, sum_squares};
 
 /// Numbers that a rule is made of.
@@ -121,13 +122,31 @@ impl<B: Backend> Optimizer<B> {
             let [(_, first_moment), (_, second_moment)] = &mut state[..] else {
                 unreachable!("{:?} keeps two moments", self.rule)
             };
+            let Hyper { beta1, beta2, eps, .. } = self.hyper;
             device.merged_update(merged_update::Args {
-                step: merged_update::Step { rule: self.rule, step, learning_rate, weight_decay, clip },
+                step: merged_update::Step {
+                    adam: Adam { beta1, beta2, eps, form: Form::Torch },
+                    rule: self.rule,
+                    step,
+                    learning_rate,
+                    weight_decay,
+                    clip,
+                    gradient_reserve_rate: 1.0,
+                    merges: true,
+                    share: 0.0,
+                    rounding: Rounding::Nearest,
+                    random: Philox::new(0, 0),
+                },
                 grad,
                 weight: param.value.view_mut(),
                 master: param.master.as_mut().map(Tensor::view_mut),
                 first_moment: first_moment.view_mut(),
                 second_moment: second_moment.view_mut(),
+                since_merge: None,
+                average: None,
+                tau_ref: None,
+                scratch: None,
+                lost: None,
             })?;
         }
         Ok(())

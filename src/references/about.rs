@@ -12,7 +12,8 @@ impl About {
         // `.` and `..` have no name; a link has its own, by which the user knows the model.
         let dir = if dir.file_name().is_some() { dir.clone() } else { dir.canonicalize().unwrap_or_default() };
         let name = |dir: &Path| dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let adapters = checkpoint.adapters.iter().map(|adapter| format!(" + {} {}", adapter.weight, name(&adapter.dir)));
+        let adapters =
+            checkpoint.adapters.iter().map(|adapter| format!(" + {} {}", adapter.weight, name(&adapter.dir)));
         let model = std::iter::once(name(&dir)).chain(adapters).collect();
         Self {
             model,

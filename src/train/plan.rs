@@ -359,7 +359,8 @@ impl<'a> Workload<'a> {
         let spec = &self.checkpoint.spec;
         let (largest, naming) = (&blueprint.largest, self.checkpoint.architecture.naming);
         let mut model = Model::new(&mut arena, spec, naming, blueprint.options());
-        let mut acts = Acts::new(&mut arena, spec, largest, blueprint.keep).with_low_rank(&mut arena, model.widest_rank());
+        let mut acts =
+            Acts::new(&mut arena, spec, largest, blueprint.keep).with_low_rank(&mut arena, model.widest_rank());
         let mut batch = Batch::new(&mut arena, largest);
         let heads = RefHeads::new(&mut arena, spec, &self.compared)?;
         let mut kl = KlActs::new(&mut arena, &heads, largest.targets);

@@ -124,7 +124,8 @@ impl Blueprint<'_> {
     pub fn plan(&self, storage: DType) -> (Ledger, Ledger) {
         let mut arena = Dry::arena(storage);
         let policy = self.run(&mut arena, Ledger::default());
-        let pass = |arena: &mut Arena<Dry>| Pass::new(arena, &self.checkpoint.spec, policy.heads.as_ref(), policy.sizes);
+        let pass =
+            |arena: &mut Arena<Dry>| Pass::new(arena, &self.checkpoint.spec, policy.heads.as_ref(), policy.sizes);
         (arena.ledger(), Dry::measure(storage, pass))
     }
 

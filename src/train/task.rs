@@ -83,7 +83,10 @@ fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
         let name = objective.name();
         ("--lora-rank", format!("{name} trains a new head besides, which no adapter holds; leave it out"))
     } else if settings.init != Init::Checkpoint {
-        ("--init", "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into())
+        (
+            "--init",
+            "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into(),
+        )
     } else if settings.references.moving.is_some() {
         ("--ref-sync-steps", "the reference of an adapter is the model without it, which does not move; drop it".into())
     } else {

@@ -280,7 +280,15 @@ impl Checkpoint {
         }
         let (stored_head, pad) = (spec.head, config.token("pad_token_id"));
         config.refuse_unread()?;
-        Ok(Self { dir: dir.to_path_buf(), architecture, spec, stored_head, fresh_head: None, pad, adapters: Vec::new() })
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            architecture,
+            spec,
+            stored_head,
+            fresh_head: None,
+            pad,
+            adapters: Vec::new(),
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::{Args, MergedUpdate, Rule, Scalars};
+use super::{Args, MergedUpdate, Scalars};
 use crate::device::Cpu;
 use crate::error::Result;
 use crate::ops::simd::dispatched;
@@ -10,7 +10,6 @@ const ELEMENTS_PER_TASK: usize = 1 << 14;
 impl MergedUpdate for Cpu {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
-        let Rule::AdamW { .. } = a.step.rule;
         let scalars = a.step.scalars();
         let (grad, weight) = (a.grad.f32s(), a.weight.into_f32s());
         let (m, v) = (a.first_moment.into_f32s(), a.second_moment.into_f32s());

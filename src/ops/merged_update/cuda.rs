@@ -1,4 +1,4 @@
-use super::{Args, MergedUpdate, Rule};
+use super::{Args, MergedUpdate};
 use crate::device::cuda::{Grid, Out, kernels};
 use crate::device::{Cuda, range};
 use crate::error::Result;
@@ -7,7 +7,6 @@ impl MergedUpdate for Cuda {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
         let _range = range(c"merged_update");
         a.check()?;
-        let Rule::AdamW { .. } = a.step.rule;
         let (n, s) = (a.grad.len(), a.step.scalars());
         let (weight, rounded) = match a.master {
             Some(master) => (master.output(), a.weight.output()),

@@ -1,4 +1,4 @@
-use super::{Args, MergedUpdate, Rule};
+use super::{Adam, Args, MergedUpdate};
 use crate::device::Reference;
 use crate::error::Result;
 
@@ -6,7 +6,7 @@ impl MergedUpdate for Reference {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
         let step = a.step;
-        let Rule::AdamW { beta1, beta2, eps } = step.rule;
+        let Adam { beta1, beta2, eps, .. } = step.adam;
         let (grad, rounded) = (a.grad.f64s(), a.weight.into_f64s());
         // f64 rounds nothing: the weight becomes what its master is.
         let (weight, copy) = match a.master {

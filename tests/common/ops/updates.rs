@@ -1,8 +1,8 @@
 //! See src/ops/sum_squares, src/ops/merged_update and src/ops/lerp.
 
 use cuvee::Result;
-use cuvee::device::DType;
-use cuvee::ops::merged_update::{self, Rule, Step};
+use cuvee::device::{DType, Philox};
+use cuvee::ops::merged_update::{self, Adam, Form, Rounding, Rule, Step};
 use cuvee::ops::{Backend, lerp, sum_squares};
 
 use super::Visitor;
@@ -40,8 +40,20 @@ pub struct Update {
 impl Update {
     /// Of an f32 weight, at a rate so large that the update, not the weight, is what is compared.
     pub fn at(shape: [usize; 2], step: u64) -> Self {
-        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        Self { shape, step: Step { rule, step, learning_rate: 0.5, weight_decay: 0.1, clip: 0.3 }, master: false }
+        let step = Step {
+            adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, form: Form::Torch },
+            rule: Rule::Adam,
+            step,
+            learning_rate: 0.5,
+            weight_decay: 0.1,
+            clip: 0.3,
+            gradient_reserve_rate: 1.0,
+            merges: true,
+            share: 0.0,
+            rounding: Rounding::Nearest,
+            random: Philox::new(0, 0),
+        };
+        Self { shape, step, master: false }
     }
 }
 
@@ -74,12 +86,17 @@ impl Case for Update {
             master,
             first_moment: first_moment.view_mut(),
             second_moment: second_moment.view_mut(),
+            since_merge: None,
+            average: None,
+            tau_ref: None,
+            scratch: None,
+            lost: None,
         })
     }
 
     fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
         let [grad, weight, m, v, rounded @ ..] = t else { panic!("four tensors") };
-        let Rule::AdamW { beta1, beta2, eps } = self.step.rule;
+        let Adam { beta1, beta2, eps, .. } = self.step.adam;
         let (rate, decay) = (self.step.learning_rate as f32, self.step.weight_decay as f32);
         let correction = |beta: f64| (1.0 - beta.powf(self.step.step as f64)) as f32;
         for i in 0..grad.len() {
