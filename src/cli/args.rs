@@ -11,6 +11,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::{needs, recipe};
@@ -61,6 +62,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
     Merge(MergeArgs),
+    /// Show where a model comes from: what made it, of which parents and data, under which licences
+    Lineage(LineageArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]

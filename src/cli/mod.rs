@@ -9,6 +9,7 @@ mod device;
 mod doctor;
 mod eval;
 mod generate;
+mod lineage;
 mod list;
 mod logps;
 mod merge;
@@ -81,6 +82,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Lineage(args) => lineage::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -138,7 +140,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) => {}
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) | Command::Lineage(_) => {}
     }
     Ok(cli)
 }

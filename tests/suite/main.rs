@@ -4,6 +4,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod lineage;
 mod lora;
 mod model;
 mod multi_ref;
