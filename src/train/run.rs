@@ -460,8 +460,22 @@ impl<B: Backend> Session<'_, B> {
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
         finish(output)?;
+        say_what_it_needs(self.settings);
         Ok(report.with_memory(machine::peak_resident(), &self.plan))
     }
+}
+
+/// An adapter that was trained on top of others is of no use without them.
+fn say_what_it_needs(settings: &Settings) {
+    if settings.adapters.is_empty() {
+        return;
+    }
+    let below = settings.adapters.iter().map(|(dir, weight)| format!("--adapter {}={weight} ", dir.display()));
+    let (model, own) = (settings.model.display(), settings.output_dir.display());
+    let below: String = below.collect();
+    say(format_args!(
+        "this adapter belongs on top of those that it was trained on: --model {model} {below}--adapter {own}"
+    ));
 }
 
 fn describe(e: &Evaluation) -> String {
