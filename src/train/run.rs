@@ -79,24 +79,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
-    match &start.from {
-        Some(dir) => {
-            if task.lora.is_some() {
-                settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
-            }
-            load_state(device, &mut policy, dir, settings.dtype)?;
-        }
-        None => {
-            settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
-            policy.model.init_adapter(device, settings.seed)?;
-            if let Some(moving) = &mut policy.moving {
-                match &task.moving {
-                    Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
-                    None => settings.init.fill(device, &task.checkpoint, &mut moving.model)?,
-                }
-            }
-        }
-    }
+    first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
     let drift = match settings.kl_samples {
         0 => None,
         _ => Some(Drift::new(device, &task, settings, residency)?),
@@ -122,6 +105,28 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         task: &task,
     };
     session.train(stop)
+}
+
+/// Fills the policy and what follows it: as they start, or from a checkpoint.
+fn first_weights<B: Backend>(
+    device: &B,
+    settings: &Settings,
+    task: &Task,
+    policy: &mut Policy<B>,
+    from: Option<&Path>,
+) -> Result<()> {
+    if from.is_none() || task.lora.is_some() {
+        settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+    }
+    if let Some(dir) = from {
+        return load_state(device, policy, dir, settings.dtype);
+    }
+    policy.model.init_adapter(device, settings.seed)?;
+    match (&mut policy.moving, &task.moving) {
+        (None, _) => Ok(()),
+        (Some(moving), Some(start)) => Init::Checkpoint.fill(device, start, &mut moving.model),
+        (Some(moving), None) => settings.init.fill(device, &task.checkpoint, &mut moving.model),
+    }
 }
 
 /// Steps that a profiler is to record must be steps of the run, and on a GPU.
