@@ -1,3 +1,4 @@
+mod adapters;
 mod anomalies;
 mod cache;
 mod cli;

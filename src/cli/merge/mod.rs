@@ -1,8 +1,12 @@
 //! `cuvee merge`: whole checkpoints here, what needs flags of its own in subcommands.
 
+mod adapters;
+mod extract;
+mod out;
+
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgMatches, Args, Subcommand};
 
 use crate::error::{Error, Result};
 
@@ -18,6 +22,8 @@ Examples:
   cuvee merge --config recipe.yaml --output-dir runs/merged"
 )]
 pub struct MergeArgs {
+    #[command(subcommand)]
+    pub what: Option<MergeWhat>,
     /// What to do, by mergekit's YAML
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub config: Option<PathBuf>,
@@ -26,7 +32,29 @@ pub struct MergeArgs {
     pub output_dir: Option<PathBuf>,
 }
 
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum MergeWhat {
+    /// Make one adapter of several, or add them to their base
+    Adapters(adapters::AdaptersArgs),
+    /// Make an adapter of what a model learned beyond its base
+    Extract(extract::ExtractArgs),
+}
+
+impl MergeArgs {
+    /// What no single flag can know.
+    pub fn check(&self, flags: &ArgMatches) -> Result<()> {
+        match (&self.what, flags.subcommand()) {
+            (Some(MergeWhat::Adapters(args)), Some((_, flags))) => args.check(flags),
+            _ => Ok(()),
+        }
+    }
+}
+
 pub fn run(args: &MergeArgs) -> Result<()> {
-    let _ = args;
+    match &args.what {
+        Some(MergeWhat::Adapters(args)) => return adapters::run(args),
+        Some(MergeWhat::Extract(args)) => return extract::run(args),
+        None => {}
+    }
     Err(Error::option("merge", "this build has no merge methods yet"))
 }

@@ -1,0 +1,4 @@
+//! Merging.
+
+pub mod adapters;
+pub mod svd;
