@@ -7,6 +7,7 @@ pub mod device;
 pub mod error;
 pub mod lab;
 pub mod machine;
+pub mod merge;
 pub mod model;
 pub mod objectives;
 pub mod ops;

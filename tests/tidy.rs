@@ -14,6 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("data", &[]),
     ("objectives", &[]),
     ("checkpoint", &[]),
+    ("merge", &["checkpoint", "progress"]),
     ("ops", &["device"]),
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["device", "ops", "model"]),

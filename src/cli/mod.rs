@@ -137,7 +137,8 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Merge(_) => {}
+        Command::Merge(args) => args.check(flags)?,
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) => {}
     }
     Ok(cli)
 }

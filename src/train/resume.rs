@@ -109,7 +109,7 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let tensors = Weights::open_file(&dir.join(TENSORS))?;
     let model_file = match dtype {
         SaveDtype::F32 => &Weights::open(dir)?,
-        SaveDtype::Bf16 => &tensors,
+        SaveDtype::Bf16 | SaveDtype::F16 => &tensors,
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
