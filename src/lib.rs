@@ -6,6 +6,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod lab;
+pub mod lineage;
 pub mod machine;
 pub mod merge;
 pub mod model;

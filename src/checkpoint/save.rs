@@ -28,6 +28,15 @@ impl SaveDtype {
         }
     }
 
+    /// What is left of a value that is stored so.
+    pub fn rounded(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F16 => f16::from_f32(value).to_f32(),
+        }
+    }
+
     fn stored(self) -> Dtype {
         match self {
             Self::F32 => Dtype::F32,

@@ -10,6 +10,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
+use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::{needs, recipe};
@@ -60,6 +61,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
     Merge(MergeArgs),
+    /// Show where a model comes from: what made it, of which parents and data, under which licences
+    Lineage(LineageArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -1102,7 +1105,7 @@ fn zero_or_count(text: &str) -> Result<usize, String> {
     size(text, 0)
 }
 
-fn count(text: &str) -> Result<usize, String> {
+pub(super) fn count(text: &str) -> Result<usize, String> {
     size(text, 1)
 }
 

@@ -8,6 +8,7 @@ mod device;
 mod doctor;
 mod eval;
 mod generate;
+mod lineage;
 mod list;
 mod logps;
 mod merge;
@@ -80,6 +81,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Lineage(args) => lineage::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -138,7 +140,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) => {}
+        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
     }
     Ok(cli)
 }

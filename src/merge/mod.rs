@@ -5,6 +5,7 @@
 //! tensors or on how many models there are. Sums over a tensor are f64, in the order of parts: threads do not change them. Random
 //! masks come from the caller, by (model, tensor, element).
 
+pub mod adapters;
 mod breadcrumbs;
 mod dare;
 mod della;
@@ -20,6 +21,7 @@ mod run;
 pub mod settings;
 mod slerp;
 mod sparse;
+pub mod svd;
 mod task_arithmetic;
 mod ties;
 

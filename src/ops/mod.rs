@@ -7,7 +7,7 @@
 //! batch, sharing on = off and equality over thread counts all rest on that.
 
 mod columns;
-mod gemm;
+pub(crate) mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod gemm_amx;
 mod gemm_fma;

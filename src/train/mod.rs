@@ -3,6 +3,7 @@
 mod drift;
 mod evaluate;
 mod host;
+mod lineage;
 mod metrics;
 mod moving;
 mod panel;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::drift::Drift;
 use super::evaluate::{Evaluation, evaluate};
+use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::panel::Panel;
 use super::plan::{Plan, Workload, sample_request, warning};
@@ -23,6 +24,7 @@ use crate::checkpoint::run_dir::{
 };
 use crate::checkpoint::{write_dir, write_file};
 use crate::error::{Error, Result};
+use crate::lineage::Lineage;
 use crate::machine;
 use crate::model::Init;
 use crate::objectives::Objective;
@@ -110,6 +112,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         metrics,
         evaluations,
         samples,
+        lineage: lineage(settings, &task)?,
         task: &task,
     };
     session.train(stop)
@@ -232,6 +235,8 @@ struct Session<'a, B: Backend> {
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
+    /// Of what is written.
+    lineage: Lineage,
 }
 
 impl<B: Backend> Session<'_, B> {
@@ -402,9 +407,10 @@ impl<B: Backend> Session<'_, B> {
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
         let trainer_state = self.trainer_state();
         let (device, settings, task, state) = (self.device, self.settings, self.task, &self.state);
-        let policy = &mut self.policy;
+        let (policy, lineage) = (&mut self.policy, self.lineage.clone().with_argument("step", self.state.step));
         write_dir(&path, |dir| {
             save_model(device, policy, task, dir, settings.dtype)?;
+            lineage.write_as(&path, dir)?;
             save_state(device, policy, state, dir, settings.dtype)?;
             trainer_state.write(&settings.output_dir, dir)
         })?;
@@ -441,6 +447,7 @@ impl<B: Backend> Session<'_, B> {
         let output: &Path = &self.settings.output_dir;
         if self.settings.keep_model {
             save_model(self.device, &mut self.policy, self.task, output, self.settings.dtype)?;
+            self.lineage.write(output)?;
         }
         self.trainer_state().write(output, output)?;
         let report = Report::read(output, self.task.objective.name())?;

@@ -5,6 +5,7 @@
 mod losses;
 mod merge;
 mod references;
+mod soups;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -42,7 +43,7 @@ const FILES: &[(&str, Result<Check, &str>)] = &[
     ("rl", Err("RLOO and PPO are not built yet")),
     ("scaling_law", Err("scaling-law fits are not built yet")),
     ("sft", Ok(losses::sft)),
-    ("soups", Err("soups are not built yet")),
+    ("soups", Ok(soups::soups)),
     ("stepk", Err("online merging optimizers are not built yet")),
     ("token_level", Ok(losses::token_level)),
     ("toy_overopt", Err("the over-optimisation toy is not built yet")),

@@ -1,9 +1,11 @@
+mod adapters;
 mod anomalies;
 mod cache;
 mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod lineage;
 mod model;
 mod multi_ref;
 mod objectives;

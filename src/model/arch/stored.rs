@@ -45,6 +45,11 @@ impl Stored {
         !self.transposed && self.parts.len() == 1
     }
 
+    /// The tensor is `[inputs, outputs]`.
+    pub fn is_transposed(&self) -> bool {
+        self.transposed
+    }
+
     /// The tensor's shape, given the weight's: vectors have one dimension.
     pub fn shape(&self, weight: &[usize]) -> Vec<usize> {
         let mut shape = weight.to_vec();
