@@ -120,6 +120,8 @@ impl<'a> Tensors<'a> {
         let is_narrow = a.weight.dtype() == DType::Bf16;
         let (wide, narrow) = if is_narrow { (None, Some(a.weight)) } else { (Some(a.weight), None) };
         let (full, wide) = if a.master.is_some() || is_narrow { (a.master, wide) } else { (wide, None) };
+        // Where nothing is left there, it may be of any size.
+        let scratch = a.scratch.filter(|_| a.step.passes_twice(a.grad.len()));
         let of = |dtype| a.tau_ref.filter(|tau_ref| tau_ref.dtype() == dtype);
         let tensors = Self {
             grad: a.grad.f32s(),
@@ -130,7 +132,7 @@ impl<'a> Tensors<'a> {
             narrow: Shared::new(narrow.map(ViewMut::into_bf16s).unwrap_or_default()),
             since_merge: floats(a.since_merge),
             average: floats(a.average),
-            scratch: floats(a.scratch),
+            scratch: floats(scratch),
             tau_wide: of(DType::F32).map(|x| x.f32s()).unwrap_or_default(),
             tau_narrow: of(DType::Bf16).map(|x| x.bf16s()).unwrap_or_default(),
         };
