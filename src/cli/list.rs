@@ -2,15 +2,15 @@
 
 use super::args::{ListArgs, Registry};
 use crate::error::Result;
-use crate::{model, objectives, optim};
+use crate::params::ParamSpec;
+use crate::{merge, model, objectives, optim};
 
 pub fn run(args: &ListArgs) -> Result<()> {
     let rows: Vec<(String, String)> = match args.what {
         Registry::Objectives => objectives::all().iter().map(objective).collect(),
         Registry::Modifiers => objectives::modifiers().iter().map(modifier).collect(),
-        Registry::Optimizers => {
-            optim::all().iter().map(|e| (e.name.to_string(), format!("{} ({})", e.summary, e.paper))).collect()
-        }
+        Registry::Optimizers => optim::all().iter().map(optimizer).collect(),
+        Registry::Merges => merge::all().iter().map(|entry| merge(entry)).collect(),
         Registry::Architectures => {
             model::arch::all().iter().map(|a| (a.model_type.to_string(), a.summary.to_string())).collect()
         }
@@ -19,18 +19,39 @@ pub fn run(args: &ListArgs) -> Result<()> {
     super::print(&rows.iter().map(|(name, text)| format!("{name:<width$}  {text}\n")).collect::<String>())
 }
 
-fn objective(entry: &objectives::Entry) -> (String, String) {
-    let flag = |p: &objectives::ParamSpec| match p.only_with {
+/// What an entry takes, what it may do without in brackets.
+fn flags(params: &[ParamSpec]) -> String {
+    let flag = |p: &ParamSpec| match p.only_with {
         _ if p.required() => p.flag(),
         Some((_, value)) => format!("[{} with {value}]", p.flag()),
         None => format!("[{}]", p.flag()),
     };
-    let flags: Vec<String> = entry.params.iter().map(flag).collect();
+    params.iter().map(flag).collect::<Vec<_>>().join(" ")
+}
+
+fn optimizer(entry: &optim::Entry) -> (String, String) {
+    (entry.name.to_string(), format!("{} ({}) {}", entry.summary, entry.paper, flags(entry.params)))
+}
+
+fn objective(entry: &objectives::Entry) -> (String, String) {
     let also = match entry.aliases {
         [] => String::new(),
         names => format!("; also {}", names.join(", ")),
     };
-    (entry.name.to_string(), format!("{} ({}{also}) {}", entry.summary, entry.paper, flags.join(" ")).trim_end().into())
+    (
+        entry.name.to_string(),
+        format!("{} ({}{also}) {}", entry.summary, entry.paper, flags(entry.params)).trim_end().into(),
+    )
+}
+
+fn merge(entry: &merge::Entry) -> (String, String) {
+    let flag = |spec: &merge::ParamSpec| match spec.default() {
+        None => merge::flag(spec.name),
+        Some(default) => format!("[{} {default}]", merge::flag(spec.name)),
+    };
+    let base = if entry.base == merge::Base::Required { "--base-model " } else { "" };
+    let flags: Vec<String> = entry.params.iter().map(flag).collect();
+    (entry.name.to_string(), format!("{} ({}) {base}{}", entry.summary, entry.paper, flags.join(" ")))
 }
 
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {

@@ -144,7 +144,7 @@ const EXACT_VISITS: u64 = 1 << 22;
 /// What goes through the engine, by size: enough to price the run under any memory setting.
 pub struct Workload<'a> {
     checkpoint: &'a Checkpoint,
-    optimizer: &'static optim::Entry,
+    method: optim::Method,
     references: Vec<Scoring<'a>>,
     /// What a reference that follows the policy starts as, if not as the policy.
     moving: Option<&'a Checkpoint>,
@@ -223,7 +223,7 @@ impl<'a> Workload<'a> {
         };
         Self {
             checkpoint: &task.checkpoint,
-            optimizer: task.optimizer,
+            method: task.method,
             references: task.references.iter().map(|r| Scoring::new(r, &used, packing)).collect(),
             moving: task.moving.as_ref(),
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
@@ -259,8 +259,9 @@ impl<'a> Workload<'a> {
         let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
         Blueprint {
             checkpoint: self.checkpoint,
-            optimizer: self.optimizer,
+            method: self.method,
             hyper: settings.hyper,
+            schedule: settings.schedule(self.max_steps.unwrap_or(1)),
             largest,
             positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
@@ -434,7 +435,7 @@ fn names(checkpoint: &Checkpoint) -> Model<Dry> {
 /// A run whose data is not at hand: every sequence as long as `--max-length` allows, a quarter of it prompt.
 pub struct Assumed {
     checkpoint: Checkpoint,
-    optimizer: &'static optim::Entry,
+    method: optim::Method,
     references: Vec<Reference>,
     /// The policy's distributions are compared with the references'.
     compared: bool,
@@ -456,7 +457,7 @@ impl Assumed {
         }
         Ok(Self {
             checkpoint,
-            optimizer: optim::find(&settings.optimizer)?,
+            method: settings.optimizer.build()?,
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
             ln_sum_p2: needs.ln_sum_p2,
@@ -470,7 +471,7 @@ impl Assumed {
         let full = (MAX_USEFUL.max(settings.packing.budget) / extent.rows).clamp(1, settings.batch_size);
         Workload {
             checkpoint: &self.checkpoint,
-            optimizer: self.optimizer,
+            method: self.method,
             references: self.references.iter().map(|reference| Scoring { reference, own: None }).collect(),
             moving: None,
             compared: self

@@ -17,6 +17,8 @@ use crate::ops::Backend;
 const STATE: &str = "cuvee_state.json";
 const TENSORS: &str = "optimizer.safetensors";
 const MODEL: &str = "model.safetensors";
+/// What a master is called that is not the whole weight.
+const MASTER: &str = "master";
 /// How the weights of a reference that follows the policy are called in [`TENSORS`].
 const REFERENCE: &str = "reference.";
 
@@ -48,7 +50,8 @@ pub fn save_model<B: Backend>(
     copy_companions(source, dir)
 }
 
-/// Writes what continuing needs into `dir`: moments, full-precision weights where the model was rounded, state.
+/// Writes what continuing needs into `dir`: moments, full-precision weights where the model was rounded, masters that are
+/// not the whole weight, state.
 pub fn save_state<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
@@ -60,6 +63,14 @@ pub fn save_state<B: Backend>(
     let moving = policy.moving.as_mut().map(|moving| moving.model.params_mut()).unwrap_or_default();
     let params = model.params_mut();
     let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
+    let lazy = params.iter().filter(|param| param.lazy);
+    tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
+        |(param, master)| TensorSource {
+            name: format!("{}.{MASTER}", param.name),
+            shape: param.shape(),
+            fill: Box::new(move |out: &mut [f32]| device.read_f32(master.view(), out)),
+        },
+    ));
     let trained = params.iter().filter(|param| param.grad.is_some());
     for (param, state) in trained.zip(optimizer.states()) {
         for (what, tensor) in state {
@@ -109,15 +120,21 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let tensors = Weights::open_file(&dir.join(TENSORS))?;
     let model_file = match dtype {
         SaveDtype::F32 => &Weights::open(dir)?,
-        SaveDtype::Bf16 => &tensors,
+        SaveDtype::Bf16 | SaveDtype::F16 => &tensors,
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
-    let mut states = optimizer.states_mut().iter_mut();
+    let mut states = optimizer.states_mut();
     for param in model.params_mut() {
         param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
         if param.grad.is_none() {
             continue;
+        }
+        let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
+        if let (true, Some(master)) = (param.lazy, &mut param.master) {
+            values.resize(master.len(), 0.0);
+            tensors.read(&name, &shape, &mut values)?;
+            device.write_f32(&values, master.view_mut())?;
         }
         let state = states.next().expect("one state for each trained weight");
         for (what, tensor) in state {
