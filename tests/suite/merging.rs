@@ -1,6 +1,9 @@
 //! Optimizers that merge while they train, in runs as users start them.
 
 use cuvee::checkpoint::Weights;
+use cuvee::device::{Arena, DType, Device, Kind, Philox, Reference, Tensor};
+use cuvee::merge;
+use cuvee::ops::merged_update::{self, Adam, DareVariant, Form, Purpose, Rounding, Rule, Step, update_with};
 
 use crate::program::{Line, Workspace, results};
 
@@ -186,4 +189,102 @@ fn what_cannot_be_merged_with_is_refused_by_name() {
     w.ok("train --objective sft --model model --dataset train.jsonl --max-length 48 --max-steps 1 --output-dir base2");
     let on = format!("{TRAIN} --output-dir run {ondare} --base-model base2 --resume-from-checkpoint auto");
     w.fails(1, &on, &["--base-model: the checkpoint in run/checkpoint-2 was made with"]);
+}
+
+/// Over a run that merges once, at its end, without decay: a merge of the first weights, the total update and tau_ref after the
+/// fact, with the same masks.
+#[test]
+fn one_merge_at_the_end_is_dare_linear_over_the_first_weights() {
+    const N: usize = 40;
+    const STEPS: u64 = 6;
+    let (random, merge_weight, reserve_rate) = (Philox::new(3, 4), 0.1, 0.4);
+    let vector = |stream: u64| (0..N as u64).map(|i| Philox::new(9, stream).normal(i)).collect::<Vec<f64>>();
+    let kept = |i: usize| random.u64(i as u64) % 5 < 2;
+    let (start, raw) = (vector(0), vector(1));
+    let tau_ref: Vec<f64> = raw.iter().map(|x| (x * 0.01).clamp(-1.0, 1.0)).collect();
+    let run = |rule: Rule| {
+        let [mut weight, mut master] = [tensor(&start), tensor(&start)];
+        let [mut m, mut v, mut since] = [(); 3].map(|()| tensor(&[0.0; N]));
+        let tau = tensor(&tau_ref);
+        for step in 1..=STEPS {
+            let merges = step == STEPS && rule != Rule::Adam;
+            let form = Form::HuggingFace { correct_bias: true };
+            let step = Step {
+                adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-6, form },
+                rule,
+                step,
+                learning_rate: 0.01,
+                weight_decay: 0.0,
+                clip: 1.0,
+                gradient_reserve_rate: 1.0,
+                merges,
+                share: if merges { merge_weight } else { 0.0 },
+                rounding: Rounding::Nearest,
+                random,
+            };
+            let grad = tensor(&vector(100 + step.step));
+            let online = rule != Rule::Adam;
+            let args = merged_update::Args {
+                step,
+                grad: grad.view(),
+                weight: weight.view_mut(),
+                master: online.then(|| master.view_mut()),
+                first_moment: m.view_mut(),
+                second_moment: v.view_mut(),
+                since_merge: online.then(|| since.view_mut()),
+                average: None,
+                tau_ref: online.then(|| tau.view()),
+                scratch: None,
+                lost: None,
+            };
+            update_with(args, |purpose, i| purpose != Purpose::Update || kept(i)).unwrap();
+        }
+        contents(&weight)
+    };
+    let variant = DareVariant::Released;
+    let online = run(Rule::OnDare { reserve_rate, merge_weight, variant, rescale: false, clip: 1.0 });
+
+    // The gradients are the same, so that plain Adam makes the same total update.
+    let tuned = run(Rule::Adam);
+    let fine: Vec<f64> = start.iter().zip(&tau_ref).map(|(w, tau)| w + tau).collect();
+    let models: [&[f64]; 2] = [&tuned, &fine];
+    let base: &[f64] = &start;
+    let tensor = merge::Tensor {
+        shape: vec![N],
+        base: Some(&base as &dyn merge::Source<f64>),
+        models: models.iter().map(|model| model as &dyn merge::Source<f64>).collect(),
+    };
+    let entry = merge::find("dare_linear").unwrap();
+    let given = |name: &str, model: Option<usize>| {
+        Ok(match (name, model) {
+            ("weight", Some(model)) => Some(merge::Value::Number([1.0 - merge_weight, merge_weight][model])),
+            // tau_ref comes with its mask.
+            ("density", Some(model)) => Some(merge::Value::Number([reserve_rate, 1.0][model])),
+            ("rescale", _) => Some("inverse_density".into()),
+            ("normalize", _) => Some(merge::Value::Switch(false)),
+            _ => None,
+        })
+    };
+    let values = entry.resolve(2, given).unwrap();
+    let words = |_: usize, first: usize, out: &mut [u32]| {
+        out.iter_mut().enumerate().for_each(|(i, word)| *word = if kept(first + i) { 0 } else { u32::MAX });
+    };
+    let offline = merge::merge_tensor(entry, &tensor, &values, &words).unwrap();
+    for (i, (online, offline)) in online.iter().zip(&offline).enumerate() {
+        assert!((online - offline).abs() < 1e-14, "{i}: {online} online, {offline} after the fact");
+    }
+    assert!((0..N).any(kept) && !(0..N).all(kept));
+}
+
+fn tensor(values: &[f64]) -> Tensor<Reference> {
+    let mut arena = Arena::with_bytes(&Reference, Arena::<Reference>::bytes_of(DType::F32, values.len(), 1)).unwrap();
+    let mut tensor = arena.floats(Kind::States, values.len(), 1);
+    Reference.write_f64(values, tensor.view_mut()).unwrap();
+    tensor
+}
+
+fn contents(tensor: &Tensor<Reference>) -> Vec<f64> {
+    let mut values = vec![0.0; tensor.len()];
+    Reference.read_f64(tensor.view(), &mut values).unwrap();
+    values
 }
