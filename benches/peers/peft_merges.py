@@ -1,6 +1,6 @@
 """Adapters: what cuvee makes of PEFT's, beside what PEFT makes of them itself, and whether PEFT loads what cuvee writes.
 
-    python benches/peers/peft_adapters.py target/release/cuvee MODEL
+    python benches/peers/peft_merges.py target/release/cuvee MODEL
 
 MODEL is a Hugging Face folder. Two adapters with random matrices are made by PEFT, then merged by both (cat, linear, svd, into the
 base). Prints the largest difference of a weight's delta and of log-probabilities, and what each took. PEFT 0.21, torch 2, CPU.
