@@ -18,6 +18,8 @@ pub struct Param<D: Device> {
     /// How a checkpoint keeps it.
     pub stored: Stored,
     pub role: Role,
+    /// Of the adapter that trains, not of the model itself.
+    pub adapter: bool,
     /// Standard deviation of `--init random`; of matrices.
     pub initializer_range: f64,
     /// What the model computes with.
@@ -37,16 +39,25 @@ impl<D: Device> Param<D> {
         [rows, cols]: [usize; 2],
         trained: &dyn Fn(&str) -> bool,
     ) -> Self {
-        let name = stored.name();
-        let value = arena.stored(Kind::Weights, rows, cols);
-        let grad = trained(&name).then(|| arena.floats(Kind::Grads, rows, cols));
-        let rounded = grad.is_some() && arena.storage() == DType::Bf16;
-        let master = rounded.then(|| arena.floats(Kind::States, rows, cols));
         let initializer_range = match slot {
             Slot::Output | Slot::Down => spec.residual_initializer_range,
             _ => spec.initializer_range,
         };
-        Self { name, stored, role: slot.role(), initializer_range, value, master, grad }
+        let trained = trained(&stored.name());
+        Self { initializer_range, ..Self::with(arena, stored, slot.role(), [rows, cols], trained) }
+    }
+
+    /// The same of an adapter.
+    pub fn of_adapter(arena: &mut Arena<D>, stored: Stored, shape: [usize; 2], trained: bool) -> Self {
+        Self { adapter: true, ..Self::with(arena, stored, Role::Matrix, shape, trained) }
+    }
+
+    fn with(arena: &mut Arena<D>, stored: Stored, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
+        let value = arena.stored(Kind::Weights, rows, cols);
+        let grad = trained.then(|| arena.floats(Kind::Grads, rows, cols));
+        let rounded = trained && arena.storage() == DType::Bf16;
+        let master = rounded.then(|| arena.floats(Kind::States, rows, cols));
+        Self { name: stored.name(), stored, role, adapter: false, initializer_range: 0.0, value, master, grad }
     }
 
     /// Gives the weight its values, rounded where it is stored rounded.
@@ -102,7 +113,7 @@ mod tests {
         let (value, master) = (tensor(), Some(tensor()));
         let stored = Stored::whole("w".into());
         let (name, role) = (stored.name(), Role::Norm);
-        let mut param = Param { name, stored, role, initializer_range: 0.0, value, master, grad: None };
+        let mut param = Param { name, stored, role, adapter: false, initializer_range: 0.0, value, master, grad: None };
         let read = |param: &Param<Cpu>| {
             let mut out = [0.0; 2];
             param.read(&cpu, &mut out).unwrap();

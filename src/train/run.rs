@@ -80,9 +80,15 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
     match &start.from {
-        Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
+        Some(dir) => {
+            if task.lora.is_some() {
+                settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+            }
+            load_state(device, &mut policy, dir, settings.dtype)?;
+        }
         None => {
             settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+            policy.model.init_adapter(device, settings.seed)?;
             if let Some(moving) = &mut policy.moving {
                 match &task.moving {
                     Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
@@ -188,6 +194,7 @@ fn check_inputs(settings: &Settings) -> Result<()> {
     let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
     let models = std::iter::once(("--model", &settings.model))
         .chain(settings.references.models.iter().map(|m| ("--ref-model", m)));
+    let models = models.chain(settings.adapters.iter().map(|(dir, _)| ("--adapter", dir)));
     let models = models.chain(settings.anchor.iter().map(|dir| ("--eval-anchor", dir)));
     let data = std::iter::once(("--dataset", &settings.dataset))
         .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
@@ -453,8 +460,22 @@ impl<B: Backend> Session<'_, B> {
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
         finish(output)?;
+        say_what_it_needs(self.settings);
         Ok(report.with_memory(machine::peak_resident(), &self.plan))
     }
+}
+
+/// An adapter that was trained on top of others is of no use without them.
+fn say_what_it_needs(settings: &Settings) {
+    if settings.adapters.is_empty() {
+        return;
+    }
+    let below = settings.adapters.iter().map(|(dir, weight)| format!("--adapter {}={weight} ", dir.display()));
+    let (model, own) = (settings.model.display(), settings.output_dir.display());
+    let below: String = below.collect();
+    say(format_args!(
+        "this adapter belongs on top of those that it was trained on: --model {model} {below}--adapter {own}"
+    ));
 }
 
 fn describe(e: &Evaluation) -> String {

@@ -47,8 +47,16 @@ impl Rig {
         let checkpoint = &tiny.checkpoint;
         let positions = largest.longest;
         let keep = Keep::Everything;
-        let blueprint =
-            Blueprint { checkpoint, optimizer, hyper: HYPER, largest, positions, keep, extras: Extras::default() };
+        let blueprint = Blueprint {
+            checkpoint,
+            optimizer,
+            hyper: HYPER,
+            largest,
+            positions,
+            keep,
+            lora: None,
+            extras: Extras::default(),
+        };
         let mut policy = blueprint.build(&cpu).unwrap();
         init_random(&cpu, &mut policy.model, SEED).unwrap();
         Self { cpu, policy, examples }
