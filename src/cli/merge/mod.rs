@@ -1,6 +1,7 @@
 //! `cuvee merge`: whole checkpoints here, what needs flags of its own in subcommands.
 
 mod adapters;
+mod behaviour;
 mod extract;
 mod out;
 
@@ -45,6 +46,7 @@ impl MergeArgs {
     pub fn check(&self, flags: &ArgMatches) -> Result<()> {
         match (&self.what, flags.subcommand()) {
             (Some(MergeWhat::Adapters(args)), Some((_, flags))) => args.check(flags),
+            (Some(MergeWhat::Extract(args)), Some((_, flags))) => args.behaviour.check(flags, &[]),
             _ => Ok(()),
         }
     }
