@@ -12,11 +12,22 @@ use cuvee::device::{Cpu, DType, Dry};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
 use cuvee::objectives::{Choice, Objective, Params, Stats, Totals, build};
-use cuvee::optim::{self, Hyper};
+use cuvee::optim::{self, Decay, Hyper, Schedule};
 use cuvee::references::Scored;
 use cuvee::train::{Blueprint, Extras, Pass, Purpose, Rows, step};
 
-const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+const HYPER: Hyper = Hyper {
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    weight_decay: 0.0,
+    max_grad_norm: 1.0,
+    stochastic_rounding: false,
+    seed: 0,
+};
+
+/// The merge weight's course alone depends on it.
+const SCHEDULE: Schedule = Schedule { peak: 1.0, decay: Decay::Constant, warmup_steps: 0, max_steps: 1 };
 
 /// A model by its configuration, with random weights, and the pairs of a step.
 struct Case {
@@ -124,12 +135,14 @@ fn steps(c: &mut Criterion) {
         let packing = Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions };
         let host = HostBatch::new(examples.iter().copied(), packing.sharing);
         let largest = host.extent();
-        let (optimizer, positions) = (optim::find("adamw").expect("registered"), largest.longest);
+        let method = optim::Choice { name: "adamw".into(), params: Default::default() }.build().expect("registered");
+        let positions = largest.longest;
         let keep = Keep::Everything;
         let blueprint = Blueprint {
             checkpoint: &checkpoint,
-            optimizer,
+            method,
             hyper: HYPER,
+            schedule: SCHEDULE,
             largest,
             positions,
             keep,

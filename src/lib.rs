@@ -13,6 +13,7 @@ pub mod model;
 pub mod objectives;
 pub mod ops;
 pub mod optim;
+pub mod params;
 pub mod progress;
 pub mod references;
 pub mod rollout;

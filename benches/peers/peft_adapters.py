@@ -1,84 +1,98 @@
-"""Adapters both ways: PEFT's in cuvee and cuvee's in PEFT, compared by the log-probabilities of completions.
+"""Adapters: what cuvee makes of PEFT's, beside what PEFT makes of them itself, and whether PEFT loads what cuvee writes.
 
-    python benches/peers/peft_adapters.py CUVEE MODEL_DIR PAIRS.jsonl OUT_DIR [--rows 8]
+    python benches/peers/peft_adapters.py target/release/cuvee MODEL [TARGET..]
 
-PEFT makes two adapters with random B (all-linear, other ranks, one rank-stabilized); `CUVEE logps --adapter` reads them, alone
-and with weights 0.3 and 0.7. `CUVEE train --lora-rank` trains one, which PEFT loads. Prints, of each, the largest difference of
-a completion's log-probability divided by its number of tokens; both compute in f32.
-
-Needs torch, transformers 5.23, peft 0.21 (CPU wheels are enough).
+MODEL is a Hugging Face folder, TARGETs are names of linear layers [default: all]; PEFT's svd takes minutes for all of
+SmolLM2's. Two adapters with random matrices are made by PEFT, then merged by both (cat, linear, svd, into the base). Prints the largest difference of a weight's delta and of log-probabilities, and what each took. PEFT 0.21, torch 2, CPU.
 """
-import argparse
-import json
-import os
-import pathlib
 import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-parser = argparse.ArgumentParser()
-parser.add_argument("cuvee")
-parser.add_argument("model")
-parser.add_argument("pairs")
-parser.add_argument("out")
-parser.add_argument("--rows", type=int, default=8)
-a = parser.parse_args()
-out = pathlib.Path(a.out)
-out.mkdir(parents=True, exist_ok=True)
-rows = out / "rows.jsonl"
-rows.write_text("".join(open(a.pairs, encoding="utf-8").readlines()[: a.rows]), encoding="utf-8")
-data = ["--model", a.model, "--dataset", str(rows), "--max-length", "128", "--on-overflow", "truncate"]
+cuvee, base = sys.argv[1:3]
+targets = sys.argv[3:] or "all-linear"
+torch.manual_seed(3)
+tmp = Path(tempfile.mkdtemp())
+WEIGHTS = [0.3, 0.7]
 
 
-def cuvee(command, *flags):
-    return subprocess.run([a.cuvee, command, *flags], check=True, capture_output=True, text=True).stdout
+def load():
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
 
-def ours(*adapters):
-    cuvee("logps", *data, "--out", str(out / "logps.jsonl"), *(x for name in adapters for x in ("--adapter", name)))
-    lines = [json.loads(line) for line in open(out / "logps.jsonl")]
-    return [line[f"logps_{side}"] for line in lines for side in ("chosen", "rejected")]
-
-
-sequences = [s for line in cuvee("preview", *data, "--rows", str(a.rows), "--json").splitlines() for s in json.loads(line)["sequences"]]
-base = lambda: AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-
-
-@torch.no_grad()
-def theirs(model):
-    def of(sequence):
-        ids = torch.tensor(sequence["ids"])
-        logps = model(ids[None]).logits[0].double().log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
-        return logps[sequence["first"] - 1 :].sum().item()
-
-    return [of(s) for s in sequences]
-
-
-def report(what, ours, theirs):
-    tokens = [len(s["ids"]) - s["first"] for s in sequences]
-    off = max(abs(x - y) / n for x, y, n in zip(ours, theirs, tokens))
-    print(f"{what}: {off:.1e} nats a token, {len(ours)} completions")
-
-
-report("without adapters", ours(), theirs(base()))
-for name, options in [("one", dict(r=8, lora_alpha=16)), ("two", dict(r=4, lora_alpha=3, use_rslora=True))]:
-    torch.manual_seed(len(name + str(options)))
-    model = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options))
+def make(name, **options):
+    model = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options))
     for key, p in model.named_parameters():
         if "lora_B" in key:
-            torch.nn.init.normal_(p, std=0.01)
-    model.save_pretrained(out / name)
-    report(f"PEFT's {name} in cuvee", ours(str(out / name)), theirs(model))
-model = PeftModel.from_pretrained(base(), out / "one", adapter_name="one")
-model.load_adapter(out / "two", adapter_name="two")
-model.add_weighted_adapter(["one", "two"], [0.3, 0.7], combination_type="cat", adapter_name="sum")
-model.set_adapter("sum")
-report("both of PEFT's, 0.3 and 0.7", ours(f"{out}/one=0.3", f"{out}/two=0.7"), theirs(model))
-run = out / "run"
-cuvee("train", "--objective", "sigmoid", "--beta", "0.1", *data, "--lora-rank", "8", "--learning-rate", "1e-3",
-      "--per-device-train-batch-size", "2", "--max-steps", "3", "--output-dir", str(run), "--cache-dir", str(out / "cache"))
-report("cuvee's in PEFT", ours(str(run)), theirs(PeftModel.from_pretrained(base(), run)))
-report("without it", ours(), theirs(base()))
+            torch.nn.init.normal_(p, std=0.02)
+    model.save_pretrained(tmp / name)
+
+
+def deltas(model, name):
+    for key, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A") and name in module.lora_A:
+            yield key, module.get_delta_weight(name).detach()
+
+
+def run(what, *args):
+    start = time.time()
+    subprocess.run([cuvee, "merge", what, *map(str, args)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.time() - start
+
+
+def read(folder):
+    """With PEFT, whose warnings are errors here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # transformers about itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(load(), folder)
+
+
+def logps(model):
+    ids = torch.arange(1, 65)[None]
+    with torch.no_grad():
+        return torch.log_softmax(model(ids).logits.double(), -1)
+
+
+make("a", r=8, lora_alpha=16)
+make("b", r=8, lora_alpha=8, use_rslora=True)
+both = ["--adapter", f"{tmp}/a={WEIGHTS[0]}", "--adapter", f"{tmp}/b={WEIGHTS[1]}"]
+peft = PeftModel.from_pretrained(load(), tmp / "a", adapter_name="a")
+peft.load_adapter(tmp / "b", adapter_name="b")
+for kind, options in [("cat", {}), ("linear", {}), ("svd", {"svd_rank": 8})]:
+    start = time.time()
+    peft.add_weighted_adapter(["a", "b"], WEIGHTS, combination_type=kind, adapter_name=kind, **options)
+    theirs = time.time() - start
+    ours = run("adapters", *both, "--method", kind, "--output-dir", tmp / kind)
+    loaded = read(tmp / kind)
+    expected, found = dict(deltas(peft, kind)), dict(deltas(loaded, "default"))
+    assert expected.keys() == found.keys()
+    off = max((expected[k] - found[k]).abs().max().item() for k in expected)
+    size = max(x.abs().max().item() for x in expected.values())
+    peft.set_adapter(kind)
+    far = (logps(peft) - logps(loaded)).abs().max().item()
+    print(f"{kind:7} delta {off:.1e} of {size:.1e}, log-probs {far:.1e}; PEFT {theirs:.2f} s in memory, cuvee {ours:.2f} s from disk to disk")
+
+start = time.time()
+whole = PeftModel.from_pretrained(load(), tmp / "cat").merge_and_unload()
+whole.save_pretrained(tmp / "theirs")
+theirs = time.time() - start
+ours = run("adapters", *both, "--method", "delta", "--model", base, "--dtype", "f32", "--output-dir", tmp / "whole")
+loaded = AutoModelForCausalLM.from_pretrained(tmp / "whole", dtype=torch.float32)
+state = loaded.state_dict()
+off = max((x - state[k]).abs().max().item() for k, x in whole.state_dict().items())
+print(f"delta   weights {off:.1e}, log-probs {(logps(whole) - logps(loaded)).abs().max().item():.1e}; PEFT {theirs:.2f} s, cuvee {ours:.2f} s")
+
+ours = run("extract", "--model", tmp / "whole", "--base-model", base, "--rank", 16, "--output-dir", tmp / "found")
+loaded = read(tmp / "found")
+expected, found = dict(deltas(peft, "cat")), dict(deltas(loaded, "default"))
+off = max(((expected[k] - found[k]).norm() / expected[k].norm()).item() for k in expected)
+print(f"extract rank 16 of rank 16: relative error {off:.1e} at most, log-probs {(logps(whole) - logps(loaded)).abs().max().item():.1e}; {ours:.2f} s")

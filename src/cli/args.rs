@@ -5,7 +5,6 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -14,10 +13,12 @@ use super::adapters::{AdapterArgs, LoraArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
-use super::{needs, recipe};
+use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
-use crate::objectives::{self, Choice, Domain, Params, Shared};
+use crate::objectives::{self, Choice};
+use crate::optim;
+use crate::params::Params;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -250,7 +251,8 @@ impl Args for LossArgs {
             .num_args(1..)
             .value_parser(positive)
             .help("Weight of each objective in the sum, in their order [default: 1 each]");
-        let params = objectives::params().into_iter().map(|(name, shared)| param(name, &shared));
+        let names: Vec<&str> = objectives::all().iter().map(|entry| entry.name).collect();
+        let params = flags::args(objectives::params(), &names, "around losses on pairs");
         command.args([objective, weights].into_iter().chain(params).map(|arg| arg.help_heading("Objective")))
     }
 
@@ -259,67 +261,10 @@ impl Args for LossArgs {
     }
 }
 
-/// The flag of a parameter.
-fn param(name: &'static str, shared: &Shared) -> Arg {
-    let arg = Arg::new(name).long(name.replace('_', "-")).help(param_help(shared));
-    let specs = shared.specs.clone();
-    match specs[0].domain {
-        Domain::Number { .. } => arg.value_name("F").value_parser(move |text: &str| {
-            let fits = |x: f64| specs.iter().any(|spec| spec.accepts(&x.into()));
-            number(text, &format!("with {}", specs[0].domain_text()), fits)
-        }),
-        Domain::Choice { values, .. } => arg.value_name("NAME").value_parser(PossibleValuesParser::new(values)),
-        Domain::Switch => arg.action(ArgAction::SetTrue).value_parser(clap::value_parser!(bool)),
-    }
-}
-
-/// Meaning, who takes it, what happens without it.
-fn param_help(shared: &Shared) -> String {
-    let spec = shared.specs[0];
-    let mut help = spec.help.to_string();
-    help[..1].make_ascii_uppercase();
-    let others: Vec<&str> =
-        objectives::all().iter().map(|e| e.name).filter(|name| !shared.objectives.contains(name)).collect();
-    if shared.objectives.is_empty() {
-        help += " (around losses on pairs)";
-    } else if others.len() < shared.objectives.len() {
-        help += &format!(" (all but {})", others.join(", "));
-    } else {
-        help += &format!(" ({})", shared.objectives.join(", "));
-    }
-    if let Some((other, value)) = spec.only_with {
-        help += &format!("; with --{} {value}", other.replace('_', "-"));
-    }
-    if let Domain::Switch = spec.domain {
-        return help;
-    }
-    if let Some(default) = shared.specs.iter().find_map(|spec| spec.default()) {
-        let owners = shared.objectives.iter().zip(&shared.specs);
-        let requiring: Vec<&str> = owners.filter(|of| of.1.required()).map(|of| *of.0).collect();
-        help += &match requiring[..] {
-            [] => format!(" [default: {default}]"),
-            _ => format!(" [default: {default}; required by {}]", requiring.join(", ")),
-        };
-    }
-    help
-}
-
 impl FromArgMatches for LossArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let many = |id| matches.get_many::<String>(id).into_iter().flatten().cloned().collect();
-        let mut params = Params::default();
-        for (name, shared) in objectives::params() {
-            match shared.specs[0].domain {
-                Domain::Number { .. } => {
-                    matches.get_one::<f64>(name).into_iter().for_each(|number| params.set(name, *number));
-                }
-                Domain::Choice { .. } => {
-                    matches.get_one::<String>(name).into_iter().for_each(|choice| params.set(name, choice.as_str()));
-                }
-                Domain::Switch if matches.get_flag(name) => params.set(name, true),
-                Domain::Switch => {}
-            }
-        }
+        let params = flags::given(matches, &objectives::params());
         let objective_weights = matches.get_many::<f64>(WEIGHTS).into_iter().flatten().copied().collect();
         Ok(Self { objective: many(OBJECTIVE), objective_weights, params })
     }
@@ -357,12 +302,71 @@ impl LossArgs {
     }
 }
 
+/// How weights are updated. As with losses, an optimizer's file is all that knows its flags.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UpdateArgs {
+    pub optimizer: String,
+    pub params: Params,
+}
+
+const OPTIMIZER: &str = "optimizer";
+
+impl Args for UpdateArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let optimizer = Arg::new(OPTIMIZER)
+            .long("optimizer")
+            .value_name("NAME")
+            .default_value("adamw")
+            .help("Update rule; `cuvee list optimizers` names them all");
+        let names: Vec<&str> = optim::all().iter().map(|entry| entry.name).collect();
+        let params = flags::args(optim::params(), &names, "");
+        command.args(std::iter::once(optimizer).chain(params).map(|arg| arg.help_heading("Optimizer")))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for UpdateArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let optimizer = matches.get_one::<String>(OPTIMIZER).expect("it has a default").clone();
+        Ok(Self { optimizer, params: flags::given(matches, &optim::params()) })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Serialize for UpdateArgs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = serializer.serialize_map(None)?;
+        table.serialize_entry(OPTIMIZER, &self.optimizer)?;
+        self.params.iter().try_for_each(|(name, value)| table.serialize_entry(name, value))?;
+        table.end()
+    }
+}
+
+impl UpdateArgs {
+    pub(super) fn choice(&self) -> optim::Choice {
+        optim::Choice { name: self.optimizer.clone(), params: self.params.clone() }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Optimizer")]
 pub struct OptimArgs {
-    /// Update rule; `cuvee list optimizers` names them all
-    #[arg(long, value_name = "NAME", default_value = "adamw")]
-    pub optimizer: String,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub choice: UpdateArgs,
+    /// The model before fine-tuning: optimizers that merge blend every update with what fine-tuning added to it
+    #[arg(long, value_name = "DIR")]
+    pub base_model: Option<PathBuf>,
+    /// The fine-tuned model of that difference [default: the policy as it starts]
+    #[arg(long, value_name = "DIR")]
+    pub tau_model: Option<PathBuf>,
     /// Peak learning rate
     #[arg(long, value_name = "F", default_value = "1e-6", value_parser = positive)]
     pub learning_rate: f64,
@@ -387,6 +391,10 @@ pub struct OptimArgs {
     /// Scale gradients down to this global norm; 0 = off
     #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
     pub max_grad_norm: f64,
+    /// Round updated weights up or down at random, in proportion to the distance, rather than to the nearest: no update is
+    /// too small to count on average. bf16 weights on a GPU then need no f32 copies, 4 bytes less for each
+    #[arg(long)]
+    pub stochastic_rounding: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -1059,7 +1067,7 @@ impl GenerateArgs {
 
 // Parsers of numbers. Their messages follow "invalid value 'x' for '--flag <F>': ".
 
-fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
+pub(super) fn number(text: &str, range: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && holds(value) => Ok(value),
         _ => Err(format!("expected a number {range}")),

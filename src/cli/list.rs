@@ -2,15 +2,14 @@
 
 use super::args::{ListArgs, Registry};
 use crate::error::Result;
+use crate::params::ParamSpec;
 use crate::{model, objectives, optim};
 
 pub fn run(args: &ListArgs) -> Result<()> {
     let rows: Vec<(String, String)> = match args.what {
         Registry::Objectives => objectives::all().iter().map(objective).collect(),
         Registry::Modifiers => objectives::modifiers().iter().map(modifier).collect(),
-        Registry::Optimizers => {
-            optim::all().iter().map(|e| (e.name.to_string(), format!("{} ({})", e.summary, e.paper))).collect()
-        }
+        Registry::Optimizers => optim::all().iter().map(optimizer).collect(),
         Registry::Architectures => {
             model::arch::all().iter().map(|a| (a.model_type.to_string(), a.summary.to_string())).collect()
         }
@@ -19,18 +18,29 @@ pub fn run(args: &ListArgs) -> Result<()> {
     super::print(&rows.iter().map(|(name, text)| format!("{name:<width$}  {text}\n")).collect::<String>())
 }
 
-fn objective(entry: &objectives::Entry) -> (String, String) {
-    let flag = |p: &objectives::ParamSpec| match p.only_with {
+/// What an entry takes, what it may do without in brackets.
+fn flags(params: &[ParamSpec]) -> String {
+    let flag = |p: &ParamSpec| match p.only_with {
         _ if p.required() => p.flag(),
         Some((_, value)) => format!("[{} with {value}]", p.flag()),
         None => format!("[{}]", p.flag()),
     };
-    let flags: Vec<String> = entry.params.iter().map(flag).collect();
+    params.iter().map(flag).collect::<Vec<_>>().join(" ")
+}
+
+fn optimizer(entry: &optim::Entry) -> (String, String) {
+    (entry.name.to_string(), format!("{} ({}) {}", entry.summary, entry.paper, flags(entry.params)))
+}
+
+fn objective(entry: &objectives::Entry) -> (String, String) {
     let also = match entry.aliases {
         [] => String::new(),
         names => format!("; also {}", names.join(", ")),
     };
-    (entry.name.to_string(), format!("{} ({}{also}) {}", entry.summary, entry.paper, flags.join(" ")).trim_end().into())
+    (
+        entry.name.to_string(),
+        format!("{} ({}{also}) {}", entry.summary, entry.paper, flags(entry.params)).trim_end().into(),
+    )
 }
 
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {

@@ -8,6 +8,7 @@ mod compare;
 mod device;
 mod doctor;
 mod eval;
+mod flags;
 mod generate;
 mod lineage;
 mod list;
@@ -199,7 +200,7 @@ mod tests {
 
     use super::args::*;
     use super::*;
-    use crate::objectives;
+    use crate::{objectives, optim};
 
     fn run(line: &[&str]) -> Result<Cli, Failure> {
         parse(["cuvee"].iter().chain(line).map(OsString::from))
@@ -247,7 +248,7 @@ mod tests {
         let RunArgs { loss, optim, schedule, data, save, sampling, .. } = &args.run;
         assert_eq!((&loss.objective[..], loss.params.names().count()), (&["sigmoid".to_string()][..], 0));
         assert!(loss.objective_weights.is_empty());
-        assert_eq!((optim.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
+        assert_eq!((optim.choice.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
         assert_eq!((optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((optim.max_grad_norm, optim.weight_decay, optim.warmup_ratio), (1.0, 0.0, 0.0));
         assert_eq!(optim.lr_scheduler_type, LrSchedulerType::Linear);
@@ -468,7 +469,8 @@ mod tests {
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
-        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000";
+        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
+        base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5";
@@ -479,7 +481,7 @@ mod tests {
             objectives::Value::Choice(choice) => format!("{name} = '{choice}'\n"),
             value => format!("{name} = {value}\n"),
         };
-        let params: String = objectives::params().into_iter().map(example).collect();
+        let params: String = objectives::params().into_iter().chain(optim::params()).map(example).collect();
         format!("{EVERYTHING}\nobjective_weights = 0.5\n{params}")
     }
 

@@ -90,13 +90,17 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         output_dir: Default::default(),
         cache_dir: run.cache_dir()?,
         objective: run.loss.choice()?,
-        optimizer: run.optim.optimizer.clone(),
+        optimizer: run.optim.choice.choice(),
+        base_model: run.optim.base_model.clone(),
+        tau_model: run.optim.tau_model.clone(),
         hyper: Hyper {
             beta1: run.optim.adam_beta1,
             beta2: run.optim.adam_beta2,
             eps: run.optim.adam_epsilon,
             weight_decay: run.optim.weight_decay,
             max_grad_norm: run.optim.max_grad_norm,
+            stochastic_rounding: run.optim.stochastic_rounding,
+            seed: run.schedule.seed,
         },
         learning_rate: run.optim.learning_rate,
         decay: match run.optim.lr_scheduler_type {

@@ -1,5 +1,6 @@
-//! The CPU: f32 storage and arithmetic on every core.
+//! The CPU: f32 storage and arithmetic on every core. What is only read, such as a task vector, can be kept as bf16.
 
+use half::bf16;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{DType, Device, HostSpan, View, ViewMut};
@@ -120,8 +121,8 @@ impl Device for Cpu {
         }
     }
 
-    fn width(_: DType) -> usize {
-        4
+    fn width(dtype: DType) -> usize {
+        dtype.bytes()
     }
 
     fn alloc(&self, bytes: usize) -> Result<HostSpan> {
@@ -133,22 +134,36 @@ impl Device for Cpu {
     }
 
     fn zero(&self, dst: ViewMut<Self>) -> Result<()> {
-        dst.into_f32s().fill(0.0);
+        match dst.dtype() {
+            DType::F32 => dst.into_f32s().fill(0.0),
+            DType::Bf16 => dst.into_bf16s().fill(bf16::ZERO),
+            DType::U32 => dst.into_u32s().fill(0),
+        }
         Ok(())
     }
 
     fn copy(&self, src: View<Self>, dst: ViewMut<Self>) -> Result<()> {
-        dst.into_f32s().copy_from_slice(src.f32s());
+        match dst.dtype() {
+            DType::F32 => dst.into_f32s().copy_from_slice(src.f32s()),
+            DType::Bf16 => dst.into_bf16s().copy_from_slice(src.bf16s()),
+            DType::U32 => dst.into_u32s().copy_from_slice(src.u32s()),
+        }
         Ok(())
     }
 
     fn write_f32(&self, src: &[f32], dst: ViewMut<Self>) -> Result<()> {
-        dst.into_f32s().copy_from_slice(src);
+        match dst.dtype() {
+            DType::Bf16 => dst.into_bf16s().iter_mut().zip(src).for_each(|(d, s)| *d = bf16::from_f32(*s)),
+            _ => dst.into_f32s().copy_from_slice(src),
+        }
         Ok(())
     }
 
     fn write_f64(&self, src: &[f64], dst: ViewMut<Self>) -> Result<()> {
-        dst.into_f32s().iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32);
+        match dst.dtype() {
+            DType::Bf16 => dst.into_bf16s().iter_mut().zip(src).for_each(|(d, s)| *d = bf16::from_f32(*s as f32)),
+            _ => dst.into_f32s().iter_mut().zip(src).for_each(|(d, s)| *d = *s as f32),
+        }
         Ok(())
     }
 
@@ -158,12 +173,18 @@ impl Device for Cpu {
     }
 
     fn read_f32(&self, src: View<Self>, dst: &mut [f32]) -> Result<()> {
-        dst.copy_from_slice(src.f32s());
+        match src.dtype() {
+            DType::Bf16 => dst.iter_mut().zip(src.bf16s()).for_each(|(d, s)| *d = s.to_f32()),
+            _ => dst.copy_from_slice(src.f32s()),
+        }
         Ok(())
     }
 
     fn read_f64(&self, src: View<Self>, dst: &mut [f64]) -> Result<()> {
-        dst.iter_mut().zip(src.f32s()).for_each(|(d, s)| *d = f64::from(*s));
+        match src.dtype() {
+            DType::Bf16 => dst.iter_mut().zip(src.bf16s()).for_each(|(d, s)| *d = s.to_f64()),
+            _ => dst.iter_mut().zip(src.f32s()).for_each(|(d, s)| *d = f64::from(*s)),
+        }
         Ok(())
     }
 
@@ -177,10 +198,18 @@ impl<'a> View<'a, Cpu> {
     pub fn f32s(&self) -> &'a [f32] {
         self.host(DType::F32)
     }
+
+    pub fn bf16s(&self) -> &'a [bf16] {
+        self.host(DType::Bf16)
+    }
 }
 
 impl<'a> ViewMut<'a, Cpu> {
     pub fn into_f32s(self) -> &'a mut [f32] {
         self.into_host(DType::F32)
+    }
+
+    pub fn into_bf16s(self) -> &'a mut [bf16] {
+        self.into_host(DType::Bf16)
     }
 }

@@ -11,6 +11,8 @@ pub struct Philox {
 }
 
 const ROUNDS: usize = 10;
+/// Blocks that are made side by side.
+const LANES: usize = 16;
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
@@ -25,11 +27,57 @@ impl Philox {
         Self::new(seed, u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes")))
     }
 
+    /// Seed and stream, for kernels that draw the same.
+    pub fn parts(&self) -> (u64, u64) {
+        (u64::from(self.key[0]) | u64::from(self.key[1]) << 32, self.stream)
+    }
+
     /// Four random words.
     pub fn words(&self, counter: u64) -> [u32; 4] {
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
         let ([c0, c1], [c2, c3]) = (halves(counter), halves(self.stream));
         block([c0, c1, c2, c3], self.key)
+    }
+
+    /// [`Self::words`] of the counters from `first` on, one after the other: portable loops that become vector code where the
+    /// caller is compiled for it.
+    #[inline(always)]
+    pub fn fill(&self, first: u64, words: &mut [u32]) {
+        for (i, words) in words.chunks_mut(4 * LANES).enumerate() {
+            let x = self.blocks(first + (i * LANES) as u64);
+            if let Ok(words) = <&mut [u32; 4 * LANES]>::try_from(&mut *words) {
+                for (i, words) in words.chunks_exact_mut(4).enumerate() {
+                    (words[0], words[1]) = (x[0][i] as u32, x[1][i] as u32);
+                    (words[2], words[3]) = (x[2][i] as u32, x[3][i] as u32);
+                }
+            } else {
+                words.iter_mut().enumerate().for_each(|(i, word)| *word = x[i % 4][i / 4] as u32);
+            }
+        }
+    }
+
+    /// Word j of the block of counter `first + i` is the lower half of `x[j][i]`; the upper halves mean nothing. A product of
+    /// two words needs no other form than this.
+    #[inline(always)]
+    fn blocks(&self, first: u64) -> [[u64; LANES]; 4] {
+        const LOW: u64 = u32::MAX as u64;
+        let mut x = [[0; LANES], [0; LANES], [self.stream & LOW; LANES], [self.stream >> 32; LANES]];
+        for i in 0..LANES {
+            let counter = first.wrapping_add(i as u64);
+            (x[0][i], x[1][i]) = (counter & LOW, counter >> 32);
+        }
+        let [mut key0, mut key1] = self.key;
+        for _ in 0..ROUNDS {
+            for i in 0..LANES {
+                let product0 = u64::from(MULTIPLIERS[0]) * (x[0][i] & LOW);
+                let product1 = u64::from(MULTIPLIERS[1]) * (x[2][i] & LOW);
+                x[0][i] = product1 >> 32 ^ x[1][i] ^ u64::from(key0);
+                x[2][i] = product0 >> 32 ^ x[3][i] ^ u64::from(key1);
+                (x[1][i], x[3][i]) = (product1, product0);
+            }
+            (key0, key1) = (key0.wrapping_add(WEYL[0]), key1.wrapping_add(WEYL[1]));
+        }
+        x
     }
 
     pub fn u64(&self, counter: u64) -> u64 {
@@ -78,6 +126,18 @@ mod tests {
             block([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    /// Across the counters' upper half, and with a tail.
+    #[test]
+    fn many_words_are_those_of_each_counter() {
+        let random = Philox::named(u64::MAX - 3, "many");
+        for (first, len) in [(0, 0), (5, 3), ((1 << 32) - 7, 64), ((7 << 34) - 1, 4 * LANES * 3 + 9)] {
+            let mut words = vec![0; len];
+            random.fill(first, &mut words);
+            let expected = (0..len).map(|i| random.words(first + (i / 4) as u64)[i % 4]);
+            assert!(words.iter().copied().eq(expected), "{len} from {first}");
+        }
     }
 
     #[test]

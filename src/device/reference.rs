@@ -26,7 +26,10 @@ impl Device for Reference {
     }
 
     fn zero(&self, dst: ViewMut<Self>) -> Result<()> {
-        dst.into_f64s().fill(0.0);
+        match dst.dtype() {
+            DType::U32 => dst.into_u32s().fill(0),
+            _ => dst.into_f64s().fill(0.0),
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 /// What the file calls a tensor: others may spell it differently, and a tied file may hold the embedding, the head,
 /// or both.
-pub(super) fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String {
+pub fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> String {
     let architecture = checkpoint.architecture;
     let place = |slot| (architecture.naming)(&checkpoint.spec, slot, 0).tensor;
     let mut names = architecture.spellings(name);
@@ -33,7 +33,7 @@ fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
 pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, model: &mut Model<D>) -> Result<()> {
     let mut used = Vec::new();
     let mut reader = Reader::default();
-    let fresh = fresh_head(checkpoint);
+    let fresh = checkpoint.drawn_head();
     for param in model.params_mut() {
         if let Some((name, seed)) = &fresh
             && param.name == *name
@@ -56,10 +56,12 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
     }
 }
 
-/// The weight that is drawn and not loaded, and its seed.
-fn fresh_head(checkpoint: &Checkpoint) -> Option<(String, u64)> {
-    let name = || (checkpoint.architecture.naming)(&checkpoint.spec, Slot::Score, 0).name();
-    checkpoint.fresh_head.map(|seed| (name(), seed))
+impl Checkpoint {
+    /// The weight that is drawn and not loaded, and its seed.
+    pub fn drawn_head(&self) -> Option<(String, u64)> {
+        let name = || (self.architecture.naming)(&self.spec, Slot::Score, 0).name();
+        self.fresh_head.map(|seed| (name(), seed))
+    }
 }
 
 /// Reads weights one after the other: at most one tensor and one weight that is a part of it are in memory.
@@ -90,7 +92,7 @@ pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
     hasher.update(format!("{:?}", checkpoint.spec).as_bytes());
     let mut model = checkpoint.dry();
     let params = model.params_mut();
-    let fresh = fresh_head(checkpoint);
+    let fresh = checkpoint.drawn_head();
     if let Some((name, seed)) = &fresh {
         hasher.update(format!("{name} {seed}").as_bytes());
     }

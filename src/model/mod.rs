@@ -22,7 +22,7 @@ pub use arch::Checkpoint;
 pub use batch::Batch;
 pub use init::{Init, init_random};
 pub use kv::KvCache;
-pub use load::{Reader, load, sources};
+pub use load::{Reader, found_name, load, sources};
 pub use lora::{Adapter, Lora};
 pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};

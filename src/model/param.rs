@@ -1,6 +1,6 @@
 use super::arch::{Slot, Stored};
 use super::spec::Spec;
-use crate::device::{Arena, DType, Device, Kind, Tensor, View, ViewMut};
+use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
 use crate::error::Result;
 
 /// What a weight is for: initialization and weight decay tell them apart.
@@ -24,9 +24,10 @@ pub struct Param<D: Device> {
     pub initializer_range: f64,
     /// What the model computes with.
     pub value: Tensor<D>,
-    /// Of a trained weight whose `value` is bfloat16: the weight in f32, of which `value` is the rounding. Updates smaller
-    /// than half a unit of bfloat16 would be lost without it.
+    /// The weight in f32, where `value` is only a rounding of it; its optimizer decides that.
     pub master: Option<Tensor<D>>,
+    /// Part of the weight is kept apart from the master: only `value` is the whole.
+    pub lazy: bool,
     pub grad: Option<Tensor<D>>,
 }
 
@@ -53,11 +54,11 @@ impl<D: Device> Param<D> {
     }
 
     fn with(arena: &mut Arena<D>, stored: Stored, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
+        let name = stored.name();
         let value = arena.stored(Kind::Weights, rows, cols);
         let grad = trained.then(|| arena.floats(Kind::Grads, rows, cols));
-        let rounded = trained && arena.storage() == DType::Bf16;
-        let master = rounded.then(|| arena.floats(Kind::States, rows, cols));
-        Self { name: stored.name(), stored, role, adapter: false, initializer_range: 0.0, value, master, grad }
+        let (master, lazy, adapter) = (None, false, false);
+        Self { name, stored, role, adapter, initializer_range: 0.0, value, master, lazy, grad }
     }
 
     /// Gives the weight its values, rounded where it is stored rounded.
@@ -68,13 +69,18 @@ impl<D: Device> Param<D> {
         device.write_f32(values, self.value.view_mut())
     }
 
-    /// The weight in full: what training continues from.
+    /// The weight, as exactly as one tensor has it.
     pub fn read(&self, device: &D, out: &mut [f32]) -> Result<()> {
-        device.read_f32(self.master.as_ref().unwrap_or(&self.value).view(), out)
+        device.read_f32(self.whole(), out)
     }
 
     pub fn view(&self) -> View<'_, D> {
         self.value.view()
+    }
+
+    /// The weight, as exactly as one tensor has it.
+    pub fn whole(&self) -> View<'_, D> {
+        self.master.as_ref().filter(|_| !self.lazy).unwrap_or(&self.value).view()
     }
 
     /// The gradient to add to, if the weight is trained.
@@ -113,7 +119,8 @@ mod tests {
         let (value, master) = (tensor(), Some(tensor()));
         let stored = Stored::whole("w".into());
         let (name, role) = (stored.name(), Role::Norm);
-        let mut param = Param { name, stored, role, adapter: false, initializer_range: 0.0, value, master, grad: None };
+        let (adapter, lazy, initializer_range) = (false, false, 0.0);
+        let mut param = Param { name, stored, role, adapter, initializer_range, value, master, lazy, grad: None };
         let read = |param: &Param<Cpu>| {
             let mut out = [0.0; 2];
             param.read(&cpu, &mut out).unwrap();

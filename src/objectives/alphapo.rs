@@ -11,8 +11,9 @@
 //! beyond is 0.
 
 use super::reference_free::{self, CPO_ALPHA, Scored};
-use super::registry::{BETA, Domain, Entry, FINITE, LABEL_SMOOTHING, ParamSpec};
+use super::registry::{BETA, Entry, LABEL_SMOOTHING};
 use super::simpo::{self, GAMMA};
+use crate::params::{Domain, FINITE, ParamSpec};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "alphapo",

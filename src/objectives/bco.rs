@@ -15,9 +15,10 @@
 //! weights of undesirable completions by the density ratio of their prompts (UDM), which need a classifier of prompts.
 
 use super::pairwise::{self, PairLoss, log_sigmoid, sigmoid};
-use super::registry::{BETA, Domain, Entry, ParamSpec};
+use super::registry::{BETA, Entry};
 use super::unpaired::{self, DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT, Weights};
 use super::{Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::params::{Domain, ParamSpec};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "bco",

@@ -15,7 +15,8 @@ use super::hinge::hinge;
 use super::ipo::squared;
 use super::pairwise::{PairLoss, smoothed};
 use super::reference_free::{self, CPO_ALPHA, mean, sum};
-use super::registry::{BETA, Domain, Entry, LABEL_SMOOTHING, NOT_NEGATIVE, ParamSpec};
+use super::registry::{BETA, Entry, LABEL_SMOOTHING};
+use crate::params::{Domain, NOT_NEGATIVE, ParamSpec};
 
 const REQUIRED_ALPHA: ParamSpec =
     ParamSpec { domain: Domain::Number { default: None, range: NOT_NEGATIVE, example: 1.0 }, ..CPO_ALPHA };

@@ -12,7 +12,8 @@ use std::ops::Bound;
 
 use super::f_divergence::{F_ALPHA, F_DIVERGENCE};
 use super::pairwise::{self, PairLoss, log_sigmoid, sigmoid, sigmoid_slope};
-use super::registry::{BETA, Domain, Entry, LABEL_SMOOTHING, ParamSpec};
+use super::registry::{BETA, Entry, LABEL_SMOOTHING};
+use crate::params::{Domain, ParamSpec};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "exo_pair",

@@ -15,7 +15,7 @@
 use std::f64::consts::LN_2;
 
 use super::pairwise::{log_sigmoid, sigmoid};
-use super::registry::{Domain, FINITE, ParamSpec, Params};
+use crate::params::{Domain, FINITE, ParamSpec, Params};
 
 const ALPHA_DIVERGENCE: &str = "alpha_divergence";
 

@@ -10,8 +10,8 @@
 
 use std::ops::Bound;
 
-use super::registry::{Domain, ParamSpec};
 use super::{Grads, Modifier, Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::params::{Domain, ParamSpec};
 
 pub(super) const MODIFIER: Modifier = Modifier {
     name: "ld_dpo",

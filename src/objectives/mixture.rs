@@ -8,9 +8,10 @@
 //! Parameters are shared by name: `beta` is the beta of every term that takes one. Of metrics that several terms have,
 //! the first term's is kept; `loss/<term>` is a term's loss before its weight.
 
-use super::registry::{Params, find, flag};
+use super::registry::find;
 use super::{Grads, Metric, Modifier, Needs, Objective, Outcome, Scope, Stats, Totals, modifiers};
 use crate::error::{Error, Result};
+use crate::params::{Params, flag};
 
 /// An objective, completely: names, weights, parameters.
 #[derive(Clone, Debug, Default, PartialEq)]

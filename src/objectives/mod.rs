@@ -40,8 +40,9 @@ mod wpo;
 use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
 
+pub use crate::params::{Domain, ParamSpec, Params, Shared, Value};
 pub use mixture::{Choice, Wrap, build};
-pub use registry::{Domain, Entry, ParamSpec, Params, Shared, Value, find, params};
+pub use registry::{Entry, find, params};
 
 /// Every objective, by name.
 pub fn all() -> &'static [Entry] {

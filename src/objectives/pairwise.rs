@@ -2,9 +2,9 @@
 //! mean over pairs and TRL's metrics. A loss is then a function of a [`Pair`].
 
 use super::f_divergence::Score;
-use super::registry::Params;
 use super::{Grads, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::Result;
+use crate::params::Params;
 
 pub(super) const NEEDS: Needs = Needs { refs: 1..=1, pairs: true, pair_weights: true, ..Needs::POLICY };
 

@@ -8,7 +8,8 @@
 //! counts as half learnt before it is trained on. Deviations: none.
 
 use super::pairwise::{self, PairLoss, log_sigmoid, sigmoid};
-use super::registry::{BETA, Domain, Entry, POSITIVE, ParamSpec};
+use super::registry::{BETA, Entry};
+use crate::params::{Domain, POSITIVE, ParamSpec};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "rdpo",

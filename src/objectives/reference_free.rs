@@ -2,9 +2,9 @@
 //! function of two scores, and the likelihood of the chosen completions beside it.
 
 use super::pairwise::{self, Pair, PairLoss};
-use super::registry::{Domain, NOT_NEGATIVE, ParamSpec, Params};
 use super::{Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::Result;
+use crate::params::{Domain, NOT_NEGATIVE, ParamSpec, Params};
 
 /// Off by default; in `cpo`, whose paper has it, required.
 pub(super) const CPO_ALPHA: ParamSpec = ParamSpec {

@@ -9,8 +9,9 @@
 //! Eq. 2), 0 where it says nothing; c keeps scores near 0 (Eisenstein et al., arXiv:2312.09244, Eq. 2). Deviations: none.
 
 use super::pairwise::{log_sigmoid, sigmoid};
-use super::registry::{Domain, Entry, NOT_NEGATIVE, ParamSpec};
+use super::registry::Entry;
 use super::{Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::params::{Domain, NOT_NEGATIVE, ParamSpec};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "reward",

@@ -11,7 +11,8 @@
 
 use super::pairwise::{Pair, PairLoss, smoothed};
 use super::reference_free::{self, CPO_ALPHA, mean};
-use super::registry::{BETA, Domain, Entry, LABEL_SMOOTHING, NOT_NEGATIVE, ParamSpec, Params};
+use super::registry::{BETA, Entry, LABEL_SMOOTHING};
+use crate::params::{Domain, NOT_NEGATIVE, ParamSpec, Params};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "simpo",

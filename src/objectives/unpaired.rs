@@ -1,9 +1,9 @@
 //! What losses on completions that are labelled one by one share: the weighted mean over all completions of the optimizer
 //! batch and the metrics of TRL's KTO trainer. Of a pair, the chosen completion is desirable.
 
-use super::registry::{Domain, NOT_NEGATIVE, ParamSpec, Params};
 use super::{Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::{Error, Result};
+use crate::params::{Domain, NOT_NEGATIVE, ParamSpec, Params};
 
 pub(super) const NEEDS: Needs = Needs { refs: 1..=1, labels: true, ..Needs::POLICY };
 

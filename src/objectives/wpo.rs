@@ -10,8 +10,8 @@
 //! paper's sampled alignment). Deviations: in a mixture, terms that are no pair loss keep their weight of 1; TRL multiplies
 //! its `sft`, too. Weights are not normalised over the batch, as in TRL.
 
-use super::registry::{Domain, ParamSpec};
 use super::{Modifier, Needs, Objective, Outcome, Scope, Stats, Totals};
+use crate::params::{Domain, ParamSpec};
 
 pub(super) const MODIFIER: Modifier = Modifier {
     name: "wpo",

@@ -225,6 +225,10 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Where `rows` runs of `cols` elements begin, `stride` apart. Whoever writes through it must own them.
     pub fn block(&self, start: usize, stride: usize, rows: usize, cols: usize) -> *mut T {
         assert!(rows > 0 && start + (rows - 1) * stride + cols <= self.len, "a task reached past the end");

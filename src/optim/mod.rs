@@ -1,43 +1,46 @@
-//! Optimizers declare their state and name a rule; one op, `ops/merged_update`, does the work.
+//! Optimizers declare their parameters and name a rule; one op, `ops/merged_update`, does the work.
 //! To add one: a file here, its `mod` and its line in [`ALL`].
 
 mod adamw;
+mod child_tuning;
+mod ema;
+mod method;
+mod ondare;
+mod onties;
+mod params;
 mod schedule;
 
+pub use method::{MergeSchedule, Method};
 pub use schedule::{Decay, Schedule};
 
-use crate::device::Philox;
-use crate::device::{Arena, Device, Kind, Tensor};
+use std::collections::BTreeMap;
+
+use crate::device::{Arena, DType, Device, Kind, Philox, Tensor};
 use crate::error::{Error, Result};
 use crate::model::{Param, Role};
-use crate::ops::merged_update::{self, Adam, Form, Rounding, Rule};
+use crate::ops::merged_update::{self, Rounding};
 use crate::ops::{Backend, sum_squares};
-
-/// Numbers that a rule is made of.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Hyper {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-    /// Gradients are scaled down to this global norm; 0 = never.
-    pub max_grad_norm: f64,
-}
+use crate::params::{ParamSpec, Params, Shared, flag, resolve, shared};
 
 /// One optimizer of the registry.
 pub struct Entry {
     pub name: &'static str,
     pub paper: &'static str,
     pub summary: &'static str,
-    /// Tensors that it keeps of each trained weight, in the weight's shape, as checkpoints name them.
-    pub states: &'static [&'static str],
-    pub rule: fn(&Hyper) -> Rule,
+    pub params: &'static [ParamSpec],
+    /// Gets every parameter of `params` that has a value, each within its domain.
+    pub build: fn(&Params) -> Method,
 }
 
-static ALL: &[Entry] = &[adamw::ENTRY];
+static ALL: &[Entry] = &[adamw::ENTRY, ondare::ENTRY, onties::ENTRY, child_tuning::ENTRY, ema::ENTRY];
 
 pub fn all() -> &'static [Entry] {
     ALL
+}
+
+/// Every parameter of every optimizer, by name.
+pub fn params() -> BTreeMap<&'static str, Shared> {
+    shared(ALL.iter().flat_map(|entry| entry.params.iter().map(move |spec| (spec, Some(entry.name)))))
 }
 
 pub fn find(name: &str) -> Result<&'static Entry> {
@@ -47,17 +50,81 @@ pub fn find(name: &str) -> Result<&'static Entry> {
     })
 }
 
+/// What the user chose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// Of the registry.
+    pub name: String,
+    pub params: Params,
+}
+
+impl Choice {
+    pub fn build(&self) -> Result<Method> {
+        Ok((find(&self.name)?.build)(&self.resolved()?))
+    }
+
+    /// Every parameter that decides the update, those at their defaults included.
+    pub fn resolved(&self) -> Result<Params> {
+        let entry = find(&self.name)?;
+        let takes = |name: &str| entry.params.iter().any(|spec| spec.name == name);
+        if let Some(unused) = self.params.names().find(|name| !takes(name)) {
+            let flags: Vec<String> = entry.params.iter().map(ParamSpec::flag).collect();
+            let detail = format!("{} does not use it, it takes {}; remove it", entry.name, flags.join(", "));
+            return Err(Error::option(flag(unused), detail));
+        }
+        resolve(entry.name, entry.params, &self.params)
+    }
+}
+
+/// Numbers that every optimizer has.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Hyper {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this global norm; 0 = never.
+    pub max_grad_norm: f64,
+    /// Round weights up or down at random, in proportion, instead of to the nearest: bfloat16 weights then need no master.
+    pub stochastic_rounding: bool,
+    /// Of every random choice.
+    pub seed: u64,
+}
+
 /// What is kept of one trained weight, by name.
 pub type State<D> = Vec<(&'static str, Tensor<D>)>;
 
 /// The states of all trained weights, in the model's order.
 pub struct Optimizer<D: Device> {
-    rule: Rule,
+    method: Method,
     hyper: Hyper,
-    states: Vec<State<D>>,
+    schedule: Schedule,
+    slots: Vec<Slot<D>>,
     /// `[weights, 1]` sums of squared gradients.
     squares: Tensor<D>,
+    /// `[weights, 2]` of the last update: elements that were to change, and those of them that rounding left as they were.
+    lost: Tensor<D>,
+    scratch: Option<Tensor<D>>,
+    shares: Shares,
 }
+
+/// What belongs to one trained weight.
+struct Slot<D: Device> {
+    state: State<D>,
+    tau_ref: Option<Tensor<D>>,
+    random: Philox,
+}
+
+/// What of tau_ref is in the weights beside their masters, where a method applies it lazily: of weights that decay, and of the
+/// others. A function of the schedule, so that a checkpoint need not keep it.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+struct Shares {
+    decaying: f64,
+    other: f64,
+}
+
+/// Gives, of a weight, what fine-tuning added to the base model: row-major, into a slice of the weight's size.
+pub type TauRef<'a, D> = &'a mut dyn FnMut(&Param<D>, &mut [f32]) -> Result<()>;
 
 /// The gradient of a step, measured.
 pub struct GradNorm {
@@ -68,27 +135,92 @@ pub struct GradNorm {
 }
 
 impl<D: Device> Optimizer<D> {
-    pub fn new(arena: &mut Arena<D>, entry: &Entry, hyper: Hyper, params: &[&mut Param<D>]) -> Self {
-        let trained: Vec<_> = params.iter().filter(|p| p.grad.is_some()).collect();
-        let mut state = |value: &Tensor<D>| -> State<D> {
-            let take = |name: &&'static str| (*name, arena.floats(Kind::States, value.rows(), value.cols()));
-            entry.states.iter().map(take).collect()
+    /// Takes memory for what every trained weight of `params` needs, its master included.
+    pub fn new(
+        arena: &mut Arena<D>,
+        method: Method,
+        hyper: Hyper,
+        schedule: Schedule,
+        params: &mut [&mut Param<D>],
+    ) -> Self {
+        let mut trained: Vec<_> = params.iter_mut().filter(|p| p.grad.is_some()).collect();
+        let mut slot = |param: &mut Param<D>| -> Slot<D> {
+            let [rows, cols] = [param.value.rows(), param.value.cols()];
+            let rounded = arena.storage() == DType::Bf16 && !hyper.stochastic_rounding;
+            if rounded || method.lazy() {
+                param.master = Some(arena.floats(Kind::States, rows, cols));
+                param.lazy = method.lazy();
+            }
+            let state = method.states().iter().map(|name| (*name, arena.floats(Kind::States, rows, cols))).collect();
+            let tau_ref = method.merges().then(|| arena.take(Kind::States, DType::Bf16, rows, cols));
+            Slot { state, tau_ref, random: Philox::named(hyper.seed, &param.name) }
         };
-        let states: Vec<_> = trained.iter().map(|p| state(&p.value)).collect();
-        let squares = arena.floats(Kind::States, states.len(), 1);
-        Self { rule: (entry.rule)(&hyper), hyper, states, squares }
+        let slots: Vec<_> = trained.iter_mut().map(|param| slot(param)).collect();
+        let largest = trained.iter().map(|param| method.rule.scratch(param.value.len())).max().unwrap_or(0);
+        let scratch = (largest > 0).then(|| arena.floats(Kind::Workspace, 1, largest));
+        let squares = arena.floats(Kind::States, slots.len(), 1);
+        let lost = arena.indices(Kind::States, slots.len(), 2);
+        Self { method, hyper, schedule, slots, squares, lost, scratch, shares: Shares::default() }
     }
 
-    pub fn states_mut(&mut self) -> &mut [State<D>] {
-        &mut self.states
+    pub fn states_mut(&mut self) -> impl Iterator<Item = &mut State<D>> {
+        self.slots.iter_mut().map(|slot| &mut slot.state)
     }
 
-    pub fn states(&self) -> &[State<D>] {
-        &self.states
+    pub fn states(&self) -> impl Iterator<Item = &State<D>> {
+        self.slots.iter().map(|slot| &slot.state)
+    }
+
+    /// Merge weights of the run, summed: the share of `tau_ref` that it adds, at most.
+    pub fn added(&self) -> f64 {
+        self.method.added(&self.schedule)
+    }
+
+    /// What the lazily applied merge has come to after `steps` steps.
+    pub fn resume(&mut self, steps: u64) {
+        self.shares = Shares::default();
+        (1..=steps).for_each(|step| self.advance(step, self.schedule.rate(step)));
+    }
+
+    /// The lazily applied merge of step `step`: `share <- (share + merge_weight)(1 - lr decay)`.
+    fn advance(&mut self, step: u64, learning_rate: f64) {
+        if !self.method.lazy() {
+            return;
+        }
+        let weight = self.method.merge_weight_at(step, &self.schedule);
+        let keep = 1.0 - learning_rate * self.hyper.weight_decay;
+        self.shares.decaying = (self.shares.decaying + weight) * keep;
+        self.shares.other += weight;
     }
 }
 
 impl<B: Backend> Optimizer<B> {
+    /// Gives the states that do not start as zeros their values. `params` hold the first weights.
+    pub fn start(&mut self, device: &B, params: &[&mut Param<B>]) -> Result<()> {
+        let trained = params.iter().filter(|p| p.grad.is_some());
+        let mut values = Vec::new();
+        for (param, slot) in trained.zip(&mut self.slots) {
+            if let Some((_, average)) = slot.state.iter_mut().find(|(name, _)| *name == method::AVERAGE) {
+                values.resize(param.value.len(), 0.0);
+                param.read(device, &mut values)?;
+                device.write_f32(&values, average.view_mut())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives every trained weight its `tau_ref`, prepared as the method wants it.
+    pub fn set_tau_ref(&mut self, device: &B, params: &[&mut Param<B>], tau: TauRef<B>) -> Result<()> {
+        let (trained, mut values) = (params.iter().filter(|p| p.grad.is_some()), Vec::new());
+        for (param, slot) in trained.zip(&mut self.slots) {
+            let tau_ref = slot.tau_ref.as_mut().expect("a method that merges has room for it");
+            values.resize(param.value.len(), 0.0);
+            tau(param, &mut values)?;
+            device.write_f32(&values, tau_ref.view_mut())?;
+        }
+        Ok(())
+    }
+
     /// Reads every gradient once.
     pub fn grad_norm(&mut self, device: &B, params: &[&mut Param<B>]) -> Result<GradNorm> {
         let trained: Vec<_> = params.iter().filter_map(|p| p.grad.as_ref().map(|grad| (&p.name, grad))).collect();
@@ -112,43 +244,65 @@ impl<B: Backend> Optimizer<B> {
         learning_rate: f64,
         norm: f64,
     ) -> Result<()> {
-        let max = self.hyper.max_grad_norm;
+        let (max, method) = (self.hyper.max_grad_norm, self.method);
         // torch.nn.utils.clip_grad_norm_ adds the same 1e-6.
         let clip = if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        self.advance(step, learning_rate);
+        device.zero(self.lost.view_mut())?;
+        let rule = method.rule_at(step, &self.schedule);
+        let random_merge = method.merges() && !method.lazy();
         let trained = params.iter_mut().filter(|p| p.grad.is_some());
-        for (param, state) in trained.zip(&mut self.states) {
-            let weight_decay = if param.role == Role::Matrix { self.hyper.weight_decay } else { 0.0 };
-            let grad = param.grad.as_ref().expect("filtered above").view();
-            let [(_, first_moment), (_, second_moment)] = &mut state[..] else {
-                unreachable!("{:?} keeps two moments", self.rule)
-            };
-            let Hyper { beta1, beta2, eps, .. } = self.hyper;
+        for (i, (param, slot)) in trained.zip(&mut self.slots).enumerate() {
+            let decays = param.role == Role::Matrix;
+            let weight_decay = if decays { self.hyper.weight_decay } else { 0.0 };
+            let (mut first_moment, mut second_moment, mut since_merge, mut average) = (None, None, None, None);
+            for (name, tensor) in &mut slot.state {
+                let place = match *name {
+                    method::FIRST_MOMENT => &mut first_moment,
+                    method::SECOND_MOMENT => &mut second_moment,
+                    method::SINCE_MERGE => &mut since_merge,
+                    _ => &mut average,
+                };
+                *place = Some(tensor.view_mut());
+            }
             device.merged_update(merged_update::Args {
                 step: merged_update::Step {
-                    adam: Adam { beta1, beta2, eps, form: Form::Torch },
-                    rule: self.rule,
+                    adam: method.adam(&self.hyper),
+                    rule,
                     step,
                     learning_rate,
                     weight_decay,
                     clip,
-                    gradient_reserve_rate: 1.0,
-                    merges: true,
-                    share: 0.0,
-                    rounding: Rounding::Nearest,
-                    random: Philox::new(0, 0),
+                    gradient_reserve_rate: method.gradient_reserve_rate,
+                    merges: method.merges_at(step),
+                    share: if decays { self.shares.decaying } else { self.shares.other },
+                    rounding: match self.hyper.stochastic_rounding || random_merge {
+                        true => Rounding::Stochastic,
+                        false => Rounding::Nearest,
+                    },
+                    random: slot.random,
                 },
-                grad,
+                grad: param.grad.as_ref().expect("filtered above").view(),
                 weight: param.value.view_mut(),
                 master: param.master.as_mut().map(Tensor::view_mut),
-                first_moment: first_moment.view_mut(),
-                second_moment: second_moment.view_mut(),
-                since_merge: None,
-                average: None,
-                tau_ref: None,
-                scratch: None,
-                lost: None,
+                first_moment: first_moment.expect("every method has it"),
+                second_moment: second_moment.expect("every method has it"),
+                since_merge,
+                average,
+                tau_ref: slot.tau_ref.as_ref().map(Tensor::view),
+                scratch: self.scratch.as_mut().map(Tensor::view_mut),
+                lost: Some(self.lost.view_mut().slice(i, 1)),
             })?;
         }
         Ok(())
+    }
+
+    /// Of the elements that the last update was to change, the share that rounding left as they were.
+    pub fn lost(&self, device: &B) -> Result<f64> {
+        let mut counts = vec![0; self.lost.len()];
+        device.read_u32(self.lost.view(), &mut counts)?;
+        let sum = |which: usize| counts.iter().skip(which).step_by(2).map(|n| u64::from(*n)).sum::<u64>();
+        let (updates, lost) = (sum(0), sum(1));
+        Ok(if updates == 0 { 0.0 } else { lost as f64 / updates as f64 })
     }
 }

@@ -19,6 +19,8 @@ pub struct Line<'a> {
     pub loss: f64,
     /// Before clipping.
     pub grad_norm: f64,
+    /// Share of the updates of single weights that rounding left without effect.
+    pub lost_updates: f64,
     /// Of this step.
     pub learning_rate: f64,
     pub metrics: &'a [Metric],
@@ -37,6 +39,7 @@ impl Line<'_> {
         line.insert("epoch".into(), self.epoch.into());
         line.insert("loss".into(), self.loss.into());
         line.insert("grad_norm".into(), self.grad_norm.into());
+        line.insert("lost_updates".into(), self.lost_updates.into());
         line.insert("learning_rate".into(), self.learning_rate.into());
         self.metrics.iter().for_each(|(name, value)| drop(line.insert(name.to_string(), (*value).into())));
         line.insert("step_time".into(), self.step_time.into());

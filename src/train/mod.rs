@@ -17,6 +17,7 @@ mod run;
 mod settings;
 mod step;
 mod task;
+mod tau;
 
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};

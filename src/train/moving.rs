@@ -37,7 +37,7 @@ impl<B: Backend> MovingReference<B> {
             return Ok(());
         }
         for (policy, reference) in policy.params_mut().into_iter().zip(self.model.params_mut()) {
-            let x = policy.master.as_ref().unwrap_or(&policy.value).view();
+            let x = policy.whole();
             let (y, master) = (reference.value.view_mut(), reference.master.as_mut().map(Tensor::view_mut));
             device.lerp(lerp::Args { share: self.moving.mixup, x, y, master })?;
         }

@@ -146,7 +146,7 @@ const EXACT_VISITS: u64 = 1 << 22;
 /// What goes through the engine, by size: enough to price the run under any memory setting.
 pub struct Workload<'a> {
     checkpoint: &'a Checkpoint,
-    optimizer: &'static optim::Entry,
+    method: optim::Method,
     lora: Option<&'a Lora>,
     references: Vec<Scoring<'a>>,
     /// What a reference that follows the policy starts as, if not as the policy.
@@ -226,7 +226,7 @@ impl<'a> Workload<'a> {
         };
         Self {
             checkpoint: &task.checkpoint,
-            optimizer: task.optimizer,
+            method: task.method,
             lora: task.lora.as_ref(),
             references: task.references.iter().map(|r| Scoring::new(r, &used, packing)).collect(),
             moving: task.moving.as_ref(),
@@ -263,8 +263,9 @@ impl<'a> Workload<'a> {
         let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
         Blueprint {
             checkpoint: self.checkpoint,
-            optimizer: self.optimizer,
+            method: self.method,
             hyper: settings.hyper,
+            schedule: settings.schedule(self.max_steps.unwrap_or(1)),
             largest,
             positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
@@ -439,7 +440,7 @@ fn under_other_prompts(task: &Task, settings: &Settings) -> Vec<Vec<Extent>> {
 /// A run whose data is not at hand: every sequence as long as `--max-length` allows, a quarter of it prompt.
 pub struct Assumed {
     checkpoint: Checkpoint,
-    optimizer: &'static optim::Entry,
+    method: optim::Method,
     lora: Option<Lora>,
     references: Vec<Reference>,
     /// The policy's distributions are compared with the references'.
@@ -462,7 +463,7 @@ impl Assumed {
         }
         Ok(Self {
             checkpoint,
-            optimizer: optim::find(&settings.optimizer)?,
+            method: settings.optimizer.build()?,
             lora: settings.lora.clone(),
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
@@ -477,7 +478,7 @@ impl Assumed {
         let full = (MAX_USEFUL.max(settings.packing.budget) / extent.rows).clamp(1, settings.batch_size);
         Workload {
             checkpoint: &self.checkpoint,
-            optimizer: self.optimizer,
+            method: self.method,
             lora: self.lora.as_ref(),
             references: self.references.iter().map(|reference| Scoring { reference, own: None }).collect(),
             moving: None,

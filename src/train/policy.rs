@@ -9,14 +9,15 @@ use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range
 use crate::error::Result;
 use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Options, RefHeads, Spec};
 use crate::ops::{Backend, sum_squares};
-use crate::optim::{Entry, GradNorm, Hyper, Optimizer};
+use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
 
 /// What a policy is built from.
 #[derive(Clone)]
 pub struct Blueprint<'a> {
     pub checkpoint: &'a Checkpoint,
-    pub optimizer: &'a Entry,
+    pub method: Method,
     pub hyper: Hyper,
+    pub schedule: Schedule,
     /// The largest micro-batch, of training or evaluation.
     pub largest: Extent,
     /// The longest sequence that is trained on, scored or generated.
@@ -109,7 +110,7 @@ impl Blueprint<'_> {
     fn run<D: Device>(&self, arena: &mut Arena<D>, pass: Ledger) -> Policy<D> {
         let spec = &self.checkpoint.spec;
         let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, self.options());
-        let optimizer = Optimizer::new(arena, self.optimizer, self.hyper, &model.trained_mut());
+        let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut model.trained_mut());
         let Extras { moving, compared, ln_sum_p2 } = &self.extras;
         let moving = moving.map(|(moving, start)| MovingReference::new(arena, start, self.positions, moving));
         let heads = RefHeads::new(arena, spec, compared).expect("the vocabularies were compared before");

@@ -18,6 +18,8 @@ use crate::ops::Backend;
 const STATE: &str = "cuvee_state.json";
 const TENSORS: &str = "optimizer.safetensors";
 const MODEL: &str = "model.safetensors";
+/// What a master is called that is not the whole weight.
+const MASTER: &str = "master";
 /// How the weights of a reference that follows the policy are called in [`TENSORS`].
 const REFERENCE: &str = "reference.";
 
@@ -54,7 +56,8 @@ pub fn save_model<B: Backend>(
     copy_companions(source, dir)
 }
 
-/// Writes what continuing needs into `dir`: moments, full-precision weights where the model was rounded, state.
+/// Writes what continuing needs into `dir`: moments, full-precision weights where the model was rounded, masters that are
+/// not the whole weight, state.
 pub fn save_state<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
@@ -68,6 +71,14 @@ pub fn save_state<B: Backend>(
     let params = model.trained_mut();
     let rounded = dtype != SaveDtype::F32 && !adapter;
     let mut tensors = if rounded { sources(device, &params) } else { Vec::new() };
+    let lazy = params.iter().filter(|param| param.lazy);
+    tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
+        |(param, master)| TensorSource {
+            name: format!("{}.{MASTER}", param.name),
+            shape: param.shape(),
+            fill: Box::new(move |out: &mut [f32]| device.read_f32(master.view(), out)),
+        },
+    ));
     for (param, state) in params.iter().zip(optimizer.states()) {
         for (what, tensor) in state {
             tensors.push(TensorSource {
@@ -122,9 +133,15 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
-    let mut states = optimizer.states_mut().iter_mut();
+    let mut states = optimizer.states_mut();
     for param in model.trained_mut() {
         param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
+        let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
+        if let (true, Some(master)) = (param.lazy, &mut param.master) {
+            values.resize(master.len(), 0.0);
+            tensors.read(&name, &shape, &mut values)?;
+            device.write_f32(&values, master.view_mut())?;
+        }
         let state = states.next().expect("one state for each trained weight");
         for (what, tensor) in state {
             values.resize(tensor.len(), 0.0);

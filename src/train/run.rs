@@ -37,6 +37,9 @@ use crate::rollout::{self, Request};
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
 
+/// The share of tau_ref over a run below which merging is said to do nothing.
+const NEXT_TO_NOTHING: f64 = 1e-3;
+
 /// How a run ended, short of an error.
 pub enum Outcome {
     Finished(Report),
@@ -79,24 +82,8 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
-    match &start.from {
-        Some(dir) => {
-            if task.lora.is_some() {
-                settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
-            }
-            load_state(device, &mut policy, dir, settings.dtype)?;
-        }
-        None => {
-            settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
-            policy.model.init_adapter(device, settings.seed)?;
-            if let Some(moving) = &mut policy.moving {
-                match &task.moving {
-                    Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
-                    None => settings.init.fill(device, &task.checkpoint, &mut moving.model)?,
-                }
-            }
-        }
-    }
+    first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
+    start_optimizer(device, &task, &mut policy, start.state.step)?;
     let drift = match settings.kl_samples {
         0 => None,
         _ => Some(Drift::new(device, &task, settings, residency)?),
@@ -106,7 +93,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let mut session = Session {
         device,
         settings,
-        schedule: Schedule::new(settings.learning_rate, settings.decay, settings.warmup_ratio, task.max_steps),
+        schedule: settings.schedule(task.max_steps),
         plan,
         policy,
         panel,
@@ -122,6 +109,52 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         task: &task,
     };
     session.train(stop)
+}
+
+/// Fills the policy and what follows it: as they start, or from a checkpoint.
+fn first_weights<B: Backend>(
+    device: &B,
+    settings: &Settings,
+    task: &Task,
+    policy: &mut Policy<B>,
+    from: Option<&Path>,
+) -> Result<()> {
+    if from.is_none() || task.lora.is_some() {
+        settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+    }
+    if let Some(dir) = from {
+        return load_state(device, policy, dir, settings.dtype);
+    }
+    policy.model.init_adapter(device, settings.seed)?;
+    match (&mut policy.moving, &task.moving) {
+        (None, _) => Ok(()),
+        (Some(moving), Some(start)) => Init::Checkpoint.fill(device, start, &mut moving.model),
+        (Some(moving), None) => settings.init.fill(device, &task.checkpoint, &mut moving.model),
+    }
+}
+
+/// Gives the optimizer what does not come from a checkpoint, and says what a merge will amount to.
+fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, step: u64) -> Result<()> {
+    let Policy { model, optimizer, .. } = policy;
+    optimizer.resume(step);
+    let params = model.trained_mut();
+    if step == 0 {
+        optimizer.start(device, &params)?;
+    }
+    let Some(tau) = &task.tau else { return Ok(()) };
+    let size = tau.read(&task.checkpoint, |read| optimizer.set_tau_ref(device, &params, read))?;
+    let added = optimizer.added();
+    say(format_args!(
+        "tau_ref: {} minus {}, {:.2} % of the base's norm; merge weights of the run add up to {added:.1e} of it",
+        tau.tuned.dir.display(),
+        tau.base.dir.display(),
+        100.0 * size
+    ));
+    if added < NEXT_TO_NOTHING {
+        let how = "a larger --merge-weight would merge more";
+        say(format_args!("warning: {added:.1e} of tau_ref over a whole run is next to nothing; {how}"));
+    }
+    Ok(())
 }
 
 /// Steps that a profiler is to record must be steps of the run, and on a GPU.
@@ -305,6 +338,7 @@ impl<B: Backend> Session<'_, B> {
             epoch: self.task.epoch(number),
             loss: result.loss,
             grad_norm: result.grad_norm,
+            lost_updates: result.lost_updates,
             learning_rate: rate,
             metrics: &result.metrics,
             step_time,

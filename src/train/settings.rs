@@ -8,7 +8,7 @@ use crate::objectives::Choice;
 use crate::objectives::kl::KlPenaltyOptions;
 use crate::objectives::mrpo::Blend;
 use crate::objectives::ref_weights::Rule;
-use crate::optim::{Decay, Hyper};
+use crate::optim::{self, Decay, Hyper, Schedule};
 
 /// A run, completely: what the command line and the recipe come down to.
 #[derive(Clone, Debug)]
@@ -32,7 +32,11 @@ pub struct Settings {
     pub cache_dir: PathBuf,
     pub objective: Choice,
     pub kl_penalty: Option<KlPenaltyOptions>,
-    pub optimizer: String,
+    pub optimizer: optim::Choice,
+    /// What an optimizer that merges takes for the model before fine-tuning.
+    pub base_model: Option<PathBuf>,
+    /// And for the fine-tuned model, if not the policy as it starts.
+    pub tau_model: Option<PathBuf>,
     pub hyper: Hyper,
     pub learning_rate: f64,
     pub decay: Decay,
@@ -70,6 +74,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The learning rate over a run of this length.
+    pub fn schedule(&self, max_steps: u64) -> Schedule {
+        Schedule::new(self.learning_rate, self.decay, self.warmup_ratio, max_steps)
+    }
+
     /// What the device stores weights and activations in.
     pub fn storage(&self) -> DType {
         match self.dtype {

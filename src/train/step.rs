@@ -37,6 +37,8 @@ pub struct StepResult {
     pub state: Vec<f64>,
     /// Before clipping.
     pub grad_norm: f64,
+    /// Of the elements that the update was to change, the share that rounding left as they were.
+    pub lost_updates: f64,
     /// Rows run through the policy.
     pub rows: usize,
 }
@@ -159,9 +161,10 @@ pub fn step<B: Backend>(device: &B, policy: &mut Policy<B>, pass: &Pass, learnin
         return Err(Error::NotFinite { step: pass.step, what: "the gradient".into(), detail });
     }
     policy.update(device, pass.step, learning_rate, norm.norm)?;
+    let lost_updates = policy.optimizer.lost(device)?;
     let rows = micros.iter().map(|m| m.host.rows()).sum();
     let Outcome { loss, metrics, state, .. } = outcome;
-    Ok(StepResult { loss, metrics, state, grad_norm: norm.norm, rows })
+    Ok(StepResult { loss, metrics, state, grad_norm: norm.norm, lost_updates, rows })
 }
 
 /// The rows of some examples, for messages.

@@ -11,6 +11,7 @@ use super::references::{
 };
 use super::settings::{References, Settings};
 use super::step::check_needs;
+use super::tau::Tau;
 use crate::checkpoint::peft;
 use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
 use crate::device::Philox;
@@ -33,9 +34,11 @@ pub struct Task {
     pub checkpoint: Checkpoint,
     pub tokenizer: Tokenizer,
     pub objective: Box<dyn Objective>,
-    pub optimizer: &'static optim::Entry,
+    pub method: optim::Method,
     /// What trains in place of the weights.
     pub lora: Option<Lora>,
+    /// What the optimizer merges with.
+    pub tau: Option<Tau>,
     /// Those that are scored before the first step.
     pub references: Vec<TaskReference>,
     /// What a reference that follows the policy starts as, where it is named.
@@ -87,6 +90,10 @@ fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
             "--init",
             "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into(),
         )
+    } else if settings.optimizer.build()?.merges() {
+        let name = &settings.optimizer.name;
+        let why = "what fine-tuning added to a base model is in the weights, and these stay as they are";
+        ("--optimizer", format!("{name} merges with {why}; give another, or leave --lora-rank out"))
     } else if settings.references.moving.is_some() {
         ("--ref-sync-steps", "the reference of an adapter is the model without it, which does not move; drop it".into())
     } else {
@@ -123,8 +130,9 @@ impl Task {
     /// Reads and checks everything that can fail cheaply, before an output folder is made.
     pub fn prepare(settings: &Settings) -> Result<Self> {
         let objective = objective(settings)?;
-        let optimizer = optim::find(&settings.optimizer)?;
+        let method = settings.optimizer.build()?;
         let checkpoint = policy_checkpoint(settings, objective.as_ref())?;
+        let tau = Tau::open(settings, &method, &checkpoint)?;
         let tokenizer = Tokenizer::load(&settings.model)?;
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
@@ -154,8 +162,9 @@ impl Task {
             checkpoint,
             tokenizer,
             objective,
-            optimizer,
+            method,
             lora: settings.lora.clone(),
+            tau,
             references,
             moving,
             anchor,
@@ -251,7 +260,7 @@ impl Task {
             "dataset": hex(self.train.fingerprint()),
             "eval_dataset": self.eval.as_ref().map(|eval| hex(eval.fingerprint())),
             "objective": self.objective.name(),
-            "optimizer": self.optimizer.name,
+            "optimizer": settings.optimizer.name,
             "adam_beta1": settings.hyper.beta1,
             "adam_beta2": settings.hyper.beta2,
             "adam_epsilon": settings.hyper.eps,
@@ -282,7 +291,13 @@ impl Task {
         course["kl_penalty"] = json!(settings.kl_penalty.as_ref().map(|penalty| penalty.weight));
         course["kl_estimator"] = json!(settings.kl_penalty.as_ref().map(|penalty| format!("{:?}", penalty.estimator)));
         course["objective_weights"] = settings.objective.terms.iter().map(|term| term.1).collect();
-        for (name, value) in settings.objective.resolved()?.iter() {
+        course["stochastic_rounding"] = json!(settings.hyper.stochastic_rounding);
+        if let Some(tau) = &self.tau {
+            let [base, tuned] = tau.identities(settings)?;
+            (course["base_model"], course["tau_model"]) = (json!(hex(base)), json!(hex(tuned)));
+        }
+        let optimizer = settings.optimizer.resolved()?;
+        for (name, value) in settings.objective.resolved()?.iter().chain(optimizer.iter()) {
             course[name] = json!(value);
         }
         match course {

@@ -110,6 +110,11 @@ impl Spec {
         Self { always_f32: true, ..self }
     }
 
+    /// Of this type on every device.
+    pub fn always(self, dtype: DType) -> Self {
+        Self { dtype, ..self.always_f32() }
+    }
+
     pub fn narrowed(self) -> Self {
         Self { narrowed: true, ..self }
     }

@@ -27,8 +27,8 @@ fn two_to_minus(power: i32) -> f64 {
 /// | the same, where probabilities are rounded to bf16 on the way | 2^-8 | 2^-7 |
 pub fn floor<D: Device>(device: &D, spec: &Spec) -> f64 {
     two_to_minus(match (device.storage(), spec.dtype, spec.narrowed) {
-        (DType::Bf16, DType::Bf16, false) => 9,
-        (DType::Bf16, DType::Bf16, true) => 7,
+        (_, DType::Bf16, false) => 9,
+        (_, DType::Bf16, true) => 7,
         (DType::Bf16, _, false) => 15,
         (DType::Bf16, _, true) => 8,
         _ if D::NAME == "cuda" => 19,

@@ -171,6 +171,9 @@ fn special() -> Vec<Promise> {
         ("token_kl::sum", f32_only, token_kl::token_kl_backward_sums_to_zero_over_the_vocabulary),
         ("token_kl::workspace", &STORAGES, token_kl_in_a_small_workspace),
         ("sum_squares::overflow", f32_only, updates::sum_squares_overflow),
+        ("merged_update::promises", f32_only, updates::merged_update_promises),
+        ("merged_update::threshold", f32_only, updates::on_ties_keeps_the_largest),
+        ("merged_update::rounding", f32_only, updates::stochastic_rounding_keeps_small_steps),
         ("rope::nan", &STORAGES, rope::rope_keeps_a_nan_in_its_pair),
         ("attention::heads", &STORAGES, attention::attention_refuses_heads_that_share_unevenly),
         (

@@ -9,7 +9,7 @@ use cuvee::device::{Arena, Cpu, Cuda, DType, Device, Kind, cuda};
 use cuvee::model::{Checkpoint, Head, Keep, KvCache};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
-use cuvee::optim::{self, Hyper, Optimizer};
+use cuvee::optim::{self, Decay, Hyper, Optimizer, Schedule};
 
 use crate::common::kl::KlRig;
 use crate::common::tiny::{self, Rig, Size, Step, Tiny, read};
@@ -17,7 +17,18 @@ use crate::fixtures::{Expected, check_folder};
 use crate::{Body, Case, Mode};
 
 /// An update that is smooth in the gradient: at the usual eps, the first step is its sign.
-const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 0.1, weight_decay: 0.1, max_grad_norm: 1.0 };
+const HYPER: Hyper = Hyper {
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 0.1,
+    weight_decay: 0.1,
+    max_grad_norm: 1.0,
+    stochastic_rounding: false,
+    seed: 0,
+};
+
+/// The merge weight's course alone depends on it.
+const SCHEDULE: Schedule = Schedule { peak: 1.0, decay: Decay::Constant, warmup_steps: 0, max_steps: 1 };
 
 fn open(storage: DType) -> Cuda {
     let options = cuda::Options { workspace_bytes: 8 << 20, batch_invariant: true, ..cuda::Options::new(0, storage) };
@@ -44,7 +55,14 @@ fn train<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch, keep: Keep) -> Tr
     let Rig { device, model, .. } = &mut rig;
     let mut arena = Arena::with_bytes(device, 16 << 20).unwrap();
     let mut params = model.trained_mut();
-    let mut optimizer = Optimizer::new(&mut arena, optim::find("adamw").unwrap(), HYPER, &params);
+    let method = optim::Choice { name: "adamw".into(), params: Default::default() }.build().unwrap();
+    let mut optimizer = Optimizer::new(&mut arena, method, HYPER, SCHEDULE, &mut params);
+    for param in &mut params {
+        // Masters, where there are any now, start as the weights.
+        let mut values = vec![0.0; param.value.len()];
+        device.read_f32(param.view(), &mut values).unwrap();
+        param.write(device, &values).unwrap();
+    }
     let norm = optimizer.grad_norm(device, &params).unwrap().norm;
     optimizer.update(device, &mut params, 1, 0.01, norm).unwrap();
     let weights = params.iter().map(|p| (p.name.clone(), read(device, &p.value))).collect();

@@ -3,9 +3,9 @@
 //! instruction set and neighbouring rows, NaN and wrong shapes that do not pass silently.
 
 use cuvee::Result;
-use cuvee::device::{Cpu, DType, Isa, Reference};
+use cuvee::device::{Cpu, DType, Isa, Philox, Reference};
 use cuvee::ops::logprob_head::{self, LogprobHead};
-use cuvee::ops::merged_update::Step;
+use cuvee::ops::merged_update::{Consensus, DareVariant, Purpose, Rule, Step, prepare};
 use cuvee::ops::rope::Direction;
 use cuvee::ops::{Backend, sum_squares};
 
@@ -447,13 +447,61 @@ fn first_step_of_adamw_moves_by_the_learning_rate() {
     put(&mut specs, "weight", &[1.0]);
     zero(&mut specs, &["first_moment", "second_moment"]);
     let values = run(&Reference, &case, &specs);
-    assert!((values[1][0] - (0.999 - 0.1 * 0.5 / (0.5 + 1e-8))).abs() < 1e-12);
+    assert!((values[0][0] - (0.999 - 0.1 * 0.5 / (0.5 + 1e-8))).abs() < 1e-12);
     assert!((values[2][0] - 0.05).abs() < 1e-15 && (values[3][0] - 0.00025).abs() < 1e-15);
 }
 
 #[test]
 fn merged_update_keeps_its_promises() {
     updates::merged_update(&mut Promises);
+    updates::merged_update_promises(&cpu());
+    updates::merged_update_promises(&Reference);
+}
+
+#[test]
+fn on_ties_keeps_the_largest() {
+    updates::on_ties_keeps_the_largest(&cpu());
+    updates::on_ties_keeps_the_largest(&Reference);
+}
+
+#[test]
+fn stochastic_rounding_keeps_small_steps() {
+    for (_, cpu) in &families()[0] {
+        updates::stochastic_rounding_keeps_small_steps(cpu);
+    }
+}
+
+/// Against the masks of step 0, which no update draws; and unbiased.
+#[test]
+fn task_vectors_are_prepared_as_the_authors_do() {
+    let random = Philox::named(7, "a weight");
+    let dare = |variant, clip| Rule::OnDare { reserve_rate: 0.25, merge_weight: 0.1, variant, rescale: false, clip };
+    let tau: Vec<f32> = normals("tau", 20_001).iter().map(|x| *x as f32).collect();
+    let prepared = |rule: Rule| {
+        let mut prepared = tau.clone();
+        prepare(&rule, &random, &mut prepared);
+        prepared
+    };
+    let keeps = |i: usize| random.words((Purpose::TauRef as u64) << 32 | (i / 4) as u64)[i % 4] < 1 << 30;
+    let found = prepared(dare(DareVariant::Released, 6.0));
+    assert!((0..tau.len()).all(|i| found[i] == if keeps(i) { (4.0 * tau[i]).clamp(-6.0, 6.0) } else { 0.0 }));
+    let sum = |x: &[f32]| x.iter().map(|x| f64::from(x.abs())).sum::<f64>();
+    let unbounded = prepared(dare(DareVariant::Released, 1e9));
+    assert!((sum(&unbounded) / sum(&tau) - 1.0).abs() < 0.03, "{} of {}", sum(&unbounded), sum(&tau));
+    assert_eq!(prepared(dare(DareVariant::Paper, 0.1)), tau);
+    assert_eq!(prepared(Rule::Adam), tau);
+
+    let consensus = Consensus::BeforeWeight;
+    let trimmed = prepared(Rule::OnTies { reserve_rate: 0.1, merge_weight: 0.1, consensus, rescale: true });
+    assert_eq!(trimmed.iter().filter(|x| **x != 0.0).count(), 2000);
+    assert!((sum(&trimmed) / sum(&tau) - 1.0).abs() < 1e-5);
+    let least = tau.iter().zip(&trimmed).filter(|(_, kept)| **kept != 0.0).map(|(x, _)| x.abs()).fold(9.0, f32::min);
+    assert!(tau.iter().zip(&trimmed).all(|(x, kept)| x.abs() >= least || *kept == 0.0));
+    // One of ten elements is none of five: nothing is trimmed.
+    let few = Rule::OnTies { reserve_rate: 0.1, merge_weight: 0.1, consensus, rescale: true };
+    let mut five = [1.0f64, -2.0, 3.0, 0.5, 0.0];
+    prepare(&few, &random, &mut five);
+    assert_eq!(five, [1.0, -2.0, 3.0, 0.5, 0.0]);
 }
 
 // ---- logprob_head ---------------------------------------------------------------------------------------------

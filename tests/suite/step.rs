@@ -5,7 +5,7 @@ use cuvee::device::Cpu;
 use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
 use cuvee::objectives::{Choice, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
-use cuvee::optim::{self, Hyper};
+use cuvee::optim::{self, Decay, Hyper, Schedule};
 use cuvee::references::Scored;
 use cuvee::train::{Blueprint, Extras, Pass, Policy, Purpose, Rows, StepResult, step};
 
@@ -14,7 +14,18 @@ use crate::tiny::{self, SEED, Size};
 const PACKING: Packing = Packing { budget: 14, sharing: Sharing::On, read: Read::Completions };
 /// Every step in one micro-batch.
 const ONE: Packing = Packing { budget: 1000, sharing: Sharing::On, read: Read::Completions };
-const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+const HYPER: Hyper = Hyper {
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    max_grad_norm: 1.0,
+    stochastic_rounding: false,
+    seed: 0,
+};
+
+/// The merge weight's course alone depends on it.
+const SCHEDULE: Schedule = Schedule { peak: 1.0, decay: Decay::Constant, warmup_steps: 0, max_steps: 1 };
 
 fn pairs() -> Vec<Example> {
     let pair = |row: usize| {
@@ -43,14 +54,15 @@ impl Rig {
         let (cpu, examples) = (Cpu::new(2).unwrap(), pairs());
         let extents = PACKING.extents(&examples);
         let largest = PACKING.largest(&extents).max(ONE.largest(&extents));
-        let optimizer = optim::find("adamw").unwrap();
+        let method = optim::Choice { name: "adamw".into(), params: Default::default() }.build().unwrap();
         let checkpoint = &tiny.checkpoint;
         let positions = largest.longest;
         let keep = Keep::Everything;
         let blueprint = Blueprint {
             checkpoint,
-            optimizer,
+            method,
             hyper: HYPER,
+            schedule: SCHEDULE,
             largest,
             positions,
             keep,

@@ -59,6 +59,10 @@ impl<T> In<'_, T> {
 }
 
 impl<T> Out<'_, T> {
+    pub fn is_null(&self) -> bool {
+        self.0 == 0
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.0
     }

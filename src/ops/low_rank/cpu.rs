@@ -39,7 +39,7 @@ impl LowRank for Cpu {
         // The product is summed first: adding it to a large residual term by term would lose its low bits.
         let mut scratch = PRODUCT.take();
         for (t, y) in t.chunks(ROWS * d.rank.max(1)).zip(y.chunks_mut(ROWS * d.outputs.max(1))) {
-            let product = scratch.grown(y.len());
+            let product = &mut scratch.grown(y.len())[..y.len()];
             let up = Operand::transposed(a.b.f32s(), d.rank);
             gemm(self, [y.len() / d.outputs, d.outputs, d.rank], Operand::new(t, d.rank), up, product, Start::Zero);
             let chunk = ROWS_PER_TASK * d.outputs;

@@ -1,34 +1,610 @@
+use half::bf16;
 use rayon::prelude::*;
 
-use super::{Args, MergedUpdate, Scalars};
-use crate::device::Cpu;
+use super::{Args, Folded, Keep, LEAST_SUM, Merge, MergedUpdate, Purpose, Rounding, Step, kept};
+use crate::device::{Cpu, DType, Isa, ViewMut};
 use crate::error::Result;
-use crate::ops::simd::dispatched;
+use crate::ops::simd::{LANES, Shared, dispatched, sum_lanes};
 
-const ELEMENTS_PER_TASK: usize = 1 << 14;
+/// Elements of a task. Sums are made task by task, whatever the threads.
+const TASK: usize = 1 << 14;
+/// Elements that go through all stages of a pass while they are in the first cache.
+const BLOCK: usize = 512;
+
+/// Bits of a magnitude that each of the two histograms of OnTIES counts: a bin of the first is 0.4 % wide, so few elements are
+/// left for the second.
+const HIGH_BITS: u32 = 16;
+const LOW_BITS: u32 = 31 - HIGH_BITS;
 
 impl MergedUpdate for Cpu {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
-        let scalars = a.step.scalars();
-        let (grad, weight) = (a.grad.f32s(), a.weight.into_f32s());
-        let (m, v) = (a.first_moment.into_f32s(), a.second_moment.into_f32s());
-        self.run(|| {
-            let states = m.par_chunks_mut(ELEMENTS_PER_TASK).zip(v.par_chunks_mut(ELEMENTS_PER_TASK));
-            let tasks = weight.par_chunks_mut(ELEMENTS_PER_TASK).zip(grad.par_chunks(ELEMENTS_PER_TASK));
-            tasks.zip(states).for_each(|((weight, grad), (m, v))| adamw(self.isa(), scalars, grad, weight, m, v));
+        let (isa, s) = (self.isa(), Scalars::of(&a.step));
+        let (step, len) = (a.step, a.grad.len());
+        let (tensors, counts) = Tensors::of(a);
+        let lost = self.run(|| {
+            let way =
+                if step.passes_twice(len) { Way::Second(first_pass(isa, &s, &step, &tensors)) } else { Way::Whole };
+            let task = |i| apply_task(isa, &s, way, tensors.part(i));
+            let add = |a: [u32; 2], b: [u32; 2]| [a[0].wrapping_add(b[0]), a[1].wrapping_add(b[1])];
+            (0..tensors.tasks()).into_par_iter().map(task).reduce(|| [0; 2], add)
         });
+        counts.iter_mut().zip(lost).for_each(|(count, lost)| *count = count.wrapping_add(lost));
         Ok(())
     }
 }
 
-dispatched! {
-    fn adamw(s: Scalars, grad: &[f32], weight: &mut [f32], m: &mut [f32], v: &mut [f32]) {
-        for (((w, g), m), v) in weight.iter_mut().zip(grad).zip(m).zip(v) {
-            let g = g * s.clip;
-            *m = s.beta1 * *m + s.fresh1 * g;
-            *v = s.beta2 * *v + s.fresh2 * g * g;
-            *w = *w * s.keep - s.rate * *m / (v.sqrt() * s.root + s.eps);
+/// The step in f32.
+struct Scalars {
+    folded: Folded,
+    clip: f32,
+    beta1: f32,
+    /// 1 - beta1, rounded once: `1 - beta1 as f32` would be off by up to 5e-5 of itself.
+    fresh1: f32,
+    beta2: f32,
+    fresh2: f32,
+    rate: f32,
+    root: f32,
+    eps: f32,
+    decay: f32,
+    shares: [f32; 2],
+    ema: f32,
+    /// Of `tau_ref` beside the master.
+    share: f32,
+    /// As [`Step`] has it.
+    step: Step,
+}
+
+impl Scalars {
+    fn of(step: &Step) -> Self {
+        let (adam, folded) = (step.adam, step.folded());
+        Self {
+            folded,
+            clip: step.clip as f32,
+            beta1: adam.beta1 as f32,
+            fresh1: (1.0 - adam.beta1) as f32,
+            beta2: adam.beta2 as f32,
+            fresh2: (1.0 - adam.beta2) as f32,
+            rate: folded.rate as f32,
+            root: folded.root as f32,
+            eps: adam.eps as f32,
+            decay: folded.decay as f32,
+            shares: folded.shares.map(|x| x as f32),
+            ema: folded.ema as f32,
+            share: step.share as f32,
+            step: *step,
         }
     }
+}
+
+// ---- tensors ----------------------------------------------------------------------------------------------------------
+
+/// What the step was given; what was not is empty.
+struct Tensors<'a> {
+    grad: &'a [f32],
+    m: Shared<'a, f32>,
+    v: Shared<'a, f32>,
+    /// The weight in full; empty where it is bf16 alone.
+    full: Shared<'a, f32>,
+    /// What is made of it beside: the weight in either type.
+    wide: Shared<'a, f32>,
+    narrow: Shared<'a, bf16>,
+    since_merge: Shared<'a, f32>,
+    average: Shared<'a, f32>,
+    scratch: Shared<'a, f32>,
+    tau_wide: &'a [f32],
+    tau_narrow: &'a [bf16],
+}
+
+/// Some elements of each.
+struct Part<'a> {
+    /// The first.
+    at: usize,
+    grad: &'a [f32],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    full: &'a mut [f32],
+    wide: &'a mut [f32],
+    narrow: &'a mut [bf16],
+    since_merge: &'a mut [f32],
+    average: &'a mut [f32],
+    scratch: &'a mut [f32],
+    tau_wide: &'a [f32],
+    tau_narrow: &'a [bf16],
+}
+
+impl<'a> Tensors<'a> {
+    /// And where lost updates are counted.
+    fn of(a: Args<'a, Cpu>) -> (Self, &'a mut [u32]) {
+        let floats = |x: Option<ViewMut<'a, Cpu>>| Shared::new(x.map(ViewMut::into_f32s).unwrap_or_default());
+        let is_narrow = a.weight.dtype() == DType::Bf16;
+        let (wide, narrow) = if is_narrow { (None, Some(a.weight)) } else { (Some(a.weight), None) };
+        let (full, wide) = if a.master.is_some() || is_narrow { (a.master, wide) } else { (wide, None) };
+        let of = |dtype| a.tau_ref.filter(|tau_ref| tau_ref.dtype() == dtype);
+        let tensors = Self {
+            grad: a.grad.f32s(),
+            m: floats(Some(a.first_moment)),
+            v: floats(Some(a.second_moment)),
+            full: floats(full),
+            wide: floats(wide),
+            narrow: Shared::new(narrow.map(ViewMut::into_bf16s).unwrap_or_default()),
+            since_merge: floats(a.since_merge),
+            average: floats(a.average),
+            scratch: floats(a.scratch),
+            tau_wide: of(DType::F32).map(|x| x.f32s()).unwrap_or_default(),
+            tau_narrow: of(DType::Bf16).map(|x| x.bf16s()).unwrap_or_default(),
+        };
+        (tensors, a.lost.map(ViewMut::into_u32s).unwrap_or_default())
+    }
+
+    fn tasks(&self) -> usize {
+        self.grad.len().div_ceil(TASK)
+    }
+
+    /// Of one task.
+    fn part(&self, task: usize) -> Part<'_> {
+        fn own<'a, T>(x: &Shared<'a, T>, at: usize, len: usize) -> &'a mut [T] {
+            // SAFETY: each task asks for its own elements, once in a pass.
+            if x.is_empty() { &mut [] } else { unsafe { x.slice(at, len) } }
+        }
+        let at = task * TASK;
+        let len = TASK.min(self.grad.len() - at);
+        Part {
+            at,
+            grad: &self.grad[at..at + len],
+            m: own(&self.m, at, len),
+            v: own(&self.v, at, len),
+            full: own(&self.full, at, len),
+            wide: own(&self.wide, at, len),
+            narrow: own(&self.narrow, at, len),
+            since_merge: own(&self.since_merge, at, len),
+            average: own(&self.average, at, len),
+            scratch: own(&self.scratch, at, len),
+            tau_wide: self.tau_wide.get(at..at + len).unwrap_or_default(),
+            tau_narrow: self.tau_narrow.get(at..at + len).unwrap_or_default(),
+        }
+    }
+}
+
+impl Part<'_> {
+    #[inline(always)]
+    fn blocks(&self) -> usize {
+        self.grad.len().div_ceil(BLOCK)
+    }
+
+    #[inline(always)]
+    fn block(&mut self, i: usize) -> Part<'_> {
+        #[inline(always)]
+        fn own<T>(x: &mut [T], at: usize, len: usize) -> &mut [T] {
+            if x.is_empty() { x } else { &mut x[at..at + len] }
+        }
+        let at = i * BLOCK;
+        let len = BLOCK.min(self.grad.len() - at);
+        Part {
+            at: self.at + at,
+            grad: &self.grad[at..at + len],
+            m: own(self.m, at, len),
+            v: own(self.v, at, len),
+            full: own(self.full, at, len),
+            wide: own(self.wide, at, len),
+            narrow: own(self.narrow, at, len),
+            since_merge: own(self.since_merge, at, len),
+            average: own(self.average, at, len),
+            scratch: own(self.scratch, at, len),
+            tau_wide: self.tau_wide.get(at..at + len).unwrap_or_default(),
+            tau_narrow: self.tau_narrow.get(at..at + len).unwrap_or_default(),
+        }
+    }
+}
+
+// ---- passes -----------------------------------------------------------------------------------------------------------
+
+/// What the second pass does to an update: elements of a smaller magnitude become 0, the others are scaled and bounded.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// A magnitude by its bits, which are in its order.
+    threshold: u32,
+    factor: f32,
+    bound: f32,
+}
+
+#[derive(Clone, Copy)]
+enum Way {
+    Whole,
+    Second(Cut),
+}
+
+/// Counts of magnitudes by some of their bits; zeros, which can be most of an embedding's, are left out. A count of integers is
+/// the same in any order.
+struct Bins(Vec<u32>);
+
+impl Bins {
+    fn new(bits: u32) -> Self {
+        Self(vec![0; 1 << bits])
+    }
+
+    fn add(mut self, other: Self) -> Self {
+        self.0.iter_mut().zip(&other.0).for_each(|(a, b)| *a += b);
+        self
+    }
+
+    /// The bin of the `count`-th largest, and which of that bin it is. What is not counted is in the first.
+    fn find(&self, mut count: usize) -> (usize, usize) {
+        for (bin, members) in self.0.iter().enumerate().rev() {
+            if count <= *members as usize {
+                return (bin, count);
+            }
+            count -= *members as usize;
+        }
+        (0, count)
+    }
+}
+
+/// Makes the update and leaves it in the scratch; says how it is to be cut.
+fn first_pass(isa: Isa, s: &Scalars, step: &Step, tensors: &Tensors) -> Cut {
+    let mut sums = vec![[0.0; 2]; tensors.tasks()];
+    let shared = Shared::new(&mut sums);
+    let trims = s.folded.merge != Merge::Drop;
+    let task = |mut bins: Bins, i: usize| {
+        // SAFETY: each task has its own.
+        let own = unsafe { shared.slice(i, 1) };
+        own[0] = update_task(isa, s, tensors.part(i), &mut bins.0);
+        bins
+    };
+    let none = || Bins::new(if trims { HIGH_BITS } else { 0 });
+    let bins = (0..tensors.tasks()).into_par_iter().fold(none, task).reduce(none, Bins::add);
+    // One after the other, in the order of the tasks.
+    let total = |sums: &[[f64; 2]], which: usize| sums.iter().map(|sums| sums[which]).sum::<f64>();
+    let (before, after) = (total(&sums, 0), total(&sums, 1));
+    let rescales = s.folded.rescale && before >= LEAST_SUM;
+    if !trims {
+        let whole = Cut { threshold: 0, factor: 1.0, bound: f32::INFINITY };
+        let factor = (before / (after + step.adam.eps)) as f32;
+        return if rescales { Cut { factor, bound: s.folded.bound as f32, ..whole } } else { whole };
+    }
+    let count = kept(step.rule.reserve_rate(), tensors.grad.len()).expect("trimming has a second pass");
+    let (threshold, after) = threshold(isa, tensors, &bins, count);
+    Cut { threshold, factor: if rescales { (before / after) as f32 } else { 1.0 }, bound: f32::INFINITY }
+}
+
+/// The `count`-th largest magnitude of the scratch by its bits, and the sum of those that are not smaller.
+fn threshold(isa: Isa, tensors: &Tensors, high: &Bins, count: usize) -> (u32, f64) {
+    let (high, count) = high.find(count);
+    let mut sums = vec![0.0; tensors.tasks()];
+    let shared = Shared::new(&mut sums);
+    let task = |mut bins: Bins, i: usize| {
+        // SAFETY: each task has its own.
+        let own = unsafe { shared.slice(i, 1) };
+        own[0] = refine_task(isa, tensors.part(i).scratch, high as u32, &mut bins.0);
+        bins
+    };
+    let none = || Bins::new(LOW_BITS);
+    let bins = (0..tensors.tasks()).into_par_iter().fold(none, task).reduce(none, Bins::add);
+    let (low, _) = bins.find(count);
+    // These bins are one number wide.
+    let of_bin = |(low, members): (usize, &u32)| f64::from(*members) * f64::from(magnitude(high, low));
+    let of_bins: f64 = bins.0.iter().enumerate().skip(low).map(of_bin).sum();
+    (magnitude(high, low).to_bits(), sums.iter().sum::<f64>() + of_bins)
+}
+
+fn magnitude(high: usize, low: usize) -> f32 {
+    f32::from_bits((high as u32) << LOW_BITS | low as u32)
+}
+
+/// Memory of a block between its stages.
+struct Buffers {
+    update: [f32; BLOCK],
+    /// The gradient of which elements were dropped; later what is added to the weight.
+    other: [f32; BLOCK],
+    tau_ref: [f32; BLOCK],
+    /// A weight that is bf16 alone.
+    weight: [f32; BLOCK],
+    words: [u32; BLOCK],
+}
+
+impl Buffers {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            update: [0.0; BLOCK],
+            other: [0.0; BLOCK],
+            tau_ref: [0.0; BLOCK],
+            weight: [0.0; BLOCK],
+            words: [0; BLOCK],
+        }
+    }
+}
+
+dispatched! {
+    /// Makes the update that is to be sparsified, with sums of magnitudes before and after random elements were dropped; counts
+    /// magnitudes where there are bins for them.
+    fn update_task(s: &Scalars, part: Part, bins: &mut [u32]) -> [f64; 2] {
+        let (mut part, mut buffers, mut sums) = (part, Buffers::new(), [0.0; 2]);
+        for i in 0..part.blocks() {
+            let mut block = part.block(i);
+            make_update(s, &mut block, &mut buffers);
+            let update = &mut buffers.update[..block.grad.len()];
+            sums[0] += sum_of_magnitudes(update);
+            if s.folded.merge == Merge::Drop {
+                drop_elements(s, Purpose::Update, s.folded.update, block.at, update, &mut buffers.words);
+                sums[1] += sum_of_magnitudes(update);
+            } else {
+                let magnitudes = update.iter().map(|x| bits_of_magnitude(*x)).filter(|bits| *bits != 0);
+                magnitudes.for_each(|bits| bins[(bits >> LOW_BITS) as usize] += 1);
+            }
+            block.scratch.copy_from_slice(update);
+        }
+        sums
+    }
+}
+
+dispatched! {
+    /// Counts what has these upper bits by its lower ones; returns the sum of what has larger ones.
+    fn refine_task(x: &[f32], high: u32, bins: &mut [u32]) -> f64 {
+        let mut sum = 0.0;
+        for block in x.chunks(BLOCK) {
+            let mut above = [0.0f32; LANES];
+            for run in block.chunks(LANES) {
+                let mut members = 0;
+                for (above, x) in above.iter_mut().zip(run) {
+                    let bits = bits_of_magnitude(*x);
+                    *above += if bits >> LOW_BITS > high { f32::from_bits(bits) } else { 0.0 };
+                    members |= u32::from(bits >> LOW_BITS == high);
+                }
+                if members != 0 {
+                    let bits = run.iter().map(|x| bits_of_magnitude(*x));
+                    let of_bin = bits.filter(|bits| *bits != 0 && bits >> LOW_BITS == high);
+                    of_bin.for_each(|bits| bins[(bits & ((1 << LOW_BITS) - 1)) as usize] += 1);
+                }
+            }
+            sum += f64::from(sum_lanes(above));
+        }
+        sum
+    }
+}
+
+dispatched! {
+    /// All of a pass, or what is left of it once the update is known; returns how many updates were not zero and how many of
+    /// those were lost.
+    fn apply_task(s: &Scalars, way: Way, part: Part) -> [u32; 2] {
+        let (mut part, mut buffers, mut lost) = (part, Buffers::new(), [0; 2]);
+        for i in 0..part.blocks() {
+            let mut block = part.block(i);
+            let len = block.grad.len();
+            match way {
+                Way::Whole => {
+                    make_update(s, &mut block, &mut buffers);
+                    let update = &mut buffers.update[..len];
+                    drop_elements(s, Purpose::Update, s.folded.update, block.at, update, &mut buffers.words);
+                }
+                Way::Second(cut) => cut_elements(cut, block.scratch, &mut buffers.update[..len]),
+            }
+            buffers.tau_ref.iter_mut().zip(block.tau_wide).for_each(|(wide, x)| *wide = *x);
+            widen(block.tau_narrow, &mut buffers.tau_ref);
+            merge(s, block.at, &mut buffers.update[..len], &buffers.tau_ref[..len], &mut buffers.words);
+            take_back(s, block.since_merge, &mut buffers.update[..len]);
+            apply(s, &mut block, &mut buffers, &mut lost);
+            write_beside(s, &mut block, &buffers.tau_ref);
+        }
+        lost
+    }
+}
+
+// ---- stages -----------------------------------------------------------------------------------------------------------
+
+#[inline(always)]
+fn draw(s: &Scalars, purpose: Purpose, at: usize, words: &mut [u32]) {
+    s.step.random.fill(purpose.counter(s.step.step) + at as u64 / 4, words);
+}
+
+/// What is dropped becomes 0, the rest is scaled.
+#[inline(always)]
+fn drop_elements(s: &Scalars, purpose: Purpose, keep: Keep, at: usize, x: &mut [f32], words: &mut [u32]) {
+    if keep.is_all() {
+        return;
+    }
+    let (threshold, scale, words) = (keep.threshold as u32, keep.scale as f32, &mut words[..x.len()]);
+    draw(s, purpose, at, words);
+    x.iter_mut().zip(words).for_each(|(x, word)| *x = if *word < threshold { *x * scale } else { 0.0 });
+}
+
+/// Adam's update, and what was not merged before it.
+#[inline(always)]
+fn make_update(s: &Scalars, block: &mut Part, buffers: &mut Buffers) {
+    let len = block.grad.len();
+    let (update, mut grad) = (&mut buffers.update[..len], block.grad);
+    if !s.folded.gradient.is_all() {
+        let dropped = &mut buffers.other[..len];
+        dropped.copy_from_slice(grad);
+        drop_elements(s, Purpose::Gradient, s.folded.gradient, block.at, dropped, &mut buffers.words);
+        grad = dropped;
+    }
+    for (((update, g), m), v) in update.iter_mut().zip(grad).zip(&mut *block.m).zip(&mut *block.v) {
+        let g = g * s.clip;
+        *m = s.beta1 * *m + s.fresh1 * g;
+        *v = s.beta2 * *v + s.fresh2 * g * g;
+        *update = -(s.rate * *m / (v.sqrt() * s.root + s.eps));
+    }
+    let both = update.iter_mut().zip(&mut *block.since_merge);
+    if s.step.merges {
+        both.for_each(|(update, since)| *update += *since);
+    } else {
+        both.for_each(|(update, since)| *since += *update);
+    }
+}
+
+#[inline(always)]
+fn bits_of_magnitude(x: f32) -> u32 {
+    x.to_bits() & 0x7fff_ffff
+}
+
+#[inline(always)]
+fn sum_of_magnitudes(x: &[f32]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    for run in x.chunks(LANES) {
+        lanes.iter_mut().zip(run).for_each(|(lane, x)| *lane += x.abs());
+    }
+    sum_lanes(lanes).into()
+}
+
+#[inline(always)]
+fn cut_elements(cut: Cut, x: &[f32], update: &mut [f32]) {
+    for (update, x) in update.iter_mut().zip(x) {
+        let scaled = *x * cut.factor;
+        // A NaN stays one.
+        let bounded = if scaled > cut.bound { cut.bound } else { scaled };
+        let bounded = if bounded < -cut.bound { -cut.bound } else { bounded };
+        *update = if bits_of_magnitude(*x) >= cut.threshold { bounded } else { 0.0 };
+    }
+}
+
+#[inline(always)]
+fn widen(x: &[bf16], wide: &mut [f32]) {
+    wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = f32::from_bits(u32::from(x.to_bits()) << 16));
+}
+
+/// What is added of the update and of `tau_ref`.
+#[inline(always)]
+fn merge(s: &Scalars, at: usize, update: &mut [f32], tau_ref: &[f32], words: &mut [u32]) {
+    let [of_update, of_tau_ref] = s.shares;
+    let both = update.iter_mut().zip(tau_ref);
+    match s.folded.merge {
+        Merge::Plain => {}
+        Merge::Drop if of_tau_ref == 0.0 => update.iter_mut().for_each(|u| *u *= of_update),
+        Merge::Drop => {
+            let (keep, words) = (s.folded.tau_ref, &mut words[..tau_ref.len()]);
+            let threshold = if keep.is_all() { u32::MAX } else { keep.threshold as u32 };
+            match keep.is_all() {
+                true => words.fill(0),
+                false => draw(s, Purpose::TauRef, at, words),
+            }
+            both.zip(words).for_each(|((u, tau_ref), word)| {
+                let tau_ref = if *word < threshold { *tau_ref } else { 0.0 };
+                *u = of_update * *u + of_tau_ref * tau_ref;
+            });
+        }
+        Merge::Before => both.for_each(|(u, tau_ref)| {
+            let elected = if tau_ref + *u >= 0.0 { 1.0 } else { -1.0 };
+            let agreeing = |x: f32| if x * elected < 0.0 { 0.0 } else { x };
+            *u = of_update * agreeing(*u) + of_tau_ref * agreeing(*tau_ref);
+        }),
+        Merge::After => both.for_each(|(u, tau_ref)| {
+            let (x, y) = (of_update * *u, of_tau_ref * tau_ref);
+            let larger = if x.abs() > y.abs() { x } else { y };
+            let larger = if x.abs() == y.abs() { 0.0 } else { larger };
+            let oppose = (x < 0.0) & (y > 0.0) | (x > 0.0) & (y < 0.0);
+            *u = if oppose { larger } else { x + y };
+        }),
+    }
+}
+
+/// A merge replaces what the steps since the last one did.
+#[inline(always)]
+fn take_back(s: &Scalars, since_merge: &mut [f32], update: &mut [f32]) {
+    if s.step.merges {
+        for (update, since) in update.iter_mut().zip(since_merge) {
+            *update -= *since;
+            *since = 0.0;
+        }
+    }
+}
+
+/// Adds to the weight, with decay and what the moving average pulls.
+#[inline(always)]
+fn apply(s: &Scalars, block: &mut Part, buffers: &mut Buffers, lost: &mut [u32; 2]) {
+    let len = block.grad.len();
+    let alone = block.full.is_empty();
+    if alone {
+        widen(block.narrow, &mut buffers.weight[..len]);
+    }
+    let w = if alone { &mut buffers.weight[..len] } else { &mut *block.full };
+    let (update, sum) = (&buffers.update[..len], &mut buffers.other[..len]);
+    let all = sum.iter_mut().zip(update).zip(&*w);
+    match s.folded.decay_last {
+        true => all.for_each(|((sum, u), w)| *sum = u - s.decay * (w + u)),
+        false => all.for_each(|((sum, u), w)| *sum = u - s.decay * w),
+    }
+    for ((sum, average), w) in sum.iter_mut().zip(&mut *block.average).zip(&*w) {
+        let moved = w + *sum;
+        *average += s.ema * (moved - *average);
+        *sum += s.ema * (*average - moved);
+    }
+    let words = &mut buffers.words[..len];
+    match s.step.rounding {
+        Rounding::Nearest => settle(w, sum, update, words, lost, |w, sum, _| w + sum),
+        Rounding::Stochastic => {
+            draw(s, Purpose::Rounding, block.at, words);
+            match alone {
+                false => settle(w, sum, update, words, lost, stochastic_sum),
+                true => settle(w, sum, update, words, lost, |w, sum, word| {
+                    f32::from_bits(u32::from(stochastic_bf16(stochastic_sum(w, sum, word), word)) << 16)
+                }),
+            }
+        }
+    }
+    if alone {
+        block.narrow.iter_mut().zip(w).for_each(|(narrow, w)| *narrow = bf16::from_bits((w.to_bits() >> 16) as u16));
+    }
+}
+
+#[inline(always)]
+fn settle(
+    w: &mut [f32],
+    sum: &[f32],
+    update: &[f32],
+    words: &[u32],
+    lost: &mut [u32; 2],
+    round: impl Fn(f32, f32, u32) -> f32,
+) {
+    for (((w, sum), u), word) in w.iter_mut().zip(sum).zip(update).zip(words) {
+        let old = *w;
+        *w = round(old, *sum, *word);
+        lost[0] = lost[0].wrapping_add(u32::from(*u != 0.0));
+        lost[1] = lost[1].wrapping_add(u32::from((*u != 0.0) & (*w == old)));
+    }
+}
+
+/// `a + b`, up or down with the probability of the distance: the rounding error of the nearest sum is known exactly (Knuth's
+/// two-sum), and it goes to the neighbour on that side as often as it is part of the gap. A word is 32 bits of probability.
+#[inline(always)]
+fn stochastic_sum(a: f32, b: f32, word: u32) -> f32 {
+    let nearest = a + b;
+    let other = nearest - a;
+    let error = (a - (nearest - other)) + (b - other);
+    // Away from zero is one more in the bits.
+    let grows = (error > 0.0) == (nearest > 0.0);
+    let bits = nearest.to_bits();
+    let neighbour = f32::from_bits(if grows { bits.wrapping_add(1) } else { bits.wrapping_sub(1) });
+    let gap = (neighbour - nearest).abs();
+    if word as f32 * (0.5 / (1u32 << 31) as f32) * gap < error.abs() { neighbour } else { nearest }
+}
+
+/// The upper half of a float, one more as often as the lower half is part of 2^16; NaN and infinities as they are.
+#[inline(always)]
+fn stochastic_bf16(x: f32, word: u32) -> u16 {
+    let bits = x.to_bits();
+    let moved = if x.is_finite() { bits.wrapping_add(word & 0xffff) } else { bits };
+    let quiet = if x.is_nan() { moved | 1 << 22 } else { moved };
+    (quiet >> 16) as u16
+}
+
+/// To nearest even.
+#[inline(always)]
+fn nearest_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let bits = if x.is_nan() { bits | 1 << 22 } else { nearest };
+    bf16::from_bits((bits >> 16) as u16)
+}
+
+/// What the weight is besides its master.
+#[inline(always)]
+fn write_beside(s: &Scalars, block: &mut Part, tau_ref: &[f32]) {
+    if block.full.is_empty() {
+        return;
+    }
+    let all = block.full.iter().zip(tau_ref);
+    let shared = all.map(|(w, tau_ref)| if s.share == 0.0 { *w } else { w + s.share * tau_ref });
+    block.wide.iter_mut().zip(shared.clone()).for_each(|(wide, w)| *wide = w);
+    block.narrow.iter_mut().zip(shared).for_each(|(narrow, w)| *narrow = nearest_bf16(w));
 }

@@ -1,0 +1,176 @@
+//! Optimizers that merge while they train, in runs as users start them.
+
+use cuvee::checkpoint::Weights;
+
+use crate::program::{Line, Workspace, results};
+
+const TRAIN: &str = "train --objective sigmoid --beta 0.1 --learning-rate 5e-4 --model sft --dataset train.jsonl \
+    --max-length 48 --batch-size 4 --max-steps 10 --weight-decay 0.1 --threads 2";
+
+/// `sft` is `model` after some fine-tuning: the policy, and the model that it came from.
+fn workspace() -> Workspace {
+    let w = Workspace::with_reviews(40);
+    w.ok("train --objective sft --learning-rate 1e-3 --model model --dataset train.jsonl --max-length 48 --batch-size 8 \
+          --max-steps 5 --output-dir sft");
+    w
+}
+
+fn train(w: &Workspace, run: &str, flags: &str) -> String {
+    w.ok(&format!("{TRAIN} --output-dir {run} {flags}")).stderr
+}
+
+/// metrics.jsonl without times.
+fn steps(w: &Workspace, run: &str) -> Vec<Line> {
+    let lines = w.lines(&format!("{run}/metrics.jsonl")).into_iter();
+    lines.map(|line| line.into_iter().filter(|(key, _)| key != "step_time").collect()).collect()
+}
+
+/// Every weight of a model, name by name.
+fn weights(w: &Workspace, run: &str) -> Vec<(String, Vec<f32>)> {
+    let weights = Weights::open(&w.path(run)).unwrap();
+    let read = |name: &str| {
+        let shape = weights.shape(name).unwrap();
+        let mut values = vec![0.0; shape.iter().product()];
+        weights.read(name, shape, &mut values).unwrap();
+        (name.to_string(), values)
+    };
+    weights.names().map(read).collect()
+}
+
+#[test]
+fn without_masks_and_merges_online_merging_is_adam() {
+    let w = workspace();
+    train(&w, "adam", "--adam-form hugging-face");
+    train(&w, "ondare", "--optimizer ondare --reserve-rate 1 --merge-weight 0");
+    train(&w, "child", "--optimizer child_tuning --reserve-rate 1");
+    for run in ["ondare", "child"] {
+        assert_eq!(steps(&w, "adam"), steps(&w, run), "{run}");
+        assert!(w.read("adam/model.safetensors") == w.read(&format!("{run}/model.safetensors")), "{run}");
+    }
+    train(&w, "torch", "");
+    assert_ne!(steps(&w, "adam")[9], steps(&w, "torch")[9], "the two forms differ");
+}
+
+/// Between two merges, in every method that keeps something of its own or draws something.
+#[test]
+fn a_stopped_run_continues_to_the_same_bits() {
+    let w = workspace();
+    let merging = "--reserve-rate 0.3 --merge-weight 1e-3 --base-model model";
+    for (name, flags) in [
+        ("ondare", format!("--optimizer ondare {merging} --merge-every 4")),
+        ("lazy-bf16", format!("--optimizer ondare {merging} --merge-schedule ramp --dtype bf16")),
+        ("paper", format!("--optimizer ondare {merging} --merge-form paper --merge-every 5 --dtype bf16")),
+        ("rescaled", format!("--optimizer ondare {merging} --merge-rescale --merge-clip 0.5")),
+        ("onties", format!("--optimizer onties {merging} --merge-every 4 --merge-schedule learning-rate")),
+        ("onties-paper", format!("--optimizer onties {merging} --merge-form paper --merge-rescale")),
+        ("child", "--optimizer child_tuning --reserve-rate 0.3".into()),
+        ("ema", "--optimizer ema --ema-rate 0.01".into()),
+        ("stochastic", "--stochastic-rounding".into()),
+    ] {
+        train(&w, &format!("{name}-whole"), &format!("{flags} --save-steps 10"));
+        let run = format!("{name}-run");
+        train(&w, &run, &format!("{flags} --stop-at-step 6"));
+        train(&w, &run, &format!("{flags} --save-steps 10 --resume-from-checkpoint auto"));
+        assert_eq!(steps(&w, &format!("{name}-whole")), steps(&w, &run), "{name}");
+        let [whole, run] = ["whole", "run"].map(|run| results(&w.path(&format!("{name}-{run}"))));
+        for file in ["model.safetensors", "checkpoint-10/optimizer.safetensors"] {
+            assert!(whole[file] == run[file], "{name}: {file}");
+        }
+    }
+}
+
+/// Ten thousandths of a unit in the last place at a time: what f32 weights would lose at every step.
+#[test]
+fn merges_that_are_too_small_to_be_added_add_up() {
+    let w = workspace();
+    let still = TRAIN.replace("--learning-rate 5e-4", "--learning-rate 1e-30").replace("--max-steps 10", "--max-steps 40");
+    let merging = "--reserve-rate 1 --merge-weight 1e-6 --base-model model";
+    let (before, base) = (weights(&w, "sft"), weights(&w, "model"));
+    for (name, flags, exact) in [
+        ("released", "--optimizer ondare", true),
+        ("paper", "--optimizer ondare --merge-form paper", false),
+        ("onties", "--optimizer onties", false),
+    ] {
+        w.ok(&format!("{still} --output-dir {name} {flags} {merging}"));
+        let (mut along, mut squares, mut moved) = (0.0, 0.0, 0_usize);
+        for (((tensor, after), (_, before)), (_, base)) in weights(&w, name).iter().zip(&before).zip(&base) {
+            for ((after, before), base) in after.iter().zip(before).zip(base) {
+                let tau = f64::from(before - base);
+                let step = f64::from(*after) - f64::from(*before);
+                along += step * tau;
+                squares += tau * tau;
+                moved += usize::from(step != 0.0);
+                let ulp = f64::from(f32::from_bits(before.abs().to_bits() + 1) - before.abs());
+                let expected = 40.0 * 1e-6 * tau;
+                // tau_ref is kept in bfloat16.
+                let bound = if exact { 0.51 * ulp } else { 40.0 * ulp } + expected.abs() / 256.0;
+                assert!((step - expected).abs() <= bound, "{name}, {tensor}: {step:e} instead of {expected:e}");
+            }
+        }
+        let added = along / squares;
+        assert!((added / 4e-5 - 1.0).abs() < 0.05, "{name}: {added:e} of tau_ref, {moved} weights moved");
+    }
+}
+
+#[test]
+fn a_run_says_what_its_merges_will_amount_to_and_what_rounding_lost() {
+    let w = workspace();
+    let merging = "--optimizer ondare --reserve-rate 0.5 --base-model model";
+    let said = train(&w, "much", &format!("{merging} --merge-weight 0.01"));
+    assert!(said.contains("tau_ref: sft minus model, ") && said.contains("add up to 1.0e-1 of it"), "{said}");
+    assert!(!said.contains("next to nothing"), "{said}");
+    let said = train(&w, "little", &format!("{merging} --merge-weight 1e-7 --merge-every 5"));
+    assert!(said.contains("add up to 2.0e-7 of it") && said.contains("next to nothing; a larger --merge-weight"), "{said}");
+    let said = train(&w, "ramp", &format!("{merging} --merge-weight 0.01 --merge-schedule ramp"));
+    assert!(said.contains("add up to 5.5e-2 of it"), "{said}");
+    let lost = w.column("much/metrics.jsonl", "lost_updates");
+    assert!(lost.iter().all(|lost| (0.0..0.1).contains(lost)), "{lost:?}");
+    // Updates of a millionth of a millionth are lost, unless rounding is a matter of luck.
+    let tiny = TRAIN.replace("--learning-rate 5e-4", "--learning-rate 1e-12");
+    w.ok(&format!("{tiny} --output-dir nearest"));
+    w.ok(&format!("{tiny} --output-dir lucky --stochastic-rounding"));
+    let [nearest, lucky] = ["nearest", "lucky"].map(|run| w.column(&format!("{run}/metrics.jsonl"), "lost_updates")[1]);
+    assert!(nearest > 0.9 && lucky < nearest, "{nearest} to the nearest, {lucky} at random");
+    assert!(w.read("nearest/model.safetensors") != w.read("lucky/model.safetensors"));
+}
+
+#[test]
+fn what_cannot_be_merged_with_is_refused_by_name() {
+    let w = workspace();
+    w.copy_model("narrow");
+    let config = w.text("narrow/config.json");
+    let heads = config.replace("\"intermediate_size\": ", "\"intermediate_size\": 1");
+    assert_ne!(config, heads);
+    w.write("narrow/config.json", heads);
+    std::fs::remove_file(w.path("narrow/model.safetensors")).unwrap();
+    w.ok("train --objective sft --model narrow --init random --dataset train.jsonl --max-length 48 --max-steps 1 \
+          --output-dir other");
+    let ondare = "--optimizer ondare --reserve-rate 0.5 --merge-weight 1e-3";
+    for (flags, said) in [
+        (ondare.to_string(), "--base-model: ondare merges with what fine-tuning added to a base model: give the folder"),
+        (format!("{ondare} --base-model sft"), "--base-model: sft and sft are one model, so that tau_ref would be 0"),
+        (format!("{ondare} --base-model model --tau-model model"), "--base-model: model and model are one model"),
+        (format!("{ondare} --base-model other"), "in --model, other has it as ["),
+        (format!("{ondare} --base-model model --tau-model other"), "--tau-model: \""),
+        (format!("{ondare} --base-model model --init random"), "--init: random weights minus a base model"),
+        (format!("{ondare} --base-model nowhere"), "nowhere"),
+        ("--base-model model".into(), "--base-model: adamw merges with no model"),
+        ("--optimizer child_tuning --reserve-rate 0.5 --tau-model model".into(), "--tau-model: child_tuning merges"),
+        ("--reserve-rate 0.5".into(), "--reserve-rate: adamw does not use it, it takes --adam-form; remove it"),
+        ("--optimizer ondare --merge-weight 0.1".into(), "--reserve-rate: ondare requires it"),
+        ("--optimizer ema".into(), "--ema-rate: ema requires it"),
+        (format!("{ondare} --merge-form paper --merge-clip 2"), "--merge-clip: does nothing without --merge-form released"),
+        ("--optimizer lion".into(), "--optimizer: \"lion\" is not an optimizer; adamw, ondare"),
+    ] {
+        w.fails(1, &format!("{TRAIN} --output-dir run {flags}"), &[said]);
+        assert!(!w.exists("run"), "{flags}: refused before anything is made");
+    }
+    for flags in ["--merge-every 0", "--merge-every 1.5", "--merge-weight 1", "--reserve-rate 0", "--reserve-rate 1.1"] {
+        w.fails(2, &format!("{TRAIN} --output-dir run --optimizer ondare {flags}"), &["expected a number with"]);
+    }
+    // A run that merged does not go on merging with something else.
+    train(&w, "run", &format!("{ondare} --base-model model --stop-at-step 2"));
+    w.ok("train --objective sft --model model --dataset train.jsonl --max-length 48 --max-steps 1 --output-dir base2");
+    let on = format!("{TRAIN} --output-dir run {ondare} --base-model base2 --resume-from-checkpoint auto");
+    w.fails(1, &on, &["--base-model: the checkpoint in run/checkpoint-2 was made with"]);
+}
