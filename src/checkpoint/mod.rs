@@ -9,8 +9,10 @@ pub mod json;
 pub mod peft;
 pub mod run_dir;
 pub mod save;
+pub mod stream;
 pub mod weights;
 
 pub use atomic::{write_dir, write_file};
 pub use save::{SaveDtype, TensorSource, save_safetensors};
+pub use stream::{Layout, Sink, stream_model};
 pub use weights::Weights;

@@ -44,14 +44,7 @@ pub enum Claim {
 ///
 /// Fails on an unfinished run, on any other file or folder of that name, and where nothing can be created.
 pub fn claim(output: &Path) -> Result<Claim> {
-    let claim = match fs::symlink_metadata(output) {
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            fs::create_dir_all(parent(output)).map_err(|e| cannot_create(output, e))?;
-            Claim::Fresh
-        }
-        Err(e) => return Err(cannot_create(output, e)),
-        Ok(_) => Claim::Moved(move_finished(output)?),
-    };
+    let claim = make_room(output)?;
     // The folder appears with its marker: killed in between, an empty one would be refused as someone else's.
     let marked = sibling(output, &format!(".{}{TMP}", std::process::id()))?;
     fs::create_dir(&marked).map_err(|e| cannot_create(output, e))?;
@@ -67,24 +60,25 @@ pub fn claim(output: &Path) -> Result<Claim> {
     Ok(claim)
 }
 
-fn move_finished(output: &Path) -> Result<PathBuf> {
-    let refuse = |detail: &str| Err(Error::file(output, detail));
-    match Marker::read(output) {
-        Some(Marker { finished: true, .. }) => {}
-        Some(_) => {
-            return refuse(
-                "holds an unfinished run; continue it with --resume-from-checkpoint auto, \
-                 or choose another --output-dir",
-            );
+/// What [`claim`] does before it creates the folder, for a folder that is written elsewhere and renamed to `output`.
+pub fn make_room(output: &Path) -> Result<Claim> {
+    match fs::symlink_metadata(output) {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            fs::create_dir_all(parent(output)).map_err(|e| cannot_create(output, e))?;
+            Ok(Claim::Fresh)
         }
-        None if !output.is_dir() => return refuse("is a file; choose another --output-dir"),
-        None => {
-            return refuse(
-                "exists and is not a run of cuvee (it has no cuvee.json), so it is left alone; \
-                 choose another --output-dir",
-            );
-        }
+        Err(e) => Err(cannot_create(output, e)),
+        Ok(_) => Ok(Claim::Moved(move_finished(output)?)),
     }
+}
+
+/// Fails where [`make_room`] would, as far as that can be told without touching anything.
+pub fn check_room(output: &Path) -> Result<()> {
+    if fs::symlink_metadata(output).is_ok() { check_finished(output) } else { Ok(()) }
+}
+
+fn move_finished(output: &Path) -> Result<PathBuf> {
+    check_finished(output)?;
     let mut n = 1;
     loop {
         let free = sibling(output, &format!(".{n}"))?;
@@ -93,6 +87,23 @@ fn move_finished(output: &Path) -> Result<PathBuf> {
             return Ok(free);
         }
         n += 1;
+    }
+}
+
+/// Only what cuvee has finished is ever moved.
+fn check_finished(output: &Path) -> Result<()> {
+    let refuse = |detail: &str| Err(Error::file(output, detail));
+    match Marker::read(output) {
+        Some(Marker { finished: true, .. }) => Ok(()),
+        Some(_) => refuse(
+            "holds an unfinished run; continue it with --resume-from-checkpoint auto, \
+             or choose another --output-dir",
+        ),
+        None if !output.is_dir() => refuse("is a file; choose another --output-dir"),
+        None => refuse(
+            "exists and is not a run of cuvee (it has no cuvee.json), so it is left alone; \
+             choose another --output-dir",
+        ),
     }
 }
 

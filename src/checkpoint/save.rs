@@ -3,18 +3,19 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use half::bf16;
+use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::atomic::{write_error, write_file_with};
 use crate::error::{At, Error, Result};
 
-/// How weights are stored. `Bf16` rounds to nearest, ties to even.
+/// How weights are stored. `Bf16` and `F16` round to nearest, ties to even; what `F16` cannot hold becomes infinite.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SaveDtype {
     F32,
     Bf16,
+    F16,
 }
 
 impl SaveDtype {
@@ -23,6 +24,7 @@ impl SaveDtype {
         match self {
             Self::F32 => "float32",
             Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
         }
     }
 
@@ -31,6 +33,7 @@ impl SaveDtype {
         match self {
             Self::F32 => value,
             Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F16 => f16::from_f32(value).to_f32(),
         }
     }
 
@@ -38,22 +41,28 @@ impl SaveDtype {
         match self {
             Self::F32 => Dtype::F32,
             Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
         }
     }
 
-    fn bytes(self) -> usize {
+    /// Bytes of one value.
+    pub fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
         }
     }
 
-    fn encode(self, values: &[f32], bytes: &mut Vec<u8>) {
-        bytes.resize(values.len() * self.bytes(), 0);
+    /// Writes values as a file stores them. `bytes` has room for exactly as many.
+    pub(crate) fn encode(self, values: &[f32], bytes: &mut [u8]) {
+        assert_eq!(bytes.len(), values.len() * self.bytes(), "the buffer does not have the values' size");
         match self {
             Self::F32 => bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(b, v)| *b = v.to_le_bytes()),
             Self::Bf16 => {
                 bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(b, v)| *b = bf16::from_f32(*v).to_le_bytes())
+            }
+            Self::F16 => {
+                bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(b, v)| *b = f16::from_f32(*v).to_le_bytes())
             }
         }
     }
@@ -74,7 +83,8 @@ pub type Fill<'a> = Box<dyn Fn(&mut [f32]) -> Result<()> + 'a>;
 /// Returns the bytes written. Fails on two tensors of one name, on a `fill` that fails, and when the disk does;
 /// an older file at `path` then stays as it was.
 pub fn save_safetensors(path: &Path, tensors: &[TensorSource], dtype: SaveDtype) -> Result<u64> {
-    let (header, data_len) = header(path, tensors, dtype)?;
+    let shapes = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice()));
+    let (header, data_len) = header(path, shapes, dtype)?;
     write_file_with(path, |out| {
         let failed = |e| write_error(path, e);
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
@@ -85,6 +95,7 @@ pub fn save_safetensors(path: &Path, tensors: &[TensorSource], dtype: SaveDtype)
             values.resize(tensor.shape.iter().product(), 0.0);
             (tensor.fill)(&mut values)?;
             for chunk in values.chunks(1 << 16) {
+                bytes.resize(chunk.len() * dtype.bytes(), 0);
                 dtype.encode(chunk, &mut bytes);
                 out.write_all(&bytes).map_err(failed)?;
             }
@@ -95,11 +106,15 @@ pub fn save_safetensors(path: &Path, tensors: &[TensorSource], dtype: SaveDtype)
 }
 
 /// The JSON header, padded so that the data after it starts at a multiple of 8, and the length of that data.
-fn header(path: &Path, tensors: &[TensorSource], dtype: SaveDtype) -> Result<(Vec<u8>, usize)> {
+pub(super) fn header<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
+    dtype: SaveDtype,
+) -> Result<(Vec<u8>, usize)> {
     let mut seen = HashSet::new();
-    let mut infos = Vec::with_capacity(tensors.len());
+    let mut infos = Vec::new();
     let mut start = 0;
-    for TensorSource { name, shape, .. } in tensors {
+    for (name, shape) in tensors {
         if !seen.insert(name) {
             return Err(Error::file(path, format!("two tensors to save are named {name:?}")));
         }
@@ -107,8 +122,8 @@ fn header(path: &Path, tensors: &[TensorSource], dtype: SaveDtype) -> Result<(Ve
         let end = len
             .and_then(|len| len.checked_add(start))
             .ok_or_else(|| Error::file(path, format!("{name:?} has shape {shape:?}, too large to save")))?;
-        let info = TensorInfo { dtype: dtype.stored(), shape: shape.clone(), data_offsets: (start, end) };
-        infos.push((name.clone(), info));
+        let info = TensorInfo { dtype: dtype.stored(), shape: shape.to_vec(), data_offsets: (start, end) };
+        infos.push((name.to_string(), info));
         start = end;
     }
     let format = HashMap::from([("format".to_string(), "pt".to_string())]);

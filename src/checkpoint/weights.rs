@@ -8,13 +8,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
 
 use super::json::read_json;
+use super::save::SaveDtype;
 use crate::error::{At, Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -158,10 +159,7 @@ impl Weights {
             ));
         }
         let Some(convert) = converter(tensor.dtype) else {
-            let found = tensor.dtype;
-            return fail(format!(
-                "{name:?} is stored as {found}, cuvee reads F32, F16 and BF16; convert the file first"
-            ));
+            return fail(unreadable(name, tensor.dtype));
         };
         assert_eq!(out.len(), shape.iter().product::<usize>(), "{name}: the buffer does not have the shape's size");
 
@@ -174,12 +172,58 @@ impl Weights {
             }
             convert(buffer, out);
             let bad = first_not_finite(out)?;
-            let (value, index) = (out[bad], chunk * CHUNK + bad);
-            Some(format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy"))
+            Some(unusable(name, out[bad], chunk * CHUNK + bad))
         };
         let chunks = out.par_chunks_mut(CHUNK).enumerate();
         let problem = chunks.map_init(Vec::new, read).find_map_first(|problem| problem);
         problem.map_or(Ok(()), fail)
+    }
+
+    /// How a tensor is stored, where it is one of the types that are read.
+    pub fn stored_as(&self, name: &str) -> Option<SaveDtype> {
+        match self.tensors.get(name)?.dtype {
+            Dtype::F32 => Some(SaveDtype::F32),
+            Dtype::BF16 => Some(SaveDtype::Bf16),
+            Dtype::F16 => Some(SaveDtype::F16),
+            _ => None,
+        }
+    }
+
+    /// Reads the values of one tensor from index `start` on into `out`, as f32, on the calling thread.
+    ///
+    /// Fails as [`Weights::read`] does. Panics if the tensor ends before `out`.
+    pub fn read_part(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        /// Bytes that are converted at once, so that they never leave the nearest cache.
+        const BLOCK: usize = 1 << 14;
+        let tensor = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
+        let fail = |detail| Err(Error::file(self.path_of(name), detail));
+        let Some(convert) = converter(tensor.dtype) else { return fail(unreadable(name, tensor.dtype)) };
+        let (shard, width) = (&self.shards[tensor.shard], tensor.dtype.bitsize() / 8);
+        let mut at = tensor.range.start + start * width;
+        assert!(at + out.len() * width <= tensor.range.end, "{name} has fewer values");
+        let mut buffer = [0; BLOCK];
+        let mut done = 0;
+        for out in out.chunks_mut(BLOCK / width) {
+            let bytes = &mut buffer[..out.len() * width];
+            if let Err(e) = shard.file.read_exact_at(bytes, at as u64) {
+                return fail(format!("{name:?} cannot be read: {e}"));
+            }
+            convert(bytes, out);
+            if let Some(bad) = first_not_finite(out) {
+                return fail(unusable(name, out[bad], start + done + bad));
+            }
+            (at, done) = (at + bytes.len(), done + out.len());
+        }
+        Ok(())
+    }
+
+    /// Asks the system to have a tensor's bytes in memory by the time that they are read. Names that are not there are
+    /// left alone, and so is a system that does not care.
+    pub fn prefetch(&self, name: &str) {
+        let Some(tensor) = self.tensors.get(name) else { return };
+        let (start, len) = (tensor.range.start, tensor.range.len());
+        // A hint: what comes of it changes no byte.
+        drop(self.shards[tensor.shard].bytes.advise_range(Advice::WillNeed, start, len));
     }
 
     /// Feeds the name, dtype, shape and raw bytes of one tensor into a hasher; of a tensor that is not there, the name.
@@ -210,6 +254,14 @@ impl Weights {
         let nearest = nearest.map_or("it holds no tensor at all".into(), |n| format!("the nearest name is {n:?}"));
         Error::file(&self.source, format!("has no tensor {name:?}; {nearest}; is this the right config.json?"))
     }
+}
+
+fn unreadable(name: &str, found: Dtype) -> String {
+    format!("{name:?} is stored as {found}, cuvee reads F32, F16 and BF16; convert the file first")
+}
+
+fn unusable(name: &str, value: f32, index: usize) -> String {
+    format!("{name:?} holds {value} at index {index}; the weights are unusable, get another copy")
 }
 
 /// Checks a file's header and returns where its data starts.
@@ -291,7 +343,7 @@ fn first_not_finite(values: &[f32]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::save::{SaveDtype, TensorSource, save_safetensors};
+    use crate::checkpoint::save::{TensorSource, save_safetensors};
     use proptest::prelude::*;
     use serde_json::json;
     use tempfile::TempDir;

@@ -57,7 +57,7 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Show what a model will see of a data set: its tokens, what is scored, why rows are dropped
     Preview(PreviewArgs),
-    /// List what this build knows: objectives, modifiers of objectives, optimizers, architectures
+    /// List what this build knows: objectives, modifiers of objectives, optimizers, methods of merging, architectures
     List(ListArgs),
     /// Look after the cache of what references say: list, verify, remove
     Cache(CacheArgs),
@@ -819,6 +819,7 @@ pub enum Registry {
     Objectives,
     Modifiers,
     Optimizers,
+    Merges,
     Architectures,
 }
 
@@ -1117,7 +1118,7 @@ fn size(text: &str, least: u64) -> Result<usize, String> {
     }
 }
 
-fn seed(text: &str) -> Result<u64, String> {
+pub(super) fn seed(text: &str) -> Result<u64, String> {
     whole(text, 0)
 }
 

@@ -3,13 +3,14 @@
 use super::args::{ListArgs, Registry};
 use crate::error::Result;
 use crate::params::ParamSpec;
-use crate::{model, objectives, optim};
+use crate::{merge, model, objectives, optim};
 
 pub fn run(args: &ListArgs) -> Result<()> {
     let rows: Vec<(String, String)> = match args.what {
         Registry::Objectives => objectives::all().iter().map(objective).collect(),
         Registry::Modifiers => objectives::modifiers().iter().map(modifier).collect(),
         Registry::Optimizers => optim::all().iter().map(optimizer).collect(),
+        Registry::Merges => merge::all().iter().map(|entry| merge(entry)).collect(),
         Registry::Architectures => {
             model::arch::all().iter().map(|a| (a.model_type.to_string(), a.summary.to_string())).collect()
         }
@@ -41,6 +42,16 @@ fn objective(entry: &objectives::Entry) -> (String, String) {
         entry.name.to_string(),
         format!("{} ({}{also}) {}", entry.summary, entry.paper, flags(entry.params)).trim_end().into(),
     )
+}
+
+fn merge(entry: &merge::Entry) -> (String, String) {
+    let flag = |spec: &merge::ParamSpec| match spec.default() {
+        None => merge::flag(spec.name),
+        Some(default) => format!("[{} {default}]", merge::flag(spec.name)),
+    };
+    let base = if entry.base == merge::Base::Required { "--base-model " } else { "" };
+    let flags: Vec<String> = entry.params.iter().map(flag).collect();
+    (entry.name.to_string(), format!("{} ({}) {base}{}", entry.summary, entry.paper, flags.join(" ")))
 }
 
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {

@@ -129,7 +129,7 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let model_file = match dtype {
         _ if adapter => &Weights::open_file(&dir.join(peft::WEIGHTS))?,
         SaveDtype::F32 => &Weights::open(dir)?,
-        SaveDtype::Bf16 => &tensors,
+        SaveDtype::Bf16 | SaveDtype::F16 => &tensors,
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());

@@ -1,15 +1,14 @@
-//! `cuvee merge`: whole checkpoints here, what needs flags of its own in subcommands.
+//! `cuvee merge`: whole checkpoints, and in subcommands what needs flags of its own.
 
 mod adapters;
 mod behaviour;
 mod extract;
+mod models;
 mod out;
-
-use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, Subcommand};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(
@@ -17,20 +16,22 @@ use crate::error::{Error, Result};
     subcommand_negates_reqs = true,
     allow_negative_numbers = true,
     after_help = "\
+Models are Hugging Face folders of one architecture, shape and vocabulary. They are read tensor by tensor, merged in f32 and
+rounded once; memory does not depend on their size. The result gets config and tokenizer of the base, else of the first model.
+`cuvee list merges` names the methods with their papers and parameters.
+
 Examples:
   cuvee merge --method linear --model A=0.5 --model B=0.5 --output-dir runs/soup
   cuvee merge --method ties --base-model BASE --model A=0.5 --model B=0.5 --density 0.5 --output-dir runs/ties
-  cuvee merge --config recipe.yaml --output-dir runs/merged"
+  cuvee merge --method dare_linear --base-model BASE --model A=1 --model B=1 --density 0.3 0.6 --seed 7 --output-dir runs/dare
+  cuvee merge --method slerp --base-model A --model B --t 0.4 --override mlp:t=0.6 --output-dir runs/slerp
+  cuvee merge --config recipe.yaml --output-dir runs/merged --dry-run"
 )]
 pub struct MergeArgs {
     #[command(subcommand)]
     pub what: Option<MergeWhat>,
-    /// What to do, by mergekit's YAML
-    #[arg(long, value_name = "FILE", help_heading = "Files")]
-    pub config: Option<PathBuf>,
-    /// Folder for the merged model
-    #[arg(long, value_name = "DIR", required = true, help_heading = "Files")]
-    pub output_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub models: models::ModelsArgs,
 }
 
 #[derive(Debug, Clone, PartialEq, Subcommand)]
@@ -47,16 +48,16 @@ impl MergeArgs {
         match (&self.what, flags.subcommand()) {
             (Some(MergeWhat::Adapters(args)), Some((_, flags))) => args.check(flags),
             (Some(MergeWhat::Extract(args)), Some((_, flags))) => args.behaviour.check(flags, &[]),
-            _ => Ok(()),
+            (Some(_), _) => Ok(()),
+            (None, _) => self.models.check(flags),
         }
     }
 }
 
 pub fn run(args: &MergeArgs) -> Result<()> {
     match &args.what {
-        Some(MergeWhat::Adapters(args)) => return adapters::run(args),
-        Some(MergeWhat::Extract(args)) => return extract::run(args),
-        None => {}
+        Some(MergeWhat::Adapters(args)) => adapters::run(args),
+        Some(MergeWhat::Extract(args)) => extract::run(args),
+        None => models::run(&args.models),
     }
-    Err(Error::option("merge", "this build has no merge methods yet"))
 }

@@ -1,0 +1,74 @@
+//! The numbers that are merged.
+
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+
+use super::Prepare;
+use super::registry::Prepared;
+
+/// f32, which checkpoints are merged in, and f64, which shows a formula without its rounding.
+pub trait Real:
+    Copy
+    + Default
+    + Send
+    + Sync
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + 'static
+{
+    /// Binary digits of [`Real::key`].
+    const KEY_BITS: u32;
+
+    fn of(value: f64) -> Self;
+    fn to_f64(self) -> f64;
+
+    /// A whole number that grows with the magnitude; the sign is left out.
+    fn key(self) -> u64;
+
+    /// A method's code for this type.
+    fn prepare(of: &Prepare) -> Prepared<Self>;
+}
+
+impl Real for f32 {
+    const KEY_BITS: u32 = 32;
+
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+
+    fn key(self) -> u64 {
+        self.abs().to_bits().into()
+    }
+
+    fn prepare(of: &Prepare) -> Prepared<Self> {
+        of.single
+    }
+}
+
+impl Real for f64 {
+    const KEY_BITS: u32 = 64;
+
+    fn of(value: f64) -> Self {
+        value
+    }
+
+    fn to_f64(self) -> f64 {
+        self
+    }
+
+    fn key(self) -> u64 {
+        self.abs().to_bits()
+    }
+
+    fn prepare(of: &Prepare) -> Prepared<Self> {
+        of.double
+    }
+}
