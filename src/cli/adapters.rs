@@ -78,7 +78,9 @@ const ALL_LINEAR: &str = "all-linear";
 impl LoraArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
-        for option in ["lora_alpha", "lora_rslora", "target_modules"] {
+        // A recipe may say that a switch is off.
+        let switch = self.lora_rslora.then_some("lora_rslora");
+        for option in ["lora_alpha", "target_modules"].into_iter().chain(switch) {
             needs(flags, option, "lora_rank", "say what rank the adapter has")?;
         }
         if self.target_modules.len() > 1 && self.target_modules.iter().any(|name| name == ALL_LINEAR) {

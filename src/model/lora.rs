@@ -39,21 +39,13 @@ impl Lora {
     /// Refuses targets that name nothing, and those that a checkpoint keeps together with others.
     pub fn check<D: Device>(&self, model: &mut Model<D>) -> Result<()> {
         let layers: Vec<Stored> = model.linears_mut().map(|linear| linear.weight.stored.clone()).collect();
-        let last = |stored: &Stored| module_of(stored).rsplit('.').next().unwrap_or_default().to_string();
-        let whole: Vec<&Stored> = layers.iter().filter(|stored| stored.is_alone()).collect();
-        let mut known: Vec<String> = Vec::new();
-        whole.iter().map(|stored| last(stored)).for_each(|name| {
-            if !known.contains(&name) {
-                known.push(name)
-            }
-        });
-        let known = known.join(",");
+        let known = endings(layers.iter().filter(|stored| stored.is_alone())).join(",");
         let fail = |detail| Err(Error::option("--target-modules", detail));
         if let Some(target) = self.targets.iter().find(|t| !layers.iter().any(|stored| names(t, module_of(stored)))) {
             return fail(format!("{target} names no linear layer of this model; it has {known}"));
         }
         if let Some(stored) = layers.iter().find(|stored| !stored.is_alone() && self.trains(module_of(stored))) {
-            let name = last(stored);
+            let name = ending(stored);
             return fail(format!(
                 "{name} holds queries, keys and values in one tensor, whose adapter would share its A; that is not trained yet: \
                  give --target-modules {known}"
@@ -64,15 +56,7 @@ impl Lora {
 
     /// How PEFT writes it down; `base` is what it adapts.
     pub fn config(&self, base: &str, linears: &[&Stored]) -> AdapterConfig {
-        let last = |stored: &&Stored| module_of(stored).rsplit('.').next().unwrap_or_default().to_string();
-        let mut targets = self.targets.clone();
-        if targets.is_empty() {
-            linears.iter().map(last).for_each(|name| {
-                if !targets.contains(&name) {
-                    targets.push(name)
-                }
-            });
-        }
+        let targets = if self.targets.is_empty() { endings(linears.iter().copied()) } else { self.targets.clone() };
         AdapterConfig {
             lora_rank: self.rank,
             lora_alpha: self.alpha,
@@ -93,6 +77,22 @@ fn names(target: &str, module: &str) -> bool {
 /// What PEFT calls the layer of a weight.
 pub fn module_of(weight: &Stored) -> &str {
     weight.tensor.strip_suffix(".weight").unwrap_or(&weight.tensor)
+}
+
+/// The last part of that name, which layers of a kind have in common: `q_proj`.
+fn ending(weight: &Stored) -> &str {
+    module_of(weight).rsplit('.').next().unwrap_or_default()
+}
+
+/// Each once, in the order of the layers.
+fn endings<'a>(weights: impl Iterator<Item = &'a Stored>) -> Vec<String> {
+    let mut endings: Vec<String> = Vec::new();
+    for ending in weights.map(ending) {
+        if !endings.iter().any(|known| known == ending) {
+            endings.push(ending.to_string());
+        }
+    }
+    endings
 }
 
 /// An adapter that is applied and not trained, and how much of it.

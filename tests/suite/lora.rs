@@ -324,12 +324,15 @@ fn an_adapter_is_trained_saved_continued_and_used() {
     // Stopped where no checkpoint was due, and continued, to the same bits.
     w.ok(&format!("{TRAIN} --output-dir run --stop-at-step 7"));
     w.ok(&format!("{TRAIN} --output-dir run --resume-from-checkpoint auto"));
-    let [whole, mut run] = ["whole", "run"].map(|name| results(&w.path(name)));
-    run.retain(|name, _| !name.starts_with("checkpoint-7/"));
+    // The name of a run's folder is part of where its output comes from.
+    let [whole, run] = ["whole", "run"].map(|name| {
+        let mut found = results(&w.path(name));
+        found.retain(|name, _| !name.starts_with("checkpoint-7/") && !name.ends_with("cuvee_lineage.json"));
+        found
+    });
     crate::program::assert_same("continued", &whole, &run);
-    let refused =
-        w.fails(1, &format!("{TRAIN} --lora-alpha 3 --output-dir run --resume-from-checkpoint run/checkpoint-8"), &[]);
-    assert!(refused.contains("--lora-alpha: the checkpoint"), "{refused}");
+    let other = format!("{TRAIN} --lora-alpha 3 --output-dir other --resume-from-checkpoint whole/checkpoint-8");
+    w.fails(1, &other, &["--lora-alpha: the checkpoint"]);
 
     // With its base, named or found.
     let eval = |flags: &str| -> Value {
@@ -343,7 +346,9 @@ fn an_adapter_is_trained_saved_continued_and_used() {
         eval("--model model --adapter whole=0.25 --adapter whole=0.75 --ref-model model")["accuracy"],
         trained["accuracy"]
     );
-    assert_eq!(eval("--model model --adapter whole=1 --adapter whole=-1 --ref-model model")["accuracy"], json!(0.5));
+    // One of each sign is nothing but for rounding.
+    let none = eval("--model model --adapter whole=1 --adapter whole=-1 --ref-model model");
+    assert!(none["margin"].as_f64().unwrap().abs() < 1e-4, "{none}");
     assert_eq!(eval("--model whole --ref-model whole")["margin"], json!(0.0));
     let generate =
         |flags: &str| w.ok(&format!("generate {flags} --prompt film --max-new-tokens 12 --temperature 0")).stdout;
@@ -382,7 +387,8 @@ fn what_makes_no_sense_is_refused() {
         &format!("{train} --lora-rank 2 --ref-sync-steps 2"),
         &["--ref-sync-steps: the reference of an adapter"],
     );
-    let merging = format!("{train} --lora-rank 2 --optimizer onties --base-model model");
+    let merging =
+        format!("{train} --lora-rank 2 --optimizer onties --reserve-rate 0.5 --merge-weight 0.1 --base-model model");
     w.fails(1, &merging, &["--optimizer: onties merges with what fine-tuning added"]);
     w.fails(1, &format!("{train} --lora-rank 2 --target-modules nothing"), &["nothing names no linear layer"]);
     w.fails(1, &format!("{train} --adapter model"), &["--adapter: the weights below it would train"]);

@@ -203,7 +203,7 @@ fn low_rank_keeps_its_promises() {
     low_rank::backward(&mut Promises);
 }
 
-/// An adapter that has not trained yet changes no bit, not even the sign of a zero.
+/// An adapter that has not trained yet changes no bit.
 #[test]
 fn a_product_with_zeros_leaves_every_bit() {
     let case = LowRank { shape: [47, 31, 123, 16], scale: 2.0 };

@@ -7,7 +7,7 @@
 //! Saved for the backward: `x`. `t` is made again: it costs what it takes to read x, and keeping it would take memory in every
 //! layer. Weights of adapters that differ from row to row belong on the columns of `t` and `u`.
 //!
-//! Where B is 0, y stays as it is, bit for bit.
+//! Where B is 0, y stays as it is, bit for bit (a zero becomes a positive one).
 
 mod cpu;
 mod cuda;

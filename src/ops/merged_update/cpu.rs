@@ -120,6 +120,8 @@ impl<'a> Tensors<'a> {
         let is_narrow = a.weight.dtype() == DType::Bf16;
         let (wide, narrow) = if is_narrow { (None, Some(a.weight)) } else { (Some(a.weight), None) };
         let (full, wide) = if a.master.is_some() || is_narrow { (a.master, wide) } else { (wide, None) };
+        // Where nothing is left there, it may be of any size.
+        let scratch = a.scratch.filter(|_| a.step.passes_twice(a.grad.len()));
         let of = |dtype| a.tau_ref.filter(|tau_ref| tau_ref.dtype() == dtype);
         let tensors = Self {
             grad: a.grad.f32s(),
@@ -130,7 +132,7 @@ impl<'a> Tensors<'a> {
             narrow: Shared::new(narrow.map(ViewMut::into_bf16s).unwrap_or_default()),
             since_merge: floats(a.since_merge),
             average: floats(a.average),
-            scratch: floats(a.scratch),
+            scratch: floats(scratch),
             tau_wide: of(DType::F32).map(|x| x.f32s()).unwrap_or_default(),
             tau_narrow: of(DType::Bf16).map(|x| x.bf16s()).unwrap_or_default(),
         };
@@ -518,27 +520,35 @@ fn apply(s: &Scalars, block: &mut Part, buffers: &mut Buffers, lost: &mut [u32; 
         widen(block.narrow, &mut buffers.weight[..len]);
     }
     let w = if alone { &mut buffers.weight[..len] } else { &mut *block.full };
-    let (update, sum) = (&buffers.update[..len], &mut buffers.other[..len]);
-    let all = sum.iter_mut().zip(update).zip(&*w);
-    match s.folded.decay_last {
-        true => all.for_each(|((sum, u), w)| *sum = u - s.decay * (w + u)),
-        false => all.for_each(|((sum, u), w)| *sum = u - s.decay * w),
+    let (update, words) = (&buffers.update[..len], &mut buffers.words[..len]);
+    let is_random = s.step.rounding == Rounding::Stochastic;
+    if is_random {
+        draw(s, Purpose::Rounding, block.at, words);
     }
-    for ((sum, average), w) in sum.iter_mut().zip(&mut *block.average).zip(&*w) {
-        let moved = w + *sum;
-        *average += s.ema * (moved - *average);
-        *sum += s.ema * (*average - moved);
-    }
-    let words = &mut buffers.words[..len];
-    match s.step.rounding {
-        Rounding::Nearest => settle(w, sum, update, words, lost, |w, sum, _| w + sum),
-        Rounding::Stochastic => {
-            draw(s, Purpose::Rounding, block.at, words);
-            match alone {
-                false => settle(w, sum, update, words, lost, stochastic_sum),
-                true => settle(w, sum, update, words, lost, |w, sum, word| {
-                    f32::from_bits(u32::from(stochastic_bf16(stochastic_sum(w, sum, word), word)) << 16)
-                }),
+    let last = s.folded.decay_last;
+    let sum = |old: f32, u: f32| u - s.decay * if last { old + u } else { old };
+    let round = |old: f32, sum: f32, word: u32| match stochastic_sum(old, sum, word) {
+        new if alone => f32::from_bits(stochastic_bf16(new, word) << 16),
+        new => new,
+    };
+    if block.average.is_empty() {
+        match is_random {
+            false => settle(w, update, update, lost, |old, u, _| old + sum(old, u)),
+            true => settle(w, update, words, lost, |old, u, word| round(old, sum(old, u), word)),
+        }
+    } else {
+        let sums = &mut buffers.other[..len];
+        for (((all, average), old), u) in sums.iter_mut().zip(&mut *block.average).zip(&*w).zip(update) {
+            let sum = sum(*old, *u);
+            let moved = old + sum;
+            *average += s.ema * (moved - *average);
+            *all = sum + s.ema * (*average - moved);
+        }
+        match is_random {
+            false => settle(w, update, sums, lost, |old, _, sum| old + sum),
+            true => {
+                sums.iter_mut().zip(&*w).zip(&*words).for_each(|((sum, old), word)| *sum = round(*old, *sum, *word));
+                settle(w, update, sums, lost, |_, _, new| new);
             }
         }
     }
@@ -547,21 +557,17 @@ fn apply(s: &Scalars, block: &mut Part, buffers: &mut Buffers, lost: &mut [u32; 
     }
 }
 
+/// Replaces weights by what `new` makes of them, their updates and something else of each, and counts what was lost.
 #[inline(always)]
-fn settle(
-    w: &mut [f32],
-    sum: &[f32],
-    update: &[f32],
-    words: &[u32],
-    lost: &mut [u32; 2],
-    round: impl Fn(f32, f32, u32) -> f32,
-) {
-    for (((w, sum), u), word) in w.iter_mut().zip(sum).zip(update).zip(words) {
+fn settle<T: Copy>(w: &mut [f32], update: &[f32], others: &[T], lost: &mut [u32; 2], new: impl Fn(f32, f32, T) -> f32) {
+    let [mut updates, mut unmoved] = [0u32; 2];
+    for ((w, u), other) in w.iter_mut().zip(update).zip(others) {
         let old = *w;
-        *w = round(old, *sum, *word);
-        lost[0] = lost[0].wrapping_add(u32::from(*u != 0.0));
-        lost[1] = lost[1].wrapping_add(u32::from((*u != 0.0) & (*w == old)));
+        *w = new(old, *u, *other);
+        updates = updates.wrapping_add(u32::from(*u != 0.0));
+        unmoved = unmoved.wrapping_add(u32::from((*u != 0.0) & (*w == old)));
     }
+    *lost = [lost[0].wrapping_add(updates), lost[1].wrapping_add(unmoved)];
 }
 
 /// `a + b`, up or down with the probability of the distance: the rounding error of the nearest sum is known exactly (Knuth's
@@ -579,13 +585,13 @@ fn stochastic_sum(a: f32, b: f32, word: u32) -> f32 {
     if word as f32 * (0.5 / (1u32 << 31) as f32) * gap < error.abs() { neighbour } else { nearest }
 }
 
-/// The upper half of a float, one more as often as the lower half is part of 2^16; NaN and infinities as they are.
+/// The upper half of a float's bits, one more as often as the lower half is part of 2^16; NaN and infinities as they are.
 #[inline(always)]
-fn stochastic_bf16(x: f32, word: u32) -> u16 {
+fn stochastic_bf16(x: f32, word: u32) -> u32 {
     let bits = x.to_bits();
     let moved = if x.is_finite() { bits.wrapping_add(word & 0xffff) } else { bits };
     let quiet = if x.is_nan() { moved | 1 << 22 } else { moved };
-    (quiet >> 16) as u16
+    quiet >> 16
 }
 
 /// To nearest even.
