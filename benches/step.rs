@@ -146,6 +146,7 @@ fn steps(c: &mut Criterion) {
             largest,
             positions,
             keep,
+            lora: None,
             extras: Extras::default(),
         };
         let mut policy = blueprint.build(&cpu).expect("memory");

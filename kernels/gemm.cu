@@ -1,5 +1,5 @@
 // gemm.cu - matrix products of any shape, and what follows them in a linear layer.
-// Shapes      C[m, n] = or += A[m, k] B[k, n] + bias[n] + residual[m, n]; A stored by rows (ACOLS = 0: a[i * lda + p]) or
+// Shapes      C[m, n] = or += scale A[m, k] B[k, n] + bias[n] + residual[m, n]; A stored by rows (ACOLS = 0: a[i * lda + p]) or
 //             transposed (1: a[p * lda + i]); B transposed, as weights are (BCOLS = 0: b[j * ldb + p]), or by rows (1:
 //             b[p * ldb + j]); bias like A and B, residual like C and with its leading dimension; either may be null
 // Launch      grid = tiles of C, block = 128, dynamic shared memory for STAGES steps of A and B, or the tile
@@ -62,7 +62,8 @@ template <class O> __device__ __forceinline__ bool aligned_quad(const O *p) { re
 
 // An element of C: its sum over k, and what comes after that.
 template <class T, class O>
-__device__ __forceinline__ O finished(float sum, bool accumulate, O before, const T *bias, unsigned col, const O *residual, O beside) {
+__device__ __forceinline__ O finished(float sum, float scale, bool accumulate, O before, const T *bias, unsigned col, const O *residual, O beside) {
+  sum *= scale;
   if (accumulate) sum += wide(before);
   if (bias) sum += wide(bias[col]);
   if (residual) sum += wide(beside);
@@ -70,7 +71,7 @@ __device__ __forceinline__ O finished(float sum, bool accumulate, O before, cons
 }
 
 template <class T, class O, int ACOLS, int BCOLS, int TILE>
-KERNEL(128, 2) gemm(const T *a, const T *b, O *c, const T *bias, const O *residual, unsigned m, unsigned n, unsigned k, unsigned lda, unsigned ldb, unsigned ldc, unsigned accumulate) {
+KERNEL(128, 2) gemm(const T *a, const T *b, O *c, const T *bias, const O *residual, unsigned m, unsigned n, unsigned k, unsigned lda, unsigned ldb, unsigned ldc, float scale, unsigned accumulate) {
   using Shape = Tile<T, TILE>;
   constexpr int DEPTH = Shape::DEPTH;
   constexpr Lies A_LIES = ACOLS ? BY_COLS : BY_ROWS, B_LIES = BCOLS ? BY_COLS : BY_ROWS;
@@ -123,12 +124,12 @@ KERNEL(128, 2) gemm(const T *a, const T *b, O *c, const T *bias, const O *residu
       if (accumulate) before = *reinterpret_cast<const Quad<O> *>(c + at);
       if (residual) beside = *reinterpret_cast<const Quad<O> *>(residual + at);
 #pragma unroll
-      for (int e = 0; e < V4; e++) after.v[e] = finished(sums[e], accumulate, before.v[e], bias, s + e, residual, beside.v[e]);
+      for (int e = 0; e < V4; e++) after.v[e] = finished(sums[e], scale, accumulate, before.v[e], bias, s + e, residual, beside.v[e]);
       *reinterpret_cast<Quad<O> *>(c + at) = after;
     } else {
 #pragma unroll 1
       for (int e = 0; e < V4 && s + e < n; e++)
-        c[at + e] = finished(sums[e], accumulate, accumulate ? c[at + e] : O{}, bias, s + e, residual, residual ? residual[at + e] : O{});
+        c[at + e] = finished(sums[e], scale, accumulate, accumulate ? c[at + e] : O{}, bias, s + e, residual, residual ? residual[at + e] : O{});
     }
   }
 }

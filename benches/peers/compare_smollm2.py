@@ -1,6 +1,7 @@
 """cuvee beside TRL on SmolLM2-135M-Instruct, alternating in one run: seconds, memory, losses and gradient norms.
 
     python benches/peers/compare_smollm2.py CUVEE MODEL_DIR PAIRS.jsonl OUT_DIR [--steps 5] [--modes live precomputed]
+        [--lora-rank N]
 
 Each round runs `CUVEE train` with an empty reference cache (so that scoring the reference is part of it) and then one mode of
 trl_smollm2.py, with the same pairs in the same order. Prints a table; OUT_DIR keeps the logs of both.
@@ -23,6 +24,7 @@ parser.add_argument("model")
 parser.add_argument("pairs")
 parser.add_argument("out")
 parser.add_argument("--steps", type=int, default=5)
+parser.add_argument("--lora-rank", type=int, help="an adapter of both; its start is random, so losses and norms differ")
 parser.add_argument("--modes", nargs="+", default=["live", "precomputed"])
 a = parser.parse_args()
 out = pathlib.Path(a.out)
@@ -38,6 +40,8 @@ def cuvee(name):
         "on-overflow": "truncate", "max-steps": a.steps, "model": a.model, "dataset": a.pairs,
         "output-dir": out / "run", "cache-dir": out / "cache",
     }
+    if a.lora_rank:
+        flags["lora-rank"] = a.lora_rank
     command = [a.cuvee, "train", "--no-shuffle"] + [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(out / f"{name}.log", "w"))
@@ -51,6 +55,7 @@ def cuvee(name):
 def trl(mode):
     script = pathlib.Path(__file__).with_name("trl_smollm2.py")
     command = [sys.executable, script, a.model, a.pairs, out / f"{mode}.jsonl", "--steps", str(a.steps), "--mode", mode]
+    command += ["--lora-rank", str(a.lora_rank)] if a.lora_rank else []
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return lines(out / f"{mode}.jsonl"), json.loads(result.stdout.splitlines()[-1])

@@ -1,11 +1,13 @@
 """DPO of SmolLM2-135M-Instruct with TRL's DPOTrainer: losses, gradient norms, seconds and memory of each step.
 
     python benches/peers/trl_smollm2.py MODEL_DIR PAIRS.jsonl OUT.jsonl [--steps 5] [--mode live|precomputed|bf16]
-        [--device cpu|cuda] [--liger]
+        [--device cpu|cuda] [--liger] [--lora-rank N]
 
 live         f32, the reference runs in every step (TRL's default)
 precomputed  f32, the reference is scored before training (precompute_ref_log_probs)
 bf16         as live, weights and arithmetic in bfloat16
+
+With --lora-rank PEFT adapts every linear layer, alpha twice the rank, and the reference is the model without the adapter.
 
 Each step trains on the next 4 rows of PAIRS (prompt, chosen, rejected as text), beta 0.1, learning rate 1e-6 falling
 linearly, at most 512 tokens, no dropout. The same with cuvee:
@@ -38,6 +40,7 @@ parser.add_argument("out")
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--mode", choices=["live", "precomputed", "bf16"], default="live")
 parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+parser.add_argument("--lora-rank", type=int)
 parser.add_argument("--liger", action="store_true", help="with Liger's kernels, on a GPU")
 a = parser.parse_args()
 torch.set_num_threads(os.cpu_count())
@@ -63,6 +66,11 @@ with open(a.pairs, encoding="utf-8") as f:
     rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in map(json.loads, f)]
 dtype = torch.bfloat16 if a.mode == "bf16" else torch.float32
 load = lambda: AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype)
+lora = None
+if a.lora_rank:
+    from peft import LoraConfig
+
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=a.lora_rank, lora_alpha=2 * a.lora_rank)
 timed = Timed()
 with tempfile.TemporaryDirectory() as d:
     args = DPOConfig(
@@ -74,7 +82,7 @@ with tempfile.TemporaryDirectory() as d:
     )
     built = time.perf_counter()
     trainer = Sequential(
-        model=load(), ref_model=load(), args=args, train_dataset=Dataset.from_list(rows[: 4 * a.steps]),
+        model=load(), ref_model=None if lora else load(), peft_config=lora, args=args, train_dataset=Dataset.from_list(rows[: 4 * a.steps]),
         processing_class=AutoTokenizer.from_pretrained(a.model), callbacks=[timed],
     )
     started = time.perf_counter()

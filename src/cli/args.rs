@@ -9,6 +9,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
+use super::adapters::{AdapterArgs, LoraArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
@@ -178,6 +179,12 @@ pub struct RunArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub refs: RefArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub adapters: AdapterArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub lora: LoraArgs,
     #[command(flatten)]
     #[serde(flatten)]
     pub optim: OptimArgs,
@@ -527,6 +534,8 @@ pub struct LogpsArgs {
     #[arg(long, value_name = "FILE.jsonl", help_heading = "Files")]
     pub out: PathBuf,
     #[command(flatten)]
+    pub adapters: AdapterArgs,
+    #[command(flatten)]
     pub limits: LimitArgs,
     #[command(flatten)]
     pub batching: BatchingArgs,
@@ -558,6 +567,8 @@ pub struct ScoreArgs {
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["dataset", "out"], help_heading = "Files")]
     pub text: Option<String>,
     #[command(flatten)]
+    pub adapters: AdapterArgs,
+    #[command(flatten)]
     pub limits: LimitArgs,
     #[command(flatten)]
     pub batching: BatchingArgs,
@@ -585,6 +596,8 @@ pub struct EvalArgs {
     /// Held-out pairs: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub dataset: PathBuf,
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
     #[command(flatten)]
     pub limits: LimitArgs,
     #[command(flatten)]
@@ -644,6 +657,8 @@ pub struct GenerateArgs {
     /// Seed of the samples
     #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
     pub seed: u64,
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
@@ -928,6 +943,7 @@ impl TrainArgs {
         saved.output_dir = relative(&self.output_dir);
         let run = &mut saved.run;
         run.model = relative(&self.run.model);
+        run.adapters.adapter.iter_mut().for_each(|adapter| adapter.dir = relative(&adapter.dir));
         run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
         run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
         run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
@@ -960,6 +976,7 @@ impl RunArgs {
         }
         self.engine.check()?;
         self.refs.check(flags)?;
+        self.lora.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))

@@ -25,21 +25,22 @@ impl Job for &EvalArgs {
     fn run<B: Backend>(self, device: &B) -> Result<()> {
         let args = self;
         device::check_dtype(device, args.precision.dtype)?;
-        Checkpoint::open(&args.model)?;
+        let policy = args.adapters.open(&args.model, Checkpoint::open)?;
         let tokenizer = Tokenizer::load(&args.model)?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?.not_empty()?;
         dataset.report().iter().for_each(say);
         let packing = super::packing(&args.batching);
         let reference = |dir: &Path| {
-            let own = own_tokens(&dataset, &tokenizer, &Checkpoint::open(dir)?)?;
-            sums(device, dir, own.as_ref().unwrap_or(&dataset), packing)
+            let reference = Checkpoint::open(dir)?;
+            let own = own_tokens(&dataset, &tokenizer, &reference)?;
+            sums(device, &reference, own.as_ref().unwrap_or(&dataset), packing)
         };
         let sequences = || dataset.examples.iter().flat_map(|e| &e.sequences);
         let pairs = if dataset.form == Form::Pairs { dataset.examples.len() } else { 0 };
         let stats = Stats {
             ref_logps: args.ref_model.as_deref().map(reference).transpose()?.into_iter().collect(),
-            logps: sums(device, &args.model, &dataset, packing)?,
+            logps: sums(device, &policy, &dataset, packing)?,
             lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
             pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
             ..Stats::default()
@@ -69,7 +70,7 @@ impl Job for &EvalArgs {
 }
 
 /// Summed log-probabilities of every sequence, in order.
-fn sums<B: Backend>(device: &B, dir: &Path, dataset: &Dataset, packing: Packing) -> Result<Vec<f64>> {
-    let logps = score(device, &Checkpoint::open(dir)?, dataset, packing)?;
+fn sums<B: Backend>(device: &B, checkpoint: &Checkpoint, dataset: &Dataset, packing: Packing) -> Result<Vec<f64>> {
+    let logps = score(device, checkpoint, dataset, packing)?;
     Ok(logps.iter().flatten().map(|tokens| tokens.iter().map(|x| f64::from(*x)).sum()).collect())
 }

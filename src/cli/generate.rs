@@ -21,7 +21,7 @@ impl Job for &GenerateArgs {
     fn run<B: Backend>(self, device: &B) -> Result<()> {
         let args = self;
         device::check_dtype(device, args.precision.dtype)?;
-        let checkpoint = Checkpoint::open(&args.model)?;
+        let checkpoint = args.adapters.open(&args.model, Checkpoint::open)?;
         let tokenizer = Tokenizer::load(&args.model)?;
         let prompt = match args.chat {
             true => {
@@ -33,7 +33,7 @@ impl Job for &GenerateArgs {
             }
             false => tokenizer.encode(&args.prompt)?,
         };
-        let options = Options::frozen(prompt.len() + args.max_new_tokens);
+        let options = Options::frozen(prompt.len() + args.max_new_tokens).with_adapters(&checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
         let mut arena = Arena::new(device, &Model::<Dry>::plan(device.storage(), spec, naming, options))?;
         let mut model = Model::new(&mut arena, spec, naming, options);

@@ -58,7 +58,7 @@ impl Job for &LogpsArgs {
     fn run<B: Backend>(self, device: &B) -> Result<Vec<Value>> {
         let args = self;
         device::check_dtype(device, args.precision.dtype)?;
-        let checkpoint = Checkpoint::open(&args.model)?;
+        let checkpoint = args.adapters.open(&args.model, Checkpoint::open)?;
         let tokenizer = Tokenizer::load(&args.model)?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;

@@ -1,6 +1,7 @@
 //! The command line. `args.rs` declares every flag, `recipe.rs` reads the same names from a file;
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
+mod adapters;
 pub mod args;
 mod cache;
 mod compare;

@@ -143,7 +143,8 @@ fn table(plan: &Plan, of: Memory) -> String {
         let _ = writeln!(out, "{}; on both the driver takes some hundred MiB besides", line(other));
     }
     let (gflop, parameters) = (plan.flops_per_step / 1e9, plan.parameters);
-    let _ = writeln!(out, "{gflop:.3} GFLOP a step, {parameters} parameters");
+    let trained = plan.trained.map_or(String::new(), |trained| format!(", of which {trained} beside them train"));
+    let _ = writeln!(out, "{gflop:.3} GFLOP a step, {parameters} parameters{trained}");
     if plan.hidden_rows_bytes > 0 {
         let rows = human(plan.hidden_rows_bytes);
         let _ = writeln!(out, "{rows} on disk for the hidden rows that --kl-penalty compares with");

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory};
 use toml::Value;
 
+use super::adapters::AdapterArg;
 use super::args::{Cli, Resume};
 use super::is_given;
 use crate::{Error, Result};
@@ -125,7 +126,8 @@ fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result
     }
 
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let is_path = holds(&[TypeId::of::<PathBuf>()]) || holds(&[TypeId::of::<Resume>()]) && text != "auto";
+    let is_path = holds(&[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>()])
+        || holds(&[TypeId::of::<Resume>()]) && text != "auto";
     let mut flag = OsString::from(format!("--{}=", arg.get_long().expect("a key is the name of a flag")));
     if is_path {
         flag.push(clean(&folder.join(text)));

@@ -45,7 +45,7 @@ impl Job for &ScoreArgs {
     fn run<B: Backend>(self, device: &B) -> Result<Vec<Value>> {
         let args = self;
         device::check_dtype(device, args.precision.dtype)?;
-        let checkpoint = Checkpoint::open_reward(&args.model)?;
+        let checkpoint = args.adapters.open(&args.model, Checkpoint::open_reward)?;
         let tokenizer = Tokenizer::load(&args.model)?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = args.dataset(&tokenizer, &encode)?;

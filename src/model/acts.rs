@@ -1,5 +1,6 @@
 //! Activations: what the forward pass leaves for the backward, and scratch that layers share.
 
+use super::lora;
 use super::spec::{Head, Spec};
 use crate::data::Extent;
 use crate::device::{Arena, DType, Device, Kind, Tensor};
@@ -44,12 +45,15 @@ pub struct Work<D: Device> {
     pub normed: Tensor<D>,
     /// `[rows, mlp_dim]`
     pub activated: Tensor<D>,
+    /// What an adapter makes of its input on the way to its output; nothing where there are none.
+    pub low_rank: Tensor<D>,
 }
 
 impl<D: Device> Work<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
         let mut take = |cols| arena.stored(Kind::Activations, rows, cols);
-        Self { normed: take(spec.hidden), activated: take(spec.mlp_dim) }
+        let (normed, activated) = (take(spec.hidden), take(spec.mlp_dim));
+        Self { normed, activated, low_rank: lora::scratch(arena, 0, 0) }
     }
 }
 
@@ -197,6 +201,12 @@ impl<D: Device> Acts<D> {
     /// The same, with room for the logarithm of the sum of squared probabilities of each target: `forward` then fills it.
     pub fn with_ln_sum_p2(mut self, arena: &mut Arena<D>) -> Self {
         self.top.ln_sum_p2 = Some(arena.floats(Kind::Activations, self.top.logp.rows(), 1));
+        self
+    }
+
+    /// The same, with room for adapters of up to this rank at one layer ([`Model::widest_rank`](super::Model)).
+    pub fn with_low_rank(mut self, arena: &mut Arena<D>, rank: usize) -> Self {
+        self.work.low_rank = lora::scratch(arena, self.work.normed.rows(), rank);
         self
     }
 

@@ -53,6 +53,10 @@ impl<D: Device> Attention<D> {
         norms.chain(linears.into_iter().flat_map(Linear::params_mut))
     }
 
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o].into_iter()
+    }
+
     fn dims(&self, longest: usize) -> attention::Dims {
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
         attention::Dims { heads, kv_heads, head_dim, window: self.window, longest }
@@ -75,8 +79,8 @@ impl<B: Backend> Attention<B> {
         let normed = w.normed.top(rows);
         match (&self.qk_norm, &mut a.raw) {
             (Some((q_norm, k_norm)), Some(raw)) => {
-                self.q.forward(device, normed, None, raw.q.top_mut(rows))?;
-                self.k.forward(device, normed, None, raw.k.top_mut(rows))?;
+                self.q.forward(device, normed, None, &mut w.low_rank, raw.q.top_mut(rows))?;
+                self.k.forward(device, normed, None, &mut w.low_rank, raw.k.top_mut(rows))?;
                 let heads =
                     [(q_norm, &raw.q, &mut a.q, &mut raw.q_stats), (k_norm, &raw.k, &mut a.k, &mut raw.k_stats)];
                 for (norm, raw, out, stats) in heads {
@@ -88,11 +92,11 @@ impl<B: Backend> Attention<B> {
                 }
             }
             _ => {
-                self.q.forward(device, normed, None, a.q.top_mut(rows))?;
-                self.k.forward(device, normed, None, a.k.top_mut(rows))?;
+                self.q.forward(device, normed, None, &mut w.low_rank, a.q.top_mut(rows))?;
+                self.k.forward(device, normed, None, &mut w.low_rank, a.k.top_mut(rows))?;
             }
         }
-        self.v.forward(device, normed, None, a.v.top_mut(rows))?;
+        self.v.forward(device, normed, None, &mut w.low_rank, a.v.top_mut(rows))?;
         for heads in [&mut a.q, &mut a.k] {
             c.rotate(heads.top_mut(rows), Direction::Forward)?;
         }
@@ -108,14 +112,20 @@ impl<B: Backend> Attention<B> {
         };
         let (o, lse) = (a.o.top_mut(rows), a.lse.top_mut(rows));
         device.attention(attention::Forward { dims, segments, q: a.q.top(rows), k, v, o, lse })?;
-        self.o.forward(device, a.o.top(rows), Some(x.top(rows)), a.mid.top_mut(rows))
+        self.o.forward(device, a.o.top(rows), Some(x.top(rows)), &mut w.low_rank, a.mid.top_mut(rows))
     }
 
     /// From `scratch.d_residual` to `scratch.d_o`: the first step back, apart because the MLP may run in between.
-    pub fn backward_output(&mut self, c: &Context<B>, a: &BlockActs<B>, s: &mut Scratch<B>) -> Result<()> {
+    pub fn backward_output(
+        &mut self,
+        c: &Context<B>,
+        a: &BlockActs<B>,
+        w: &mut Work<B>,
+        s: &mut Scratch<B>,
+    ) -> Result<()> {
         let (device, rows) = (c.device, c.batch.size().rows);
         device.zero(s.d_o.top_mut(rows))?;
-        self.o.backward(device, s.d_residual.top(rows), a.o.top(rows), s.d_o.top_mut(rows))
+        self.o.backward(device, s.d_residual.top(rows), a.o.top(rows), &mut w.low_rank, s.d_o.top_mut(rows))
     }
 
     /// From `scratch.d_o` on; adds to `scratch.d_residual`.
@@ -165,7 +175,8 @@ impl<B: Backend> Attention<B> {
         }
         self.norm.forward(device, x.top(rows), w.normed.top_mut(rows), a.stats.top_mut(rows))?;
         for (layer, dy) in [(&mut self.q, d_q), (&mut self.k, d_k), (&mut self.v, &s.d_v)] {
-            layer.backward(device, dy.top(rows), w.normed.top(rows), s.d_normed.top_mut(rows))?;
+            let (x, dx) = (w.normed.top(rows), s.d_normed.top_mut(rows));
+            layer.backward(device, dy.top(rows), x, &mut w.low_rank, dx)?;
         }
         let (dy, x, stats) = (s.d_normed.top(rows), x.top(rows), a.stats.top(rows));
         self.norm.backward(device, dy, x, stats, s.d_residual.top_mut(rows))

@@ -9,7 +9,7 @@ use super::acts::{BlockActs, Scratch, Work};
 use super::attention::Attention;
 use super::batch::Batch;
 use super::kv::KvLayer;
-use super::layers::{Build, RopeTable};
+use super::layers::{Build, Linear, RopeTable};
 use super::mlp::Mlp;
 use super::param::Param;
 use crate::device::{Device, Tensor, ViewMut};
@@ -43,6 +43,10 @@ impl<D: Device> Block<D> {
         Self { attention: Attention::new(build, layer), mlp: Mlp::new(build, layer), parallel }
     }
 
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
+        self.attention.linears_mut().chain(self.mlp.linears_mut())
+    }
+
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
         self.attention.params_mut().chain(self.mlp.params_mut())
     }
@@ -74,11 +78,11 @@ impl<B: Backend> Block<B> {
         s: &mut Scratch<B>,
     ) -> Result<()> {
         if self.parallel {
-            self.attention.backward_output(c, a, s)?;
+            self.attention.backward_output(c, a, w, s)?;
             self.mlp.backward(c, Some(x), a, w, s)?;
         } else {
             self.mlp.backward(c, None, a, w, s)?;
-            self.attention.backward_output(c, a, s)?;
+            self.attention.backward_output(c, a, w, s)?;
         }
         self.attention.backward(c, x, a, w, s)
     }

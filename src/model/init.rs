@@ -31,7 +31,10 @@ impl Init {
     pub fn fill<D: Device>(&self, device: &D, checkpoint: &Checkpoint, model: &mut Model<D>) -> Result<()> {
         match self {
             Self::Checkpoint => load(device, checkpoint, &Weights::open(&checkpoint.dir)?, model),
-            Self::Random { seed } => init_random(device, model, *seed),
+            Self::Random { seed } => {
+                init_random(device, model, *seed)?;
+                model.fill_adapters(device, &checkpoint.adapters)
+            }
         }
     }
 }

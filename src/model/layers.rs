@@ -1,6 +1,7 @@
 //! The leaves: a linear layer, a norm, the rotation table.
 
 use super::arch::{Naming, Slot};
+use super::lora::{self, Adapter, Lora, LowRank};
 use super::param::Param;
 use super::spec::{Norm, Rope, Spec};
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
@@ -13,6 +14,9 @@ pub struct Build<'a, D: Device> {
     pub spec: &'a Spec,
     pub naming: Naming,
     pub trained: &'a dyn Fn(&str) -> bool,
+    /// What is applied beside the weights, and what is trained there.
+    pub adapters: &'a [Adapter],
+    pub lora: Option<&'a Lora>,
 }
 
 impl<D: Device> Build<'_, D> {
@@ -23,7 +27,12 @@ impl<D: Device> Build<'_, D> {
 
     pub fn linear(&mut self, weight: Slot, layer: usize, [outputs, inputs]: [usize; 2], bias: bool) -> Linear<D> {
         let bias = bias.then(|| self.param(weight.bias(), layer, [1, outputs]));
-        Linear { weight: self.param(weight, layer, [outputs, inputs]), bias }
+        let weight = self.param(weight, layer, [outputs, inputs]);
+        let rank = lora::rank_of(self.adapters, lora::module_of(&weight.stored));
+        let frozen = (rank > 0).then(|| LowRank::frozen(self.arena, &weight, rank));
+        let trains = self.lora.filter(|lora| lora.trains(lora::module_of(&weight.stored)));
+        let trained = trains.map(|lora| LowRank::trained(self.arena, &weight, lora));
+        Linear { weight, bias, frozen, trained }
     }
 }
 
@@ -32,27 +41,59 @@ pub struct Linear<D: Device> {
     pub weight: Param<D>,
     /// `[1, outputs]`
     pub bias: Option<Param<D>>,
+    /// Adapters that are applied as they are.
+    pub frozen: Option<LowRank<D>>,
+    /// The adapter that trains.
+    pub trained: Option<LowRank<D>>,
 }
 
 impl<D: Device> Linear<D> {
+    /// All but what is applied as it is.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
-        std::iter::once(&mut self.weight).chain(self.bias.as_mut())
+        let adapter = self.trained.as_mut().map(|LowRank { a, b, .. }| [a, b]);
+        std::iter::once(&mut self.weight).chain(self.bias.as_mut()).chain(adapter.into_iter().flatten())
+    }
+
+    fn adapters(&self) -> impl Iterator<Item = &LowRank<D>> {
+        self.frozen.iter().chain(&self.trained)
+    }
+
+    /// Of its adapters.
+    pub fn ranks(&self) -> impl Iterator<Item = usize> {
+        self.adapters().map(LowRank::rank)
     }
 }
 
 impl<B: Backend> Linear<B> {
-    /// `y = x W^T + bias + residual`
-    pub fn forward(&self, device: &B, x: View<B>, residual: Option<View<B>>, y: ViewMut<B>) -> Result<()> {
-        let bias = self.bias.as_ref().map(Param::view);
-        device.linear(linear::Forward { x, weight: self.weight.view(), bias, residual, y })
+    /// `y = x W^T + bias + residual`, and what adapters add to it. `scratch` is [`Work::low_rank`](super::acts::Work).
+    pub fn forward(
+        &self,
+        device: &B,
+        x: View<B>,
+        residual: Option<View<B>>,
+        scratch: &mut Tensor<B>,
+        mut y: ViewMut<B>,
+    ) -> Result<()> {
+        let (weight, bias) = (self.weight.view(), self.bias.as_ref().map(Param::view));
+        device.linear(linear::Forward { x, weight, bias, residual, y: y.again() })?;
+        self.adapters().try_for_each(|adapter| adapter.forward(device, x, scratch, y.again()))
     }
 
-    /// Adds to the weights' gradients and to `dx`.
-    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, dx: ViewMut<B>) -> Result<()> {
+    /// Adds to the gradients of what is trained and to `dx`.
+    pub fn backward(
+        &mut self,
+        device: &B,
+        dy: View<B>,
+        x: View<B>,
+        scratch: &mut Tensor<B>,
+        mut dx: ViewMut<B>,
+    ) -> Result<()> {
         let weight = self.weight.value.view();
         let dweight = self.weight.grad.as_mut().map(Tensor::view_mut);
         let dbias = self.bias.as_mut().and_then(Param::grad_mut);
-        device.linear_backward(linear::Backward { dy, x, weight, dx: Some(dx), dweight, dbias })
+        device.linear_backward(linear::Backward { dy, x, weight, dx: Some(dx.again()), dweight, dbias })?;
+        let mut adapters = self.frozen.iter_mut().chain(&mut self.trained);
+        adapters.try_for_each(|adapter| adapter.backward(device, dy, x, scratch, dx.again()))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use super::arch::{Checkpoint, Slot};
 use super::init::draw;
-use super::{Head, Model, Options, Param};
+use super::{Adapter, Head, Model, Param};
 use crate::checkpoint::{TensorSource, Weights};
-use crate::device::{DType, Device, Dry};
+use crate::device::Device;
 use crate::error::{Error, Result};
 
 /// What the file calls a tensor: others may spell it differently, and a tied file may hold the embedding, the head,
@@ -45,6 +45,7 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
         param.write(device, reader.read(weights, &name, param)?)?;
         used.push(name);
     }
+    model.fill_adapters(device, &checkpoint.adapters)?;
     match weights.names().find(|name| !used.iter().any(|u| u == name) && !redundant(checkpoint, name)) {
         None => model.fill_tables(device),
         Some(name) => {
@@ -89,8 +90,7 @@ impl Reader {
 pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", checkpoint.spec).as_bytes());
-    let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
-    let mut model = Model::new(&mut Dry::arena(DType::F32), spec, naming, Options::frozen(0));
+    let mut model = checkpoint.dry();
     let params = model.params_mut();
     let fresh = checkpoint.drawn_head();
     if let Some((name, seed)) = &fresh {
@@ -101,6 +101,10 @@ pub fn fingerprint(checkpoint: &Checkpoint, weights: &Weights) -> blake3::Hash {
             continue;
         }
         weights.hash_into(&found_name(checkpoint, weights, tensor), &mut hasher);
+    }
+    for Adapter { file, weight, .. } in &checkpoint.adapters {
+        hasher.update(&weight.to_le_bytes());
+        file.hash_into(&mut hasher);
     }
     hasher.finalize()
 }

@@ -38,6 +38,10 @@ impl<D: Device> Mlp<D> {
         let linears = self.gate.iter_mut().chain([&mut self.up, &mut self.down]);
         self.norm.params_mut().chain(linears.flat_map(Linear::params_mut))
     }
+
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
+        self.gate.iter_mut().chain([&mut self.up, &mut self.down])
+    }
 }
 
 impl<B: Backend> Mlp<B> {
@@ -53,12 +57,13 @@ impl<B: Backend> Mlp<B> {
         let (device, rows) = (c.device, c.batch.size().rows);
         self.normalize(c, x, a, w)?;
         let normed = w.normed.top(rows);
-        self.up.forward(device, normed, None, a.up.top_mut(rows))?;
+        self.up.forward(device, normed, None, &mut w.low_rank, a.up.top_mut(rows))?;
         if let Some((layer, gate)) = self.gate.as_ref().zip(a.gate.as_mut()) {
-            layer.forward(device, normed, None, gate.top_mut(rows))?;
+            layer.forward(device, normed, None, &mut w.low_rank, gate.top_mut(rows))?;
         }
         self.activate(c, a, w)?;
-        self.down.forward(device, w.activated.top(rows), Some(a.mid.top(rows)), y.top_mut(rows))
+        let (x, residual) = (w.activated.top(rows), Some(a.mid.top(rows)));
+        self.down.forward(device, x, residual, &mut w.low_rank, y.top_mut(rows))
     }
 
     fn normalize(&self, c: &Context<B>, x: Option<&Tensor<B>>, a: &mut BlockActs<B>, w: &mut Work<B>) -> Result<()> {
@@ -92,7 +97,7 @@ impl<B: Backend> Mlp<B> {
         self.activate(c, a, w)?;
         device.zero(s.d_activated.top_mut(rows))?;
         let (dy, activated) = (s.d_residual.top(rows), w.activated.top(rows));
-        self.down.backward(device, dy, activated, s.d_activated.top_mut(rows))?;
+        self.down.backward(device, dy, activated, &mut w.low_rank, s.d_activated.top_mut(rows))?;
         self.normalize(c, x, a, w)?;
         device.zero(s.d_normed.top_mut(rows))?;
         let (dy, up, normed) = (s.d_activated.top(rows), a.up.top(rows), w.normed.top(rows));
@@ -102,13 +107,13 @@ impl<B: Backend> Mlp<B> {
                 let (gate, d_gate) = a.gate.as_ref().zip(s.d_gate.as_mut()).expect(NO_GATE);
                 let (dgate, dup) = (d_gate.top_mut(rows), s.d_up.top_mut(rows));
                 device.swiglu_backward(swiglu::Backward { dy, gate: gate.top(rows), up, dgate, dup })?;
-                layer.backward(device, d_gate.top(rows), normed, s.d_normed.top_mut(rows))?;
+                layer.backward(device, d_gate.top(rows), normed, &mut w.low_rank, s.d_normed.top_mut(rows))?;
             }
             spec::Mlp::Gelu(curve) => {
                 device.gelu_backward(gelu::Backward { curve, dy, x: up, dx: s.d_up.top_mut(rows) })?;
             }
         }
-        self.up.backward(device, s.d_up.top(rows), normed, s.d_normed.top_mut(rows))?;
+        self.up.backward(device, s.d_up.top(rows), normed, &mut w.low_rank, s.d_normed.top_mut(rows))?;
         let (dy, x, stats) = (s.d_normed.top(rows), x.unwrap_or(&a.mid).top(rows), a.mid_stats.top(rows));
         self.norm.backward(device, dy, x, stats, s.d_residual.top_mut(rows))
     }

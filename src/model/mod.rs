@@ -10,6 +10,7 @@ mod init;
 mod kv;
 mod layers;
 mod load;
+mod lora;
 mod mlp;
 mod param;
 mod score;
@@ -22,6 +23,7 @@ pub use batch::Batch;
 pub use init::{Init, init_random};
 pub use kv::KvCache;
 pub use load::{Reader, found_name, load, sources};
+pub use lora::{Adapter, Lora};
 pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 pub use token_kl::{KlActs, KlTerm, RefHeads};
@@ -31,7 +33,7 @@ use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
 use block::{Block, Context};
-use layers::{Build, NormLayer, RopeTable};
+use layers::{Build, Linear, NormLayer, RopeTable};
 
 pub struct Model<D: Device> {
     pub spec: Spec,
@@ -47,6 +49,8 @@ pub struct Model<D: Device> {
     score: Option<Param<D>>,
     /// Where positions are rotations.
     rope: Option<RopeTable<D>>,
+    /// The largest of an adapter at one layer.
+    widest_rank: usize,
 }
 
 /// How a model is built.
@@ -56,24 +60,39 @@ pub struct Options<'a> {
     pub positions: usize,
     /// Which weights get a gradient.
     pub trained: &'a dyn Fn(&str) -> bool,
+    /// Adapters that are applied.
+    pub adapters: &'a [Adapter],
+    /// The adapter that trains.
+    pub lora: Option<&'a Lora>,
 }
 
-impl Options<'_> {
+impl<'a> Options<'a> {
     pub fn train_all(positions: usize) -> Self {
-        Self { positions, trained: &|_| true }
+        Self { positions, trained: &|_| true, adapters: &[], lora: None }
     }
 
     pub fn frozen(positions: usize) -> Self {
-        Self { positions, trained: &|_| false }
+        Self { positions, trained: &|_| false, adapters: &[], lora: None }
+    }
+
+    /// The same under a checkpoint's adapters.
+    pub fn with_adapters(self, checkpoint: &'a Checkpoint) -> Self {
+        Self { adapters: &checkpoint.adapters, ..self }
+    }
+
+    /// With an adapter that trains.
+    pub fn with_lora(self, lora: &'a Lora) -> Self {
+        Self { lora: Some(lora), ..self }
     }
 }
 
 impl<D: Device> Model<D> {
     pub fn new(arena: &mut Arena<D>, spec: &Spec, naming: Naming, options: Options) -> Self {
-        let build = &mut Build { arena, spec, naming, trained: options.trained };
+        let Options { trained, adapters, lora, .. } = options;
+        let build = &mut Build { arena, spec, naming, trained, adapters, lora };
         let embed = build.param(Slot::Embedding, 0, [spec.vocab, spec.hidden]);
         let positions = spec.most_positions().map(|most| build.param(Slot::Position, 0, [most, spec.hidden]));
-        let blocks = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
+        let mut blocks: Vec<Block<D>> = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
         let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden);
         let head = (spec.head == Head::Own).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
         let score = (spec.head == Head::Score).then(|| build.param(Slot::Score, 0, [1, spec.hidden]));
@@ -81,12 +100,19 @@ impl<D: Device> Model<D> {
             Positions::Rope(rope) => Some(RopeTable::new(build.arena, rope, options.positions, spec.head_dim)),
             Positions::Learned { .. } => None,
         };
-        Self { spec: spec.clone(), embed, positions, blocks, norm, head, score, rope }
+        let ranks = blocks.iter_mut().flat_map(Block::linears_mut).flat_map(|linear| linear.ranks());
+        let widest_rank = ranks.max().unwrap_or(0);
+        Self { spec: spec.clone(), embed, positions, blocks, norm, head, score, rope, widest_rank }
     }
 
     /// Memory that `new` will take on a device that stores `storage`.
     pub fn plan(storage: DType, spec: &Spec, naming: Naming, options: Options) -> Ledger {
         Dry::measure(storage, |arena| Model::new(arena, spec, naming, options))
+    }
+
+    /// The rank that activations need room for ([`Acts::with_low_rank`]).
+    pub fn widest_rank(&self) -> usize {
+        self.widest_rank
     }
 
     /// Fills what is computed and not loaded.
@@ -97,12 +123,21 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// Every weight once, in a fixed order; a tied head is the embedding.
+    /// Every weight of the model itself once, in a fixed order; a tied head is the embedding.
     pub fn params_mut(&mut self) -> Vec<&mut Param<D>> {
+        self.all_mut().filter(|param| !param.adapter).collect()
+    }
+
+    /// Every weight, and those of the adapter that trains.
+    pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Param<D>> {
         let blocks = self.blocks.iter_mut().flat_map(Block::params_mut);
         let start = std::iter::once(&mut self.embed).chain(self.positions.as_mut());
         let heads = self.head.as_mut().into_iter().chain(self.score.as_mut());
-        start.chain(self.norm.params_mut()).chain(heads).chain(blocks).collect()
+        start.chain(self.norm.params_mut()).chain(heads).chain(blocks)
+    }
+
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
+        self.blocks.iter_mut().flat_map(Block::linears_mut)
     }
 
     /// What gives logits, `[vocab, hidden]`.
@@ -112,8 +147,7 @@ impl<D: Device> Model<D> {
     }
 
     pub fn zero_grads(&mut self, device: &D) -> Result<()> {
-        let grads = self.params_mut().into_iter().filter_map(|p| p.grad.as_mut());
-        grads.into_iter().try_for_each(|grad| device.zero(grad.view_mut()))
+        self.all_mut().filter_map(|p| p.grad.as_mut()).try_for_each(|grad| device.zero(grad.view_mut()))
     }
 }
 

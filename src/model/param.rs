@@ -18,6 +18,8 @@ pub struct Param<D: Device> {
     /// How a checkpoint keeps it.
     pub stored: Stored,
     pub role: Role,
+    /// Of the adapter that trains, not of the model itself.
+    pub adapter: bool,
     /// Standard deviation of `--init random`; of matrices.
     pub initializer_range: f64,
     /// What the model computes with.
@@ -38,14 +40,25 @@ impl<D: Device> Param<D> {
         [rows, cols]: [usize; 2],
         trained: &dyn Fn(&str) -> bool,
     ) -> Self {
-        let name = stored.name();
-        let value = arena.stored(Kind::Weights, rows, cols);
-        let grad = trained(&name).then(|| arena.floats(Kind::Grads, rows, cols));
         let initializer_range = match slot {
             Slot::Output | Slot::Down => spec.residual_initializer_range,
             _ => spec.initializer_range,
         };
-        Self { name, stored, role: slot.role(), initializer_range, value, master: None, lazy: false, grad }
+        let trained = trained(&stored.name());
+        Self { initializer_range, ..Self::with(arena, stored, slot.role(), [rows, cols], trained) }
+    }
+
+    /// The same of an adapter.
+    pub fn of_adapter(arena: &mut Arena<D>, stored: Stored, shape: [usize; 2], trained: bool) -> Self {
+        Self { adapter: true, ..Self::with(arena, stored, Role::Matrix, shape, trained) }
+    }
+
+    fn with(arena: &mut Arena<D>, stored: Stored, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
+        let name = stored.name();
+        let value = arena.stored(Kind::Weights, rows, cols);
+        let grad = trained.then(|| arena.floats(Kind::Grads, rows, cols));
+        let (master, lazy, adapter) = (None, false, false);
+        Self { name, stored, role, adapter, initializer_range: 0.0, value, master, lazy, grad }
     }
 
     /// Gives the weight its values, rounded where it is stored rounded.
@@ -106,7 +119,8 @@ mod tests {
         let (value, master) = (tensor(), Some(tensor()));
         let stored = Stored::whole("w".into());
         let (name, role) = (stored.name(), Role::Norm);
-        let mut param = Param { name, stored, role, initializer_range: 0.0, value, master, lazy: false, grad: None };
+        let (adapter, lazy, initializer_range) = (false, false, 0.0);
+        let mut param = Param { name, stored, role, adapter, initializer_range, value, master, lazy, grad: None };
         let read = |param: &Param<Cpu>| {
             let mut out = [0.0; 2];
             param.read(&cpu, &mut out).unwrap();

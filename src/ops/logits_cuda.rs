@@ -94,7 +94,7 @@ impl<'a, T: Element> Work<'a, T> {
         };
         let add = |shape, a, b, c, accumulate| {
             let (bias, residual) = (In::null(), In::null());
-            cuda.product(Product::<T, f32> { shape, a, b, c, ldc: hidden, accumulate, bias, residual })
+            cuda.product(Product::<T, f32> { shape, a, b, scale: 1.0, c, ldc: hidden, accumulate, bias, residual })
         };
         let weight = Operand::new(g.weight.slice(entry, entries).input(), hidden);
         add([rows, hidden, entries], Operand::new(dl, ld), weight, sum, accumulate)?;

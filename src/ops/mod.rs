@@ -22,6 +22,7 @@ pub mod layer_norm;
 pub mod lerp;
 pub mod linear;
 pub mod logprob_head;
+pub mod low_rank;
 pub mod merged_update;
 pub mod rms_norm;
 pub mod rope;
@@ -44,6 +45,7 @@ pub trait Backend:
     + lerp::Lerp
     + linear::Linear
     + logprob_head::LogprobHead
+    + low_rank::LowRank
     + merged_update::MergedUpdate
     + rms_norm::RmsNorm
     + rope::Rope

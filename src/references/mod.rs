@@ -15,9 +15,9 @@ pub use hidden::HiddenRows;
 pub use score::{Scorer, plan};
 
 use crate::data::{Example, Extent, Packing};
-use crate::device::{DType, Dry, Ledger};
+use crate::device::{DType, Ledger};
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init, Model, Options};
+use crate::model::{Checkpoint, Init};
 use crate::ops::Backend;
 use crate::progress::{Progress, say};
 use cache::{About, RefCache, sequence_key};
@@ -144,9 +144,8 @@ impl Reference {
 
     /// Elements of its largest weight.
     pub fn largest_tensor(&self) -> usize {
-        let Some(Checkpoint { spec, architecture, .. }) = self.checkpoint() else { return 0 };
-        let mut names = Model::new(&mut Dry::arena(DType::F32), spec, architecture.naming, Options::frozen(0));
-        names.params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0)
+        let Some(checkpoint) = self.checkpoint() else { return 0 };
+        checkpoint.dry().params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0)
     }
 
     /// Memory while scoring, on a device that stores `storage`; `None` where nothing is scored.

@@ -20,9 +20,10 @@ pub struct Scorer<'a, B: Backend> {
 }
 
 fn build<D: Device>(arena: &mut Arena<D>, checkpoint: &Checkpoint, largest: &Extent) -> (Model<D>, Acts<D>, Batch<D>) {
-    let options = Options::frozen(largest.longest);
+    let options = Options::frozen(largest.longest).with_adapters(checkpoint);
     let model = Model::new(arena, &checkpoint.spec, checkpoint.architecture.naming, options);
-    (model, Acts::new(arena, &checkpoint.spec, largest, Keep::Nothing), Batch::new(arena, largest))
+    let acts = Acts::new(arena, &checkpoint.spec, largest, Keep::Nothing).with_low_rank(arena, model.widest_rank());
+    (model, acts, Batch::new(arena, largest))
 }
 
 /// Memory of a scorer for batches up to `largest`, on a device that stores `storage`.

@@ -78,10 +78,10 @@ struct Buffers<D: Device> {
 }
 
 impl<D: Device> Buffers<D> {
-    fn new(arena: &mut Arena<D>, spec: &Spec, request: &Request) -> Self {
+    fn new(arena: &mut Arena<D>, spec: &Spec, rank: usize, request: &Request) -> Self {
         let extent = request.extent();
         Self {
-            acts: Acts::new(arena, spec, &extent, Keep::Nothing),
+            acts: Acts::new(arena, spec, &extent, Keep::Nothing).with_low_rank(arena, rank),
             batch: Batch::new(arena, &extent),
             kv: KvCache::new(arena, spec, request.slot_rows(), extent.rows),
             logits: arena.floats(Kind::Workspace, request.samples, spec.vocab),
@@ -91,9 +91,10 @@ impl<D: Device> Buffers<D> {
     }
 }
 
-/// Memory of a generation besides the model, on a device that stores `storage`.
-pub fn plan(storage: DType, spec: &Spec, request: &Request) -> Ledger {
-    Dry::measure(storage, |arena| Buffers::new(arena, spec, request))
+/// Memory of a generation besides the model, whose adapters have [rank](Model::widest_rank) `rank`, on a device that stores
+/// `storage`.
+pub fn plan(storage: DType, spec: &Spec, rank: usize, request: &Request) -> Ledger {
+    Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, request))
 }
 
 /// Completions of one prompt. The model's rotation table must reach `prompt + max_new_tokens`.
@@ -111,8 +112,9 @@ pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> 
         );
         return Err(Error::option("--prompt", detail));
     }
-    let mut arena = Arena::new(device, &plan(device.storage(), &model.spec, request))?;
-    let mut buffers = Buffers::new(&mut arena, &model.spec, request);
+    let (spec, rank) = (&model.spec, model.widest_rank());
+    let mut arena = Arena::new(device, &plan(device.storage(), spec, rank, request))?;
+    let mut buffers = Buffers::new(&mut arena, spec, rank, request);
     let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];
     prefill(device, model, request, &mut buffers)?;
     let mut active: Vec<usize> = (0..request.samples).collect();

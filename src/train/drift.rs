@@ -87,7 +87,8 @@ impl<'a, B: Backend> Drift<'a, B> {
             prompts.iter().map(|(prompt, ..)| prompt.len()).max().unwrap_or(0) + settings.samples.max_new_tokens;
         let largest = largest(settings.packing, settings.kl_samples, longest);
         let asked = |reference: &'a FreshReference| reference.asked(largest);
-        let fresh = Fresh::new(device, task.fresh.iter().map(asked).collect(), settings.packing, residency)?;
+        let others = task.fresh.iter().filter(|reference| !reference.is_policy);
+        let fresh = Fresh::new(device, others.map(asked).collect(), settings.packing, residency)?;
         let texts = task.fresh.iter().any(|reference| reference.tokenizer.is_some());
         let rows = match &task.eval {
             Some(eval) if texts => read_rows(&eval.path)?.1,
@@ -107,19 +108,33 @@ impl<'a, B: Backend> Drift<'a, B> {
         let samples = self.sample(device, policy, done)?;
         let examples: Vec<Example> = samples.iter().map(|sample| self.example(sample)).collect();
         let examples: Vec<&Example> = examples.iter().collect();
-        let mut logps: Vec<f64> = Vec::with_capacity(samples.len());
-        for (_, host) in self.settings.packing.batches(&examples) {
-            let seen = policy.forward(device, &host, &[])?;
-            logps.extend(sums(&host, &seen.logps));
-        }
+        let score = |policy: &mut Policy<B>| {
+            let mut logps: Vec<f64> = Vec::with_capacity(samples.len());
+            for (_, host) in self.settings.packing.batches(&examples) {
+                let seen = policy.forward(device, &host, &[])?;
+                logps.extend(sums(&host, &seen.logps));
+            }
+            Ok(logps)
+        };
+        let logps = score(policy)?;
+        let adapted = self.task.fresh.iter().any(|reference| reference.is_policy);
+        let before = if adapted { policy.without_adapter(score)? } else { Vec::new() };
         policy.rest();
-        let mut estimates = Vec::new();
-        for (k, reference) in self.task.fresh.iter().enumerate() {
+        let (mut estimates, mut others) = (Vec::new(), 0..);
+        for reference in &self.task.fresh {
+            let estimate = |said: &mut dyn Iterator<Item = f64>| {
+                let ratios: Vec<f64> = logps.iter().zip(said).map(|(logp, said)| logp - said).collect();
+                Estimate::of(&ratios)
+            };
+            if reference.is_policy {
+                estimates.push(estimate(&mut before.iter().copied()));
+                continue;
+            }
+            let k = others.next().expect("endless");
             let own = reference.tokenizer.as_ref().map(|tokenizer| self.own(tokenizer, &samples)).transpose()?;
             let asked: Vec<&Example> = own.as_ref().map_or_else(|| examples.clone(), |own| own.iter().collect());
             let scored = self.fresh.score(k, &asked, Detail::Sums)?;
-            let ratios: Vec<f64> = logps.iter().zip(&scored).map(|(logp, scored)| logp - scored.sums[0]).collect();
-            estimates.push(Estimate::of(&ratios));
+            estimates.push(estimate(&mut scored.iter().map(|scored| scored.sums[0])));
         }
         Ok(estimates)
     }

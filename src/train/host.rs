@@ -108,11 +108,11 @@ impl Host {
         (TOKENIZER * self.tokenizer_bytes as f64 + encoder) as usize + data + self.said
     }
 
-    /// While micro-batches up to `largest` go through the engine.
-    pub fn working(&self, spec: &Spec, largest: &Extent) -> usize {
+    /// While micro-batches up to `largest` go through the engine, with adapters of this rank.
+    pub fn working(&self, spec: &Spec, largest: &Extent, rank: usize) -> usize {
         let arithmetic = match self.gpu {
             true => 0,
-            false => packed(spec, largest) + self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>(),
+            false => packed(spec, largest, rank) + self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>(),
         };
         self.program() + self.resting() + arithmetic + largest.rows * PER_ROW
     }
@@ -123,7 +123,7 @@ fn tokenizer_bytes(model: &Path) -> usize {
 }
 
 /// What the largest products of a step need for their packed operands.
-fn packed(spec: &Spec, largest: &Extent) -> usize {
+fn packed(spec: &Spec, largest: &Extent, rank: usize) -> usize {
     let (rows, top) = (largest.rows, largest.targets.min(logprob_head::TILE_ROWS));
     let wide = spec.heads * spec.head_dim;
     let layers =
@@ -133,7 +133,11 @@ fn packed(spec: &Spec, largest: &Extent) -> usize {
         [[rows, outputs, inputs], [rows, inputs, outputs], [outputs, inputs, rows], [inputs, outputs, rows]]
     });
     let [a, b] = products.map(ops::packed_bytes).fold([0, 0], |[a, b], [c, d]| [a.max(c), b.max(d)]);
-    a + b
+    let adapters = match rank {
+        0 => 0,
+        _ => ops::low_rank::scratch_bytes(rows, wide.max(spec.mlp_dim).max(spec.hidden)),
+    };
+    a + b + adapters
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Where a trained model comes from.
 
+use std::path::PathBuf;
+
 use super::settings::Settings;
 use super::task::Task;
 use crate::error::Result;
@@ -12,14 +14,20 @@ pub fn lineage(settings: &Settings, task: &Task) -> Result<Lineage> {
         Init::Checkpoint => Parent::open("model", &settings.model)?,
         Init::Random { .. } => Parent::named("config", &settings.model, Some(config_hash(&settings.model)?)),
     };
-    let reference = |path: &std::path::PathBuf| match path.is_dir() {
+    let reference = |path: &PathBuf| match path.is_dir() {
         true => Parent::open("ref", path),
         // A cache of what a model said; the hash of that model is not this kind of hash.
         false => Ok(Parent::named("ref", path, None)),
     };
     let references = settings.references.models.iter().map(reference).collect::<Result<Vec<_>>>()?;
+    let adapter = |(dir, weight): &(PathBuf, f64)| Ok(Parent::open("adapter", dir)?.weighted(*weight));
+    let adapters = settings.adapters.iter().map(adapter).collect::<Result<Vec<_>>>()?;
     let mut lineage = Lineage::of("train").with_arguments(task.course(settings)?).with_parent(model);
-    lineage = lineage.with_parents(references).with_data("dataset", &settings.dataset, task.train.rows)?;
+    lineage = lineage.with_parents(adapters).with_parents(references).with_data(
+        "dataset",
+        &settings.dataset,
+        task.train.rows,
+    )?;
     match (&settings.eval_dataset, &task.eval) {
         (Some(path), Some(eval)) => lineage.with_data("eval_dataset", path, eval.rows),
         _ => Ok(lineage),

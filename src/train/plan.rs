@@ -14,7 +14,7 @@ use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
 use crate::device::{DType, Dry, Kind, Ledger, cuda};
 use crate::error::{Error, Result};
-use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Model, Options, RefHeads};
+use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, RefHeads};
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
 use crate::rollout::{self, Request, Sampling};
@@ -69,6 +69,8 @@ pub struct Plan {
     /// Of an average optimizer step; a multiply-add is two.
     pub flops_per_step: f64,
     pub parameters: usize,
+    /// Those of the adapter that trains; `None` where all do.
+    pub trained: Option<usize>,
     /// `None` where only the data could tell.
     pub max_steps: Option<u64>,
     pub micro_batch_tokens: usize,
@@ -145,6 +147,7 @@ const EXACT_VISITS: u64 = 1 << 22;
 pub struct Workload<'a> {
     checkpoint: &'a Checkpoint,
     method: optim::Method,
+    lora: Option<&'a Lora>,
     references: Vec<Scoring<'a>>,
     /// What a reference that follows the policy starts as, if not as the policy.
     moving: Option<&'a Checkpoint>,
@@ -224,6 +227,7 @@ impl<'a> Workload<'a> {
         Self {
             checkpoint: &task.checkpoint,
             method: task.method,
+            lora: task.lora.as_ref(),
             references: task.references.iter().map(|r| Scoring::new(r, &used, packing)).collect(),
             moving: task.moving.as_ref(),
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
@@ -265,6 +269,7 @@ impl<'a> Workload<'a> {
             largest,
             positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
+            lora: self.lora,
             extras: Extras {
                 moving: settings.references.moving.zip(self.moving.or(Some(self.checkpoint))),
                 compared: self.compared.clone(),
@@ -283,10 +288,11 @@ impl<'a> Workload<'a> {
         let scored: Vec<Extent> = scored.copied().collect();
         let storage = settings.storage();
         let (run, pass) = blueprint.plan(storage);
-        let mut names = names(self.checkpoint);
+        let mut names = self.checkpoint.dry();
         let params = names.params_mut();
         let tensor = params.iter().map(|p| p.value.len()).max().unwrap_or(0) * size_of::<f32>();
-        let working = host.working(&self.checkpoint.spec, &largest);
+        let rank = blueprint.rank();
+        let working = host.working(&self.checkpoint.spec, &largest, rank);
 
         let shared = if settings.gpu { cuda::Options::WORKSPACE_BYTES } else { 0 };
         let phase = |name, host, ledgers: &[Ledger]| Phase::new(name, host, shared, ledgers);
@@ -306,14 +312,16 @@ impl<'a> Workload<'a> {
         phases.push(phase("train", working, &[run, pass]));
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);
-            phases.push(phase("sample", working, &[run, rollout::plan(storage, &self.checkpoint.spec, &request)]));
+            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
         if let Some(fresh) = &self.fresh {
             let request = drift::request(settings, fresh.prompt, fresh.together);
-            phases.push(phase("sample", working, &[run, rollout::plan(storage, &self.checkpoint.spec, &request)]));
+            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            phases.push(phase("sample", working, &[run, decoding]));
             let largest = fresh.largest(settings.packing);
-            for reference in fresh.references {
+            for reference in fresh.references.iter().filter(|reference| !reference.is_policy) {
                 // What is a token here may be two there.
                 let largest = if reference.tokenizer.is_some() { largest.join(largest) } else { largest };
                 let ledger = reference.asked(largest).plan(storage);
@@ -329,6 +337,7 @@ impl<'a> Workload<'a> {
             peak_device_bytes: 0,
             flops_per_step: self.flops_per_step(&blueprint, settings.packing)?,
             parameters: params.iter().map(|p| p.value.len()).sum(),
+            trained: self.lora.map(|_| blueprint.trained()),
             max_steps: self.max_steps,
             micro_batch_tokens: settings.packing.budget,
             recompute: settings.recompute,
@@ -350,8 +359,9 @@ impl<'a> Workload<'a> {
         let (dry, mut arena) = (Dry::default(), Dry::arena(DType::F32));
         let spec = &self.checkpoint.spec;
         let (largest, naming) = (&blueprint.largest, self.checkpoint.architecture.naming);
-        let mut model = Model::new(&mut arena, spec, naming, Options::train_all(blueprint.positions));
-        let mut acts = Acts::new(&mut arena, spec, largest, blueprint.keep);
+        let mut model = Model::new(&mut arena, spec, naming, blueprint.options());
+        let mut acts =
+            Acts::new(&mut arena, spec, largest, blueprint.keep).with_low_rank(&mut arena, model.widest_rank());
         let mut batch = Batch::new(&mut arena, largest);
         let heads = RefHeads::new(&mut arena, spec, &self.compared)?;
         let mut kl = KlActs::new(&mut arena, &heads, largest.targets);
@@ -427,15 +437,11 @@ fn under_other_prompts(task: &Task, settings: &Settings) -> Vec<Vec<Extent>> {
     all
 }
 
-/// A model without memory, for the names and shapes of its weights.
-fn names(checkpoint: &Checkpoint) -> Model<Dry> {
-    Model::new(&mut Dry::arena(DType::F32), &checkpoint.spec, checkpoint.architecture.naming, Options::frozen(0))
-}
-
 /// A run whose data is not at hand: every sequence as long as `--max-length` allows, a quarter of it prompt.
 pub struct Assumed {
     checkpoint: Checkpoint,
     method: optim::Method,
+    lora: Option<Lora>,
     references: Vec<Reference>,
     /// The policy's distributions are compared with the references'.
     compared: bool,
@@ -458,6 +464,7 @@ impl Assumed {
         Ok(Self {
             checkpoint,
             method: settings.optimizer.build()?,
+            lora: settings.lora.clone(),
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
             ln_sum_p2: needs.ln_sum_p2,
@@ -472,6 +479,7 @@ impl Assumed {
         Workload {
             checkpoint: &self.checkpoint,
             method: self.method,
+            lora: self.lora.as_ref(),
             references: self.references.iter().map(|reference| Scoring { reference, own: None }).collect(),
             moving: None,
             compared: self

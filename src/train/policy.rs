@@ -7,7 +7,7 @@ use super::settings::Moving;
 use crate::data::{self, Extent};
 use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range};
 use crate::error::Result;
-use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Model, Options, RefHeads, Spec};
+use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Options, RefHeads, Spec};
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
 
@@ -23,6 +23,8 @@ pub struct Blueprint<'a> {
     /// The longest sequence that is trained on, scored or generated.
     pub positions: usize,
     pub keep: Keep,
+    /// What trains in place of the weights, if not they.
+    pub lora: Option<&'a Lora>,
     pub extras: Extras<'a>,
 }
 
@@ -62,13 +64,15 @@ struct Pass<D: Device> {
 struct Sizes {
     largest: Extent,
     keep: Keep,
+    /// Of adapters.
+    rank: usize,
     ln_sum_p2: bool,
 }
 
 impl<D: Device> Pass<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, heads: Option<&RefHeads<D>>, sizes: Sizes) -> Self {
-        let Sizes { largest, keep, ln_sum_p2 } = sizes;
-        let mut acts = Acts::new(arena, spec, &largest, keep);
+        let Sizes { largest, keep, rank, ln_sum_p2 } = sizes;
+        let mut acts = Acts::new(arena, spec, &largest, keep).with_low_rank(arena, rank);
         if ln_sum_p2 {
             acts = acts.with_ln_sum_p2(arena);
         }
@@ -78,29 +82,52 @@ impl<D: Device> Pass<D> {
 }
 
 impl Blueprint<'_> {
-    fn sizes(&self) -> Sizes {
-        Sizes { largest: self.largest, keep: self.keep, ln_sum_p2: self.extras.ln_sum_p2 }
+    /// How its model is built.
+    pub fn options(&self) -> Options<'_> {
+        match self.lora {
+            None => Options::train_all(self.positions),
+            Some(lora) => Options::frozen(self.positions).with_adapters(self.checkpoint).with_lora(lora),
+        }
+    }
+
+    /// The policy's model without memory.
+    fn dry(&self) -> Model<Dry> {
+        let (spec, naming) = (&self.checkpoint.spec, self.checkpoint.architecture.naming);
+        Model::new(&mut Dry::arena(DType::F32), spec, naming, self.options())
+    }
+
+    /// Of its adapters, at one layer.
+    pub fn rank(&self) -> usize {
+        self.dry().widest_rank()
+    }
+
+    /// How many numbers train.
+    pub fn trained(&self) -> usize {
+        self.dry().trained_mut().iter().map(|param| param.value.len()).sum()
     }
 
     /// Weights, gradients and states: there for the whole run.
     fn run<D: Device>(&self, arena: &mut Arena<D>, pass: Ledger) -> Policy<D> {
-        let (options, spec) = (Options::train_all(self.positions), &self.checkpoint.spec);
-        let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, options);
-        let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut model.params_mut());
-        let Extras { moving, compared, .. } = &self.extras;
+        let spec = &self.checkpoint.spec;
+        let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, self.options());
+        let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut model.trained_mut());
+        let Extras { moving, compared, ln_sum_p2 } = &self.extras;
         let moving = moving.map(|(moving, start)| MovingReference::new(arena, start, self.positions, moving));
         let heads = RefHeads::new(arena, spec, compared).expect("the vocabularies were compared before");
         let heads = (heads.refs() > 0).then_some(heads);
         let probe = arena.floats(Kind::Workspace, 1, 1);
-        Policy { model, optimizer, moving, heads, probe, sizes: self.sizes(), pass_ledger: pass, pass: None }
+        let (rank, ln_sum_p2) = (model.widest_rank(), *ln_sum_p2);
+        let sizes = Sizes { largest: self.largest, keep: self.keep, rank, ln_sum_p2 };
+        Policy { model, optimizer, moving, heads, probe, sizes, pass_ledger: pass, pass: None }
     }
 
     /// Memory of the run, and of a training step besides, on a device that stores `storage`.
     pub fn plan(&self, storage: DType) -> (Ledger, Ledger) {
-        let mut heads = None;
-        let run = Dry::measure(storage, |arena| heads = self.run(arena, Ledger::default()).heads);
-        let pass = |arena: &mut Arena<Dry>| Pass::new(arena, &self.checkpoint.spec, heads.as_ref(), self.sizes());
-        (run, Dry::measure(storage, pass))
+        let mut arena = Dry::arena(storage);
+        let policy = self.run(&mut arena, Ledger::default());
+        let pass =
+            |arena: &mut Arena<Dry>| Pass::new(arena, &self.checkpoint.spec, policy.heads.as_ref(), policy.sizes);
+        (arena.ledger(), Dry::measure(storage, pass))
     }
 
     /// The policy as far as it lives for the whole run; its first batch takes the activations.
@@ -160,6 +187,14 @@ impl<B: Backend> Policy<B> {
         Ok(Seen { logps, moving, ln_sum_p2: ln_sum_p2.transpose()?.unwrap_or_default(), token_kl })
     }
 
+    /// Does something with the policy as it is without the adapter that trains.
+    pub fn without_adapter<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.model.switch_adapter(false);
+        let result = run(self);
+        self.model.switch_adapter(true);
+        result
+    }
+
     /// Frees the activations until the next batch: what follows needs memory of its own.
     pub fn rest(&mut self) {
         self.pass = None;
@@ -180,12 +215,12 @@ impl<B: Backend> Policy<B> {
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {
         let _range = range(c"gradient norm");
-        self.optimizer.grad_norm(device, &self.model.params_mut())
+        self.optimizer.grad_norm(device, &self.model.trained_mut())
     }
 
     pub fn update(&mut self, device: &B, step: u64, learning_rate: f64, norm: f64) -> Result<()> {
         let _range = range(c"update");
-        self.optimizer.update(device, &mut self.model.params_mut(), step, learning_rate, norm)?;
+        self.optimizer.update(device, &mut self.model.trained_mut(), step, learning_rate, norm)?;
         match &mut self.moving {
             Some(moving) => moving.follow(device, &mut self.model, step),
             None => Ok(()),
@@ -194,7 +229,7 @@ impl<B: Backend> Policy<B> {
 
     /// The first weight that holds a NaN or an infinity. A rounded weight shows those of its master.
     pub fn first_bad_weight(&mut self, device: &B) -> Result<Option<String>> {
-        for param in self.model.params_mut() {
+        for param in self.model.all_mut() {
             if !finite(device, param.view(), &mut self.probe)? {
                 return Ok(Some(param.name.clone()));
             }

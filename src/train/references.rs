@@ -1,7 +1,7 @@
 //! The references of a run: which there are, what each of them scores, and what must fit for that.
 
 use super::settings::Settings;
-use super::task::{Task, check_positions, check_vocabulary};
+use super::task::{Task, base, check_positions, check_vocabulary};
 use crate::data::{Dataset, EncodeOptions, Example, Extent, Tokenizer};
 use crate::device::{DType, Dry};
 use crate::error::{Error, Result};
@@ -22,6 +22,8 @@ pub struct FreshReference {
     pub init: Init,
     /// Its own, where it is another than the policy's.
     pub tokenizer: Option<Tokenizer>,
+    /// It is the policy without the adapter that trains.
+    pub is_policy: bool,
 }
 
 impl FreshReference {
@@ -52,7 +54,7 @@ pub fn references(settings: &Settings, objective: &dyn Objective) -> Result<Vec<
         return Ok(Vec::new());
     }
     if settings.references.models.is_empty() {
-        return Ok(vec![Reference::model(Checkpoint::open(&settings.model)?, settings.init)]);
+        return Ok(vec![Reference::model(base(settings)?, settings.init)]);
     }
     settings.references.models.iter().map(|path| Reference::open(path)).collect()
 }
@@ -86,13 +88,14 @@ pub fn fresh_references(
             let detail = format!("asks references about new completions, and {path} holds only what was asked before");
             return Err(Error::option("--kl-samples", detail));
         };
-        let checkpoint = Checkpoint::open(&checkpoint.dir)?;
+        let checkpoint = checkpoint.clone();
         let own = !tokenizer.shares_vocabulary(&checkpoint.dir)?;
         let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
-        Ok(FreshReference { checkpoint, init, tokenizer })
+        Ok(FreshReference { checkpoint, init, tokenizer, is_policy: false })
     };
-    let all = anchor.into_iter().chain(references.iter().map(|reference| &reference.reference));
-    let fresh = all.map(of).collect::<Result<Vec<_>>>()?;
+    let is_policy = settings.lora.is_some() && settings.references.models.is_empty();
+    let own = |reference: &TaskReference| Ok(FreshReference { is_policy, ..of(&reference.reference)? });
+    let fresh = anchor.into_iter().map(of).chain(references.iter().map(own)).collect::<Result<Vec<_>>>()?;
     if fresh.is_empty() {
         let detail = "measures the distance from a reference, and there is none; give --eval-anchor, or drop it";
         return Err(Error::option("--kl-samples", detail));

@@ -9,6 +9,7 @@ use super::policy::Policy;
 use super::task::Task;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::{read_json, write_json};
+use crate::checkpoint::peft;
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use crate::error::{At, Error, Result};
 use crate::model::{Reader, sources};
@@ -35,7 +36,7 @@ pub struct RunState {
     pub course: Map<String, Value>,
 }
 
-/// Writes the trained model as a Hugging Face folder into `dir`.
+/// Writes the trained model as a Hugging Face folder into `dir`, or the trained adapter as PEFT does, in f32.
 pub fn save_model<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
@@ -44,6 +45,11 @@ pub fn save_model<B: Backend>(
     dtype: SaveDtype,
 ) -> Result<()> {
     let source = &task.checkpoint.dir;
+    if let Some(lora) = &task.lora {
+        let config = policy.model.adapter_config(lora, &source.to_string_lossy());
+        peft::write(dir, &config, &sources(device, &policy.model.adapter_mut()))?;
+        return copy_companions(source, dir);
+    }
     let params = policy.model.params_mut();
     save_safetensors(&dir.join(MODEL), &sources(device, &params), dtype)?;
     write_config(source, dir, dtype, task.checkpoint.reward_model(&task.tokenizer).as_ref())?;
@@ -59,10 +65,12 @@ pub fn save_state<B: Backend>(
     dir: &Path,
     dtype: SaveDtype,
 ) -> Result<()> {
+    let adapter = !policy.model.adapter_mut().is_empty();
     let (model, optimizer) = (&mut policy.model, &policy.optimizer);
     let moving = policy.moving.as_mut().map(|moving| moving.model.params_mut()).unwrap_or_default();
-    let params = model.params_mut();
-    let mut tensors = if dtype == SaveDtype::F32 { Vec::new() } else { sources(device, &params) };
+    let params = model.trained_mut();
+    let rounded = dtype != SaveDtype::F32 && !adapter;
+    let mut tensors = if rounded { sources(device, &params) } else { Vec::new() };
     let lazy = params.iter().filter(|param| param.lazy);
     tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
         |(param, master)| TensorSource {
@@ -71,8 +79,7 @@ pub fn save_state<B: Backend>(
             fill: Box::new(move |out: &mut [f32]| device.read_f32(master.view(), out)),
         },
     ));
-    let trained = params.iter().filter(|param| param.grad.is_some());
-    for (param, state) in trained.zip(optimizer.states()) {
+    for (param, state) in params.iter().zip(optimizer.states()) {
         for (what, tensor) in state {
             tensors.push(TensorSource {
                 name: format!("{}.{what}", param.name),
@@ -115,21 +122,20 @@ pub fn read_state(dir: &Path, course: &Map<String, Value>) -> Result<RunState> {
     }
 }
 
-/// Puts weights and moments of a checkpoint into a policy.
+/// Puts weights and moments of a checkpoint into a policy; an adapter's, into one whose model is loaded.
 pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dtype: SaveDtype) -> Result<()> {
     let tensors = Weights::open_file(&dir.join(TENSORS))?;
+    let adapter = !policy.model.adapter_mut().is_empty();
     let model_file = match dtype {
+        _ if adapter => &Weights::open_file(&dir.join(peft::WEIGHTS))?,
         SaveDtype::F32 => &Weights::open(dir)?,
         SaveDtype::Bf16 | SaveDtype::F16 => &tensors,
     };
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut();
-    for param in model.params_mut() {
+    for param in model.trained_mut() {
         param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
-        if param.grad.is_none() {
-            continue;
-        }
         let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
         if let (true, Some(master)) = (param.lazy, &mut param.master) {
             values.resize(master.len(), 0.0);

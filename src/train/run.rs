@@ -82,18 +82,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
-    match &start.from {
-        Some(dir) => load_state(device, &mut policy, dir, settings.dtype)?,
-        None => {
-            settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
-            if let Some(moving) = &mut policy.moving {
-                match &task.moving {
-                    Some(start) => Init::Checkpoint.fill(device, start, &mut moving.model)?,
-                    None => settings.init.fill(device, &task.checkpoint, &mut moving.model)?,
-                }
-            }
-        }
-    }
+    first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
     let drift = match settings.kl_samples {
         0 => None,
@@ -122,11 +111,33 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     session.train(stop)
 }
 
+/// Fills the policy and what follows it: as they start, or from a checkpoint.
+fn first_weights<B: Backend>(
+    device: &B,
+    settings: &Settings,
+    task: &Task,
+    policy: &mut Policy<B>,
+    from: Option<&Path>,
+) -> Result<()> {
+    if from.is_none() || task.lora.is_some() {
+        settings.init.fill(device, &task.checkpoint, &mut policy.model)?;
+    }
+    if let Some(dir) = from {
+        return load_state(device, policy, dir, settings.dtype);
+    }
+    policy.model.init_adapter(device, settings.seed)?;
+    match (&mut policy.moving, &task.moving) {
+        (None, _) => Ok(()),
+        (Some(moving), Some(start)) => Init::Checkpoint.fill(device, start, &mut moving.model),
+        (Some(moving), None) => settings.init.fill(device, &task.checkpoint, &mut moving.model),
+    }
+}
+
 /// Gives the optimizer what does not come from a checkpoint, and says what a merge will amount to.
 fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, step: u64) -> Result<()> {
     let Policy { model, optimizer, .. } = policy;
     optimizer.resume(step);
-    let params = model.params_mut();
+    let params = model.trained_mut();
     if step == 0 {
         optimizer.start(device, &params)?;
     }
@@ -216,6 +227,7 @@ fn check_inputs(settings: &Settings) -> Result<()> {
     let Ok(output) = settings.output_dir.canonicalize() else { return Ok(()) };
     let models = std::iter::once(("--model", &settings.model))
         .chain(settings.references.models.iter().map(|m| ("--ref-model", m)));
+    let models = models.chain(settings.adapters.iter().map(|(dir, _)| ("--adapter", dir)));
     let models = models.chain(settings.anchor.iter().map(|dir| ("--eval-anchor", dir)));
     let data = std::iter::once(("--dataset", &settings.dataset))
         .chain(settings.eval_dataset.iter().map(|d| ("--eval-dataset", d)));
@@ -482,8 +494,22 @@ impl<B: Backend> Session<'_, B> {
         let report = Report::read(output, self.task.objective.name())?;
         report.write_plot()?;
         finish(output)?;
+        say_what_it_needs(self.settings);
         Ok(report.with_memory(machine::peak_resident(), &self.plan))
     }
+}
+
+/// An adapter that was trained on top of others is of no use without them.
+fn say_what_it_needs(settings: &Settings) {
+    if settings.adapters.is_empty() {
+        return;
+    }
+    let below = settings.adapters.iter().map(|(dir, weight)| format!("--adapter {}={weight} ", dir.display()));
+    let (model, own) = (settings.model.display(), settings.output_dir.display());
+    let below: String = below.collect();
+    say(format_args!(
+        "this adapter belongs on top of those that it was trained on: --model {model} {below}--adapter {own}"
+    ));
 }
 
 fn describe(e: &Evaluation) -> String {

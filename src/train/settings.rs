@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
-use crate::model::Init;
+use crate::model::{Init, Lora};
 use crate::objectives::Choice;
 use crate::objectives::kl::KlPenaltyOptions;
 use crate::objectives::mrpo::Blend;
@@ -15,6 +15,10 @@ use crate::optim::{self, Decay, Hyper, Schedule};
 pub struct Settings {
     pub model: PathBuf,
     pub init: Init,
+    /// Adapters that are applied beside its weights, and how much of each.
+    pub adapters: Vec<(PathBuf, f64)>,
+    /// What trains in place of the weights.
+    pub lora: Option<Lora>,
     pub references: References,
     /// What evaluations compare with instead of the first reference.
     pub anchor: Option<PathBuf>,

@@ -12,10 +12,11 @@ use super::references::{
 use super::settings::{References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
+use crate::checkpoint::peft;
 use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
 use crate::device::Philox;
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Init};
+use crate::model::{Checkpoint, Init, Lora};
 use crate::objectives::kl::KlPenalty;
 use crate::objectives::{Objective, mrpo};
 use crate::optim;
@@ -34,6 +35,8 @@ pub struct Task {
     pub tokenizer: Tokenizer,
     pub objective: Box<dyn Objective>,
     pub method: optim::Method,
+    /// What trains in place of the weights.
+    pub lora: Option<Lora>,
     /// What the optimizer merges with.
     pub tau: Option<Tau>,
     /// Those that are scored before the first step.
@@ -71,8 +74,46 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     Ok(objective)
 }
 
+/// The language model of the settings under its adapters.
+pub fn base(settings: &Settings) -> Result<Checkpoint> {
+    let adapters = settings.adapters.iter();
+    adapters.fold(Checkpoint::open(&settings.model), |base, (dir, weight)| base?.with_adapter(dir, *weight))
+}
+
+/// An adapter trains on a language model that is there, with a reference that stays where it is.
+fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
+    let (flag, detail) = if objective.needs().scores {
+        let name = objective.name();
+        ("--lora-rank", format!("{name} trains a new head besides, which no adapter holds; leave it out"))
+    } else if settings.init != Init::Checkpoint {
+        (
+            "--init",
+            "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into(),
+        )
+    } else if settings.optimizer.build()?.merges() {
+        let name = &settings.optimizer.name;
+        let why = "what fine-tuning added to a base model is in the weights, and these stay as they are";
+        ("--optimizer", format!("{name} merges with {why}; give another, or leave --lora-rank out"))
+    } else if settings.references.moving.is_some() {
+        ("--ref-sync-steps", "the reference of an adapter is the model without it, which does not move; drop it".into())
+    } else {
+        return Ok(());
+    };
+    Err(Error::option(flag, detail))
+}
+
 /// What is trained: a language model, or one with a reward head where the objective is about scores.
 pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Result<Checkpoint> {
+    if let Some(lora) = &settings.lora {
+        check_lora(settings, objective)?;
+        let checkpoint = base(settings)?;
+        return lora.check(&mut checkpoint.dry()).map(|()| checkpoint);
+    }
+    if !settings.adapters.is_empty() || peft::is_adapter(&settings.model) {
+        let detail = "the weights below it would train, and what is saved would be without it; train an adapter on top with \
+                      --lora-rank, or fold it into a model first (cuvee merge adapters)";
+        return Err(Error::option("--adapter", detail));
+    }
     if !objective.needs().scores {
         return Checkpoint::open(&settings.model);
     }
@@ -122,6 +163,7 @@ impl Task {
             tokenizer,
             objective,
             method,
+            lora: settings.lora.clone(),
             tau,
             references,
             moving,
@@ -236,6 +278,10 @@ impl Task {
             "dtype": settings.dtype.config_name(),
         });
         let References { blend, rule, moving, .. } = &settings.references;
+        course["lora_rank"] = json!(settings.lora.as_ref().map(|lora| lora.rank));
+        course["lora_alpha"] = json!(settings.lora.as_ref().map(|lora| lora.alpha));
+        course["lora_rslora"] = json!(settings.lora.as_ref().map(|lora| lora.rslora));
+        course["target_modules"] = json!(settings.lora.as_ref().map(|lora| &lora.targets));
         course["ref_mean"] = json!(format!("{:?} {:?}", blend.mean, blend.official_k2_swap));
         course["ref_weights"] = json!(format!("{:?} {rule:?}", blend.weights));
         course["ref_clip"] = json!(blend.clip.map(|clip| format!("{clip:?}")));

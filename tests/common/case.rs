@@ -101,6 +101,11 @@ impl Spec {
         Self { per_col: true, ..self }
     }
 
+    /// A scratch in the type that the device keeps activations in.
+    pub fn of_storage(self) -> Self {
+        Self { always_f32: false, ..self }
+    }
+
     pub fn always_f32(self) -> Self {
         Self { always_f32: true, ..self }
     }

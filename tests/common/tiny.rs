@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use cuvee::checkpoint::TensorSource;
+use cuvee::checkpoint::peft::{self, AdapterConfig};
 use cuvee::data::{self, Example, Extent, Sequence};
 use cuvee::device::{Arena, DType, Device, Dry, Ledger, Philox, Tensor};
-use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, Role, init_random};
+use cuvee::model::{Acts, Batch, Checkpoint, Keep, Lora, Model, Options, Role, init_random};
 use cuvee::ops::Backend;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -114,8 +116,10 @@ impl Size {
 pub struct Tiny {
     pub name: &'static str,
     pub checkpoint: Checkpoint,
+    /// What trains beside the weights.
+    pub lora: Option<Lora>,
     /// Until it is dropped, the folder is there.
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 pub fn all(size: Size) -> Vec<Tiny> {
@@ -133,11 +137,69 @@ pub fn rewards(size: Size) -> Vec<Tiny> {
     size.models().into_iter().map(|(name, own)| open(size, name, merged(own, classifier(1)))).collect()
 }
 
+/// Every model under two adapters of other ranks, one of them negative, and with one that trains: of all linear layers, but
+/// those that a checkpoint fuses are only adapted, not trained.
+pub fn adapted(size: Size) -> Vec<Tiny> {
+    let adapted = |tiny: Tiny| {
+        let mut checkpoint = tiny.checkpoint.clone();
+        for (seed, rank, weight) in [(1, 3, 0.7), (2, 1, -0.4)] {
+            let dir = tiny.dir.path().join(format!("adapter-{seed}"));
+            write_adapter(&checkpoint, &dir, rank, seed);
+            checkpoint = checkpoint.with_adapter(&dir, weight).unwrap();
+        }
+        let targets = match tiny.name {
+            "gpt2" => vec!["c_proj".to_string(), "c_fc".to_string()],
+            name if name.starts_with("neox") => ["dense", "dense_h_to_4h", "dense_4h_to_h"].map(String::from).into(),
+            _ => Vec::new(),
+        };
+        Tiny { checkpoint, lora: Some(Lora { rank: 2, alpha: 3.0, rslora: false, targets }), ..tiny }
+    };
+    all(size).into_iter().map(adapted).collect()
+}
+
+/// An adapter of random numbers for every linear layer, as PEFT keeps it.
+pub fn write_adapter(checkpoint: &Checkpoint, dir: &Path, rank: usize, seed: u64) {
+    let mut model = checkpoint.dry();
+    let mut shapes: BTreeMap<String, [usize; 2]> = BTreeMap::new();
+    let in_block =
+        |name: &str| [".attn.", ".self_attn.", ".attention.", ".mlp."].iter().any(|part| name.contains(part));
+    let params = model.params_mut().into_iter();
+    for param in params.filter(|param| param.role == Role::Matrix && in_block(&param.name)) {
+        let [outputs, inputs] = param.matrix_shape();
+        let module = param.stored.tensor.strip_suffix(".weight").unwrap().to_string();
+        shapes.entry(module).or_insert([0, inputs])[0] += outputs;
+    }
+    let tensor = |name: String, shape: [usize; 2]| TensorSource {
+        shape: shape.to_vec(),
+        fill: Box::new({
+            let random = Philox::named(seed, &name);
+            move |out: &mut [f32]| {
+                out.iter_mut().enumerate().for_each(|(i, x)| *x = 0.3 * random.normal(i as u64) as f32);
+                Ok(())
+            }
+        }),
+        name,
+    };
+    let tensors: Vec<TensorSource> = shapes
+        .iter()
+        .flat_map(|(module, [outputs, inputs])| {
+            [tensor(peft::a_name(module), [rank, *inputs]), tensor(peft::b_name(module), [*outputs, rank])]
+        })
+        .collect();
+    let config = AdapterConfig {
+        lora_rank: rank,
+        lora_alpha: 2.0,
+        target_modules: shapes.into_keys().collect(),
+        ..AdapterConfig::default()
+    };
+    peft::write(dir, &config, &tensors).unwrap();
+}
+
 pub fn open(size: Size, name: &'static str, own: Value) -> Tiny {
     let dir = tempfile::tempdir().unwrap();
     write_config(dir.path(), &merged(size.common(), own));
     let checkpoint = Checkpoint::from_config(dir.path(), &dir.path().join("config.json")).unwrap();
-    Tiny { name, checkpoint, _dir: dir }
+    Tiny { name, checkpoint, lora: None, dir }
 }
 
 pub fn write_config(dir: &Path, config: &Value) {
@@ -164,8 +226,10 @@ impl Tiny {
         trained: &dyn Fn(&str) -> bool,
     ) -> (Model<D>, Acts<D>, Batch<D>) {
         let (spec, naming) = (&self.checkpoint.spec, self.checkpoint.architecture.naming);
-        let model = Model::new(arena, spec, naming, Options { positions: largest.longest, trained });
-        (model, Acts::new(arena, spec, largest, keep), Batch::new(arena, largest))
+        let options = Options { trained, lora: self.lora.as_ref(), ..Options::frozen(largest.longest) };
+        let model = Model::new(arena, spec, naming, options.with_adapters(&self.checkpoint));
+        let acts = Acts::new(arena, spec, largest, keep).with_low_rank(arena, model.widest_rank());
+        (model, acts, Batch::new(arena, largest))
     }
 }
 
@@ -203,6 +267,12 @@ impl<B: Backend> Rig<B> {
                 Role::Bias => (0..param.value.len()).map(normal).collect(),
                 Role::Norm => (0..param.value.len()).map(|i| 1.0 + normal(i)).collect(),
             };
+            param.write(&device, &values).unwrap();
+        }
+        model.fill_adapters(&device, &tiny.checkpoint.adapters).unwrap();
+        for param in model.adapter_mut() {
+            let random = Philox::named(SEED + 2, &param.name);
+            let values: Vec<f32> = (0..param.value.len()).map(|i| 0.5 * random.normal(i as u64) as f32).collect();
             param.write(&device, &values).unwrap();
         }
         Self { device, model, acts, batch }
@@ -248,7 +318,7 @@ impl<B: Backend> Rig<B> {
 
     pub fn grads(&mut self) -> BTreeMap<String, Vec<f64>> {
         let Self { device, model, .. } = self;
-        let trained = model.params_mut().into_iter().filter_map(|p| Some((p.name.clone(), p.grad.as_ref()?)));
+        let trained = model.trained_mut().into_iter().filter_map(|p| Some((p.name.clone(), p.grad.as_ref()?)));
         trained.map(|(name, grad)| (name, read(device, grad))).collect()
     }
 }

@@ -22,7 +22,15 @@ const MOST_FLOPS_WATCHED: u64 = 1 << 25;
 const STORAGES: [(&str, DType); 2] = [("f32", DType::F32), ("bf16", DType::Bf16)];
 
 /// Ops with products, which cuBLASLt may make.
-const PRODUCTS: [&str; 5] = ["linear", "linear_backward", "logprob_head", "logprob_head_backward", "token_kl_backward"];
+const PRODUCTS: [&str; 7] = [
+    "linear",
+    "linear_backward",
+    "low_rank",
+    "low_rank_backward",
+    "logprob_head",
+    "logprob_head_backward",
+    "token_kl_backward",
+];
 
 /// Asks all of the first run. Of the others, which differ in the order of threads or in what watches them, it asks that
 /// results are close and repeat, on cases of a moderate size.

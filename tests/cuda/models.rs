@@ -54,7 +54,7 @@ fn train<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch, keep: Keep) -> Tr
     };
     let Rig { device, model, .. } = &mut rig;
     let mut arena = Arena::with_bytes(device, 16 << 20).unwrap();
-    let mut params = model.params_mut();
+    let mut params = model.trained_mut();
     let method = optim::Choice { name: "adamw".into(), params: Default::default() }.build().unwrap();
     let mut optimizer = Optimizer::new(&mut arena, method, HYPER, SCHEDULE, &mut params);
     for param in &mut params {
@@ -120,6 +120,12 @@ const BF16: Allowed = Allowed { logps: 0.5, gradients: 0.2, weights: 1e-2 };
 /// A training step against the CPU's; the same bits again, with activations computed again, and with prompts apart.
 fn step(name: &str, storage: DType) {
     compare(name, storage, &model(name), [Sharing::On, Sharing::Off].map(host));
+}
+
+/// The same of adapters, those that are applied and the one that trains.
+fn lora(name: &str, storage: DType) {
+    let tiny = tiny::adapted(Size::Small).into_iter().find(|tiny| tiny.name == name).expect("listed");
+    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host));
 }
 
 /// The same of a reward model.
@@ -215,9 +221,19 @@ pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = fixtures().collect();
     for name in tiny::all(Size::Small).iter().map(|tiny| tiny.name) {
         for (storage, dtype) in [("f32", DType::F32), ("bf16", DType::Bf16)] {
-            let runs =
-                [("step", step as fn(&str, DType)), ("reward", reward), ("decoding", decoding), ("token_kl", token_kl)];
-            for (what, run) in runs.into_iter().filter(|(what, _)| *what != "token_kl" || name == "llama") {
+            let runs = [
+                ("step", step as fn(&str, DType)),
+                ("lora", lora),
+                ("reward", reward),
+                ("decoding", decoding),
+                ("token_kl", token_kl),
+            ];
+            let takes = |what: &str| match what {
+                "token_kl" => name == "llama",
+                "lora" => ["llama", "qwen3", "neox", "gpt2"].contains(&name),
+                _ => true,
+            };
+            for (what, run) in runs.into_iter().filter(|(what, _)| takes(what)) {
                 cases.push(Case {
                     name: format!("model::{name}::{what}::{storage}"),
                     modes: &[Mode::Plain, Mode::Real],

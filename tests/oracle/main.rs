@@ -1,10 +1,11 @@
 //! Numbers of others: golden values, Hugging Face models with the log-probabilities and gradients that
-//! transformers computes for them, scores of reward models, TRL's losses and tokens, the memory that the system counts. One named test per file
+//! transformers computes for them, scores of reward models, PEFT's adapters, TRL's losses and tokens, the memory that the system counts. One named test per file
 //! or folder.
 
 mod chat;
 mod fixtures;
 mod golden;
+mod lora;
 mod memory;
 mod reward;
 #[path = "../common/fixtures.rs"]
@@ -20,6 +21,7 @@ fn main() {
         fixtures::trials(&root),
         chat::trials(&root),
         reward::trials(&root),
+        lora::trials(&root),
         memory::trials(&root),
     ];
     let trials = all.into_iter().flatten().collect();

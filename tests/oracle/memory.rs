@@ -22,7 +22,8 @@ pub fn trials(root: &Path) -> Vec<Trial> {
             planned_is_measured(&root, &model, flags).map(|()| Completion::Completed)
         })
     };
-    [("everything", &[] as &[&str]), ("recompute", &["--recompute"])].map(trial).into()
+    let runs = [("everything", &[] as &[&str]), ("recompute", &["--recompute"]), ("lora", &["--lora-rank", "16"])];
+    runs.map(trial).into()
 }
 
 fn planned_is_measured(root: &Path, model: &Path, flags: &[&str]) -> Result<(), Failed> {

@@ -6,6 +6,7 @@ mod cli;
 mod common;
 mod exactness;
 mod lineage;
+mod lora;
 mod model;
 mod multi_ref;
 mod objectives;

@@ -18,6 +18,7 @@ use crate::common::ops::activations::{self, CURVES, Gelu, GeluBackward, SwiGlu, 
 use crate::common::ops::attention::{self, Attention, AttentionBackward, dims, forest};
 use crate::common::ops::head::{self, Head, HeadBackward};
 use crate::common::ops::linear::{self, Linear, LinearBackward};
+use crate::common::ops::low_rank::{self, LowRank, LowRankBackward};
 use crate::common::ops::norms::{self, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward};
 use crate::common::ops::rope::Rope;
 use crate::common::ops::rows::{Gather, GatherBackward};
@@ -172,6 +173,46 @@ fn linear_backward_is_the_derivative() {
 fn linear_keeps_its_promises() {
     linear::forward(&mut Promises);
     linear::backward(&mut Promises);
+}
+
+// ---- low_rank -------------------------------------------------------------------------------------------------
+
+#[test]
+fn low_rank_is_close_to_the_oracle() {
+    low_rank::forward(&mut Close);
+    low_rank::backward(&mut Close);
+}
+
+#[test]
+fn low_rank_backward_is_the_derivative() {
+    let shape = [3, 5, 4, 2];
+    let (forward, backward) = (LowRank { shape, scale: 0.7 }, LowRankBackward::full(shape, 0.7));
+    let (mut specs, mut back) = (forward.specs(), backward.specs());
+    zero(&mut specs, &["y"]);
+    zero(&mut back, &["dx", "da", "db"]);
+    let gradients = run(&Reference, &backward, &back);
+    for (input, gradient) in [("x", "dx"), ("a", "da"), ("b", "db")] {
+        let gradient = output_of(&back, &gradients, gradient);
+        assert_backward(&forward, &specs, input, "y", &contents(&back, "dy"), gradient);
+    }
+}
+
+#[test]
+fn low_rank_keeps_its_promises() {
+    low_rank::forward(&mut Promises);
+    low_rank::backward(&mut Promises);
+}
+
+/// An adapter that has not trained yet changes no bit.
+#[test]
+fn a_product_with_zeros_leaves_every_bit() {
+    let case = LowRank { shape: [47, 31, 123, 16], scale: 2.0 };
+    let mut specs = case.specs();
+    zero(&mut specs, &["b"]);
+    let y = contents(&specs, "y");
+    let found = run(&cpu(), &case, &specs);
+    let same = output_of(&specs, &found, "y").iter().zip(&y).all(|(found, y)| found.to_bits() == y.to_bits());
+    assert!(same, "y changes");
 }
 
 // ---- rms_norm -------------------------------------------------------------------------------------------------

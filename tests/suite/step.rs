@@ -66,6 +66,7 @@ impl Rig {
             largest,
             positions,
             keep,
+            lora: None,
             extras: Extras::default(),
         };
         let mut policy = blueprint.build(&cpu).unwrap();

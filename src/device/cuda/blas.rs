@@ -132,7 +132,7 @@ impl Blas {
             plan.set(Of::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias).map_err(failed("bias"))?;
         }
         let stream = context.stream.cast();
-        plan.run(self, [b, a, added, c], adds, stream).map_err(failed("a product"))?;
+        plan.run(self, [b, a, added, c], [p.scale, f32::from(u8::from(adds))], stream).map_err(failed("a product"))?;
         Ok(true)
     }
 }
@@ -228,10 +228,9 @@ impl Plan {
         &self,
         blas: &Blas,
         [b, a, added, c]: [u64; 4],
-        adds: bool,
+        [alpha, beta]: [f32; 2],
         stream: sys::cudaStream_t,
     ) -> Result<(), CublasError> {
-        let (alpha, beta) = (1.0f32, f32::from(u8::from(adds)));
         let [first, second, out] = self.layouts;
         let memory = |address: u64| address as *const c_void;
         // SAFETY: the matrices lie where the layouts say; alpha and beta are read before the call returns.

@@ -24,7 +24,7 @@ impl<'a, T> Operand<'a, T> {
     }
 }
 
-/// `c = a b + bias + residual`, or `c += ...`. Sums are f32, and rounded to `O` once. There are kernels for (T, O) = (f32,
+/// `c = scale a b + bias + residual`, or `c += ...`. Sums are f32, and rounded to `O` once. There are kernels for (T, O) = (f32,
 /// f32), (bf16, bf16) and (bf16, f32), and for these pairs of operands:
 ///
 /// | | a | b | |
@@ -39,6 +39,8 @@ pub struct Product<'a, T, O> {
     pub a: Operand<'a, T>,
     /// `[k, n]`
     pub b: Operand<'a, T>,
+    /// Of the sum over k.
+    pub scale: f32,
     /// `[m, n]`
     pub c: Out<'a, O>,
     /// Elements from one row of `c` to the next.
@@ -101,6 +103,7 @@ impl Cuda {
             lda: p.a.ld as u32,
             ldb: p.b.ld as u32,
             ldc: p.ldc as u32,
+            scale: p.scale,
             accumulate: p.accumulate.into(),
         }
         .launch(self, Grid::from(m.div_ceil(tile_m) * n.div_ceil(tile_n)).shared(shared))

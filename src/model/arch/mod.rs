@@ -17,9 +17,11 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::hf::RewardModel;
 use crate::checkpoint::json::read_json;
+use crate::checkpoint::peft::{self, AdapterFile};
 use crate::data::{Read, Tokenizer};
+use crate::device::{DType, Dry};
 use crate::error::{Error, Result};
-use crate::model::{Head, Role, Spec};
+use crate::model::{Adapter, Head, Model, Options, Role, Spec};
 use config::Config;
 
 /// A place in the model where a weight belongs.
@@ -143,6 +145,7 @@ pub fn all() -> &'static [Architecture] {
 }
 
 /// A model folder whose configuration was understood.
+#[derive(Clone)]
 pub struct Checkpoint {
     pub dir: PathBuf,
     pub architecture: &'static Architecture,
@@ -154,6 +157,8 @@ pub struct Checkpoint {
     pub(super) fresh_head: Option<u64>,
     /// `pad_token_id`
     pad: Option<u32>,
+    /// What is applied beside the weights.
+    pub adapters: Vec<Adapter>,
 }
 
 impl Checkpoint {
@@ -197,6 +202,19 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Under an adapter, of which `weight` times as much is applied, beside those that are there.
+    pub fn with_adapter(mut self, dir: &Path, weight: f64) -> Result<Self> {
+        let adapter = Adapter::open(dir, weight)?;
+        adapter.check(&mut self.dry())?;
+        self.adapters.push(adapter);
+        Ok(self)
+    }
+
+    /// The model without memory, for names and shapes.
+    pub fn dry(&self) -> Model<Dry> {
+        Model::new(&mut Dry::arena(DType::F32), &self.spec, self.architecture.naming, Options::frozen(0))
+    }
+
     /// Where a model's head reads its sequences.
     pub fn reads(&self, tokenizer: &Tokenizer) -> Read {
         match self.spec.head {
@@ -223,10 +241,29 @@ impl Checkpoint {
             return Err(Error::file(dir, "there is no such folder; a model is a folder with config.json in it"));
         }
         let config = dir.join("config.json");
+        if peft::is_adapter(dir) {
+            return Self::under_adapter(dir);
+        }
         if !config.exists() {
             return Err(Error::file(config, "there is no such file; a model is a folder with config.json in it"));
         }
         Self::from_config(dir, &config)
+    }
+
+    /// An adapter's folder in place of a model's: the base that it names, where that is a folder, under the adapter.
+    fn under_adapter(dir: &Path) -> Result<Self> {
+        let named = AdapterFile::open(dir)?.config.base_model;
+        match named.as_deref().map(Path::new).filter(|base| base.join("config.json").exists()) {
+            Some(base) => Self::read(base)?.with_adapter(dir, 1.0),
+            None => {
+                let base = named.unwrap_or("nothing".into());
+                let detail = format!(
+                    "is an adapter, and the base that it names, {base}, is no model's folder here; give the base with --model and \
+                     this folder with --adapter"
+                );
+                Err(Error::file(dir, detail))
+            }
+        }
     }
 
     /// Of either kind, with a configuration that is kept elsewhere.
@@ -243,7 +280,15 @@ impl Checkpoint {
         }
         let (stored_head, pad) = (spec.head, config.token("pad_token_id"));
         config.refuse_unread()?;
-        Ok(Self { dir: dir.to_path_buf(), architecture, spec, stored_head, fresh_head: None, pad })
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            architecture,
+            spec,
+            stored_head,
+            fresh_head: None,
+            pad,
+            adapters: Vec::new(),
+        })
     }
 }
 

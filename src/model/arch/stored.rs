@@ -45,6 +45,11 @@ impl Stored {
         !self.transposed && self.parts.len() == 1
     }
 
+    /// No other weight shares the tensor.
+    pub fn is_alone(&self) -> bool {
+        self.parts.len() == 1
+    }
+
     /// The tensor is `[inputs, outputs]`.
     pub fn is_transposed(&self) -> bool {
         self.transposed
@@ -65,6 +70,11 @@ impl Stored {
         for (to, from) in self.elements([rows, cols]) {
             weight[to] = tensor[from];
         }
+    }
+
+    /// Takes the weight's rows `[rows, cols]` out of a matrix that has a row for each output of the tensor.
+    pub fn extract_outputs(&self, matrix: &[f32], [rows, cols]: [usize; 2], out: &mut [f32]) {
+        Self { transposed: false, ..self.clone() }.extract(matrix, [rows, cols], out);
     }
 
     /// Puts the weight into its place in the tensor; the other elements stay.

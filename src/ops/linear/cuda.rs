@@ -11,6 +11,7 @@ fn forward<T: Element, O: Element>(cuda: &Cuda, a: Forward<Cuda>, d: Dims) -> Re
         shape: [d.rows, d.outputs, d.inputs],
         a: Operand::new(a.x.input(), d.inputs),
         b: Operand::transposed(a.weight.input(), d.inputs),
+        scale: 1.0,
         c: a.y.output(),
         ldc: d.outputs,
         accumulate: false,
@@ -39,8 +40,8 @@ fn add_product<T: Element, O: Element>(
     b: Operand<T>,
     c: ViewMut<Cuda>,
 ) -> Result<()> {
-    let (c, ldc) = (c.output(), shape[1]);
-    cuda.product(Product::<T, O> { shape, a, b, c, ldc, accumulate: true, bias: In::null(), residual: In::null() })
+    let (c, ldc, bias, residual) = (c.output(), shape[1], In::null(), In::null());
+    cuda.product(Product::<T, O> { shape, a, b, scale: 1.0, c, ldc, accumulate: true, bias, residual })
 }
 
 fn unknown(op: &'static str, from: DType, to: DType) -> Error {

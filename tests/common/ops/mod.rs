@@ -18,6 +18,7 @@ pub mod activations;
 pub mod attention;
 pub mod head;
 pub mod linear;
+pub mod low_rank;
 pub mod norms;
 pub mod rope;
 pub mod rows;
@@ -54,6 +55,8 @@ pub fn all<V: Visitor>() -> Vec<(&'static str, Visit<V>)> {
     vec![
         ("linear", linear::forward),
         ("linear_backward", linear::backward),
+        ("low_rank", low_rank::forward),
+        ("low_rank_backward", low_rank::backward),
         ("rms_norm", norms::rms_norm),
         ("rms_norm_backward", norms::rms_norm_backward),
         ("layer_norm", norms::layer_norm),
@@ -96,6 +99,8 @@ pub fn no_rows_are_no_work<D: Backend>(device: &D) {
     }
     check(device, &linear::Linear::full([0, 31, 5]));
     check(device, &linear::LinearBackward::full([0, 31, 5]));
+    check(device, &low_rank::LowRank { shape: [0, 31, 5, 2], scale: 2.0 });
+    check(device, &low_rank::LowRankBackward::full([0, 31, 5, 2], 2.0));
     check(device, &norms::RmsNorm([0, 31]));
     check(device, &norms::RmsNormBackward::full([0, 31]));
     check(device, &norms::LayerNorm([0, 31]));

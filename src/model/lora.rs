@@ -1,0 +1,297 @@
+//! Adapters of linear layers (LoRA; Hu et al., arXiv:2106.09685): `scale x A^T B^T` beside `x W^T`, A `[rank, inputs]`, B
+//! `[outputs, rank]`. A layer has at most two: those that are applied as they are, side by side as one of the sum of their
+//! ranks, and one that trains.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::Model;
+use super::arch::Stored;
+use super::param::Param;
+use crate::checkpoint::peft::{AdapterConfig, AdapterFile, a_name, b_name};
+use crate::device::{Arena, Device, Kind, Philox, Tensor, View, ViewMut};
+use crate::error::{Error, Result};
+use crate::ops::{Backend, low_rank};
+
+/// What trains instead of a model's weights.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Lora {
+    pub rank: usize,
+    pub alpha: f64,
+    /// Scale is `alpha / sqrt(rank)`, not `alpha / rank` (Kalajdzievski, arXiv:2312.03732).
+    pub rslora: bool,
+    /// Linear layers, each by the end of the name that the checkpoint gives it: `q_proj`. Empty: those of all blocks
+    /// (Dettmers et al., arXiv:2305.14314, find that no fewer reach full training).
+    pub targets: Vec<String>,
+}
+
+impl Lora {
+    /// What `B A` is multiplied with.
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+
+    pub fn trains(&self, module: &str) -> bool {
+        self.targets.is_empty() || self.targets.iter().any(|target| names(target, module))
+    }
+
+    /// Refuses targets that name nothing, and those that a checkpoint keeps together with others.
+    pub fn check<D: Device>(&self, model: &mut Model<D>) -> Result<()> {
+        let layers: Vec<Stored> = model.linears_mut().map(|linear| linear.weight.stored.clone()).collect();
+        let known = endings(layers.iter().filter(|stored| stored.is_alone())).join(",");
+        let fail = |detail| Err(Error::option("--target-modules", detail));
+        if let Some(target) = self.targets.iter().find(|t| !layers.iter().any(|stored| names(t, module_of(stored)))) {
+            return fail(format!("{target} names no linear layer of this model; it has {known}"));
+        }
+        if let Some(stored) = layers.iter().find(|stored| !stored.is_alone() && self.trains(module_of(stored))) {
+            let name = ending(stored);
+            return fail(format!(
+                "{name} holds queries, keys and values in one tensor, whose adapter would share its A; that is not trained yet: \
+                 give --target-modules {known}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// How PEFT writes it down; `base` is what it adapts.
+    pub fn config(&self, base: &str, linears: &[&Stored]) -> AdapterConfig {
+        let targets = if self.targets.is_empty() { endings(linears.iter().copied()) } else { self.targets.clone() };
+        AdapterConfig {
+            lora_rank: self.rank,
+            lora_alpha: self.alpha,
+            rslora: self.rslora,
+            target_modules: targets,
+            base_model: Some(base.to_string()),
+            fan_in_fan_out: linears.iter().any(|stored| stored.is_transposed()),
+            ..AdapterConfig::default()
+        }
+    }
+}
+
+/// PEFT's rule: the whole name of a module, or the end of it that follows a dot.
+fn names(target: &str, module: &str) -> bool {
+    module.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// What PEFT calls the layer of a weight.
+pub fn module_of(weight: &Stored) -> &str {
+    weight.tensor.strip_suffix(".weight").unwrap_or(&weight.tensor)
+}
+
+/// The last part of that name, which layers of a kind have in common: `q_proj`.
+fn ending(weight: &Stored) -> &str {
+    module_of(weight).rsplit('.').next().unwrap_or_default()
+}
+
+/// Each once, in the order of the layers.
+fn endings<'a>(weights: impl Iterator<Item = &'a Stored>) -> Vec<String> {
+    let mut endings: Vec<String> = Vec::new();
+    for ending in weights.map(ending) {
+        if !endings.iter().any(|known| known == ending) {
+            endings.push(ending.to_string());
+        }
+    }
+    endings
+}
+
+/// An adapter that is applied and not trained, and how much of it.
+#[derive(Clone)]
+pub struct Adapter {
+    pub dir: PathBuf,
+    pub file: Arc<AdapterFile>,
+    /// Multiplies what it adds.
+    pub weight: f64,
+}
+
+impl Adapter {
+    pub fn open(dir: &Path, weight: f64) -> Result<Self> {
+        Ok(Self { dir: dir.to_path_buf(), file: Arc::new(AdapterFile::open(dir)?), weight })
+    }
+
+    /// Refuses an adapter of another model: each of its modules must be a linear layer of `model`, in its shape.
+    pub fn check<D: Device>(&self, model: &mut Model<D>) -> Result<()> {
+        for module in self.file.modules() {
+            let found = self.file.shape(&module);
+            let mut parts = model.linears_mut().filter(|linear| module_of(&linear.weight.stored) == module).peekable();
+            let fail = |detail| Err(Error::file(self.file.weights.path_of(&a_name(&module)), detail));
+            if parts.peek().is_none() {
+                return fail(format!(
+                    "adapts {module:?}, which is no linear layer of the base; was it made for another model?"
+                ));
+            }
+            let shapes: Vec<[usize; 2]> = parts.map(|linear| linear.weight.matrix_shape()).collect();
+            let expected = [shapes.iter().map(|[outputs, _]| outputs).sum(), shapes[0][1]];
+            if found != expected {
+                return fail(format!(
+                    "adapts {module:?} as {found:?} (outputs, inputs), in the base it is {expected:?}; was it made for another \
+                     model?"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn rank(&self, module: &str) -> usize {
+        if self.file.has(module) { self.file.rank(module) } else { 0 }
+    }
+}
+
+/// The rank of all of them side by side at one layer.
+pub fn rank_of(adapters: &[Adapter], module: &str) -> usize {
+    adapters.iter().map(|adapter| adapter.rank(module)).sum()
+}
+
+/// A low-rank product beside a linear layer.
+pub struct LowRank<D: Device> {
+    /// `[rank, inputs]`
+    pub a: Param<D>,
+    /// `[outputs, rank]`
+    pub b: Param<D>,
+    scale: f32,
+    on: bool,
+}
+
+impl<D: Device> LowRank<D> {
+    /// What adapters of the sum of ranks `rank` add to a weight; their weights and scales are in B.
+    pub fn frozen(arena: &mut Arena<D>, weight: &Param<D>, rank: usize) -> Self {
+        let name = |which: &str| Stored::whole(format!("{}.adapters.{which}", weight.name));
+        Self::new(arena, weight, [name("A"), name("B")], rank, 1.0, false)
+    }
+
+    pub fn trained(arena: &mut Arena<D>, weight: &Param<D>, lora: &Lora) -> Self {
+        let module = module_of(&weight.stored);
+        let stored = [Stored::whole(a_name(module)), Stored::whole(b_name(module))];
+        Self::new(arena, weight, stored, lora.rank, lora.scale() as f32, true)
+    }
+
+    fn new(
+        arena: &mut Arena<D>,
+        weight: &Param<D>,
+        [a, b]: [Stored; 2],
+        rank: usize,
+        scale: f32,
+        trained: bool,
+    ) -> Self {
+        let [outputs, inputs] = weight.value.view().shape();
+        let mut param = |stored, shape| Param::of_adapter(arena, stored, shape, trained);
+        Self { a: param(a, [rank, inputs]), b: param(b, [outputs, rank]), scale, on: true }
+    }
+
+    pub fn rank(&self) -> usize {
+        self.a.value.rows()
+    }
+
+    pub fn switch(&mut self, on: bool) {
+        self.on = on;
+    }
+
+    /// Fills what is applied at one layer from the adapters' files.
+    fn fill(&mut self, device: &D, weight: &Param<D>, adapters: &[Adapter]) -> Result<()> {
+        let (module, rank) = (module_of(&weight.stored), self.rank());
+        let [outputs, inputs] = weight.matrix_shape();
+        let (mut all_a, mut all_b) = (Vec::with_capacity(rank * inputs), vec![0.0; outputs * rank]);
+        let (mut whole, mut part) = (Vec::new(), Vec::new());
+        for Adapter { file, weight: share, .. } in adapters.iter().filter(|adapter| adapter.file.has(module)) {
+            let first = all_a.len() / inputs;
+            let [own, _] = file.read_a(module, &mut whole)?;
+            all_a.extend_from_slice(&whole);
+            file.read_b(module, &mut whole)?;
+            part.resize(outputs * own, 0.0);
+            weight.stored.extract_outputs(&whole, [outputs, own], &mut part);
+            let scale = file.scaling(module) * share;
+            for (to, from) in all_b.chunks_exact_mut(rank).zip(part.chunks_exact(own)) {
+                let to = to[first..first + own].iter_mut();
+                to.zip(from).for_each(|(to, from)| *to = (scale * f64::from(*from)) as f32);
+            }
+        }
+        self.a.write(device, &all_a)?;
+        self.b.write(device, &all_b)
+    }
+
+    /// A as PEFT draws it (`kaiming_uniform_` with a = sqrt 5: uniform within 1 / sqrt(inputs)), B 0: nothing is added yet.
+    fn init(&mut self, device: &D, seed: u64) -> Result<()> {
+        let random = Philox::named(seed, &self.a.name);
+        let most = 1.0 / (self.a.value.cols() as f64).sqrt();
+        let draw = |i: usize| (most * (2.0 * random.uniform(i as u64) - 1.0)) as f32;
+        self.a.write(device, &(0..self.a.value.len()).map(draw).collect::<Vec<_>>())?;
+        self.b.write(device, &vec![0.0; self.b.value.len()])
+    }
+}
+
+/// The first elements of `scratch` as `[rows, rank]`.
+fn room<D: Device>(scratch: &mut Tensor<D>, rows: usize, rank: usize) -> ViewMut<'_, D> {
+    scratch.top_mut(rows * rank).reshape(rows, rank)
+}
+
+impl<B: Backend> LowRank<B> {
+    /// Adds to `y`.
+    pub fn forward(&self, device: &B, x: View<B>, scratch: &mut Tensor<B>, y: ViewMut<B>) -> Result<()> {
+        if !self.on {
+            return Ok(());
+        }
+        let scratch = room(scratch, x.rows(), self.rank());
+        let (a, b, scale) = (self.a.view(), self.b.view(), self.scale);
+        device.low_rank(low_rank::Forward { x, a, b, scale, scratch, y })
+    }
+
+    /// Adds to the gradients and to `dx`.
+    pub fn backward(
+        &mut self,
+        device: &B,
+        dy: View<B>,
+        x: View<B>,
+        scratch: &mut Tensor<B>,
+        dx: ViewMut<B>,
+    ) -> Result<()> {
+        if !self.on {
+            return Ok(());
+        }
+        let scratch = room(scratch, x.rows(), self.a.value.rows());
+        let (a, b, scale) = (self.a.value.view(), self.b.value.view(), self.scale);
+        let [da, db] = [&mut self.a.grad, &mut self.b.grad].map(|grad| grad.as_mut().map(Tensor::view_mut));
+        device.low_rank_backward(low_rank::Backward { dy, x, a, b, scale, scratch, dx, da, db })
+    }
+}
+
+/// Room for `low_rank` of up to `rows` rows: `[rows * rank, 1]`, of which a layer takes what its rank needs.
+pub fn scratch<D: Device>(arena: &mut Arena<D>, rows: usize, rank: usize) -> Tensor<D> {
+    arena.stored(Kind::Activations, rows * rank, 1)
+}
+
+impl<D: Device> Model<D> {
+    /// A and B of the adapter that trains, layer by layer; nothing where the weights train.
+    pub fn adapter_mut(&mut self) -> Vec<&mut Param<D>> {
+        self.all_mut().filter(|param| param.adapter).collect()
+    }
+
+    /// Everything that has a gradient, in a fixed order.
+    pub fn trained_mut(&mut self) -> Vec<&mut Param<D>> {
+        self.all_mut().filter(|param| param.grad.is_some()).collect()
+    }
+
+    /// With the adapter that trains or, as it was before it, without.
+    pub fn switch_adapter(&mut self, on: bool) {
+        self.linears_mut().filter_map(|linear| linear.trained.as_mut()).for_each(|adapter| adapter.switch(on));
+    }
+
+    /// The adapter that trains before its first step; its numbers depend on the seed and the names of the layers.
+    pub fn init_adapter(&mut self, device: &D, seed: u64) -> Result<()> {
+        self.linears_mut().filter_map(|linear| linear.trained.as_mut()).try_for_each(|own| own.init(device, seed))
+    }
+
+    /// The adapters that are applied.
+    pub fn fill_adapters(&mut self, device: &D, adapters: &[Adapter]) -> Result<()> {
+        self.linears_mut().try_for_each(|linear| match &mut linear.frozen {
+            Some(frozen) => frozen.fill(device, &linear.weight, adapters),
+            None => Ok(()),
+        })
+    }
+
+    /// How PEFT writes down the adapter that trains.
+    pub fn adapter_config(&mut self, lora: &Lora, base: &str) -> AdapterConfig {
+        let adapted = self.linears_mut().filter(|linear| linear.trained.is_some());
+        let stored: Vec<&Stored> = adapted.map(|linear| &linear.weight.stored).collect();
+        lora.config(base, &stored)
+    }
+}

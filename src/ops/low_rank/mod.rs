@@ -1,0 +1,111 @@
+//! The low-rank product beside a linear layer: what an adapter adds (Hu et al., arXiv:2106.09685, Eq. 3).
+//!
+//! ```text
+//! t = scale x A^T        y += t B^T
+//! t = scale x A^T        dB += dy^T t        u = scale dy B        dA += u^T x        dx += u A
+//! ```
+//! Saved for the backward: `x`. `t` is made again: it costs what it takes to read x, and keeping it would take memory in every
+//! layer. Weights of adapters that differ from row to row belong on the columns of `t` and `u`.
+//!
+//! Where B is 0, y stays as it is, bit for bit (a zero becomes a positive one).
+
+mod cpu;
+mod cuda;
+mod reference;
+
+pub use cpu::scratch_bytes;
+
+use crate::device::{Device, Dry, View, ViewMut};
+use crate::error::Result;
+
+pub struct Forward<'a, D: Device> {
+    /// `[rows, inputs]`
+    pub x: View<'a, D>,
+    /// `[rank, inputs]`
+    pub a: View<'a, D>,
+    /// `[outputs, rank]`
+    pub b: View<'a, D>,
+    pub scale: f32,
+    /// `[rows, rank]`, overwritten
+    pub scratch: ViewMut<'a, D>,
+    /// `+=` `[rows, outputs]`
+    pub y: ViewMut<'a, D>,
+}
+
+pub struct Backward<'a, D: Device> {
+    /// `[rows, outputs]`
+    pub dy: View<'a, D>,
+    /// `[rows, inputs]`
+    pub x: View<'a, D>,
+    /// `[rank, inputs]`
+    pub a: View<'a, D>,
+    /// `[outputs, rank]`
+    pub b: View<'a, D>,
+    pub scale: f32,
+    /// `[rows, rank]`, overwritten
+    pub scratch: ViewMut<'a, D>,
+    /// `+=` `[rows, inputs]`
+    pub dx: ViewMut<'a, D>,
+    /// `+=` `[rank, inputs]`
+    pub da: Option<ViewMut<'a, D>>,
+    /// `+=` `[outputs, rank]`
+    pub db: Option<ViewMut<'a, D>>,
+}
+
+pub trait LowRank: Device {
+    fn low_rank(&self, a: Forward<Self>) -> Result<()>;
+    fn low_rank_backward(&self, a: Backward<Self>) -> Result<()>;
+}
+
+struct Dims {
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+}
+
+impl<D: Device> Forward<'_, D> {
+    fn check(&self) -> Result<Dims> {
+        let ([rows, inputs], [rank, outputs]) = (self.x.shape(), [self.a.rows(), self.b.rows()]);
+        super::require("low_rank", "a", self.a.shape(), [rank, inputs])?;
+        super::require("low_rank", "b", self.b.shape(), [outputs, rank])?;
+        super::require("low_rank", "scratch", self.scratch.shape(), [rows, rank])?;
+        super::require("low_rank", "y", self.y.shape(), [rows, outputs])?;
+        Ok(Dims { rows, inputs, outputs, rank })
+    }
+}
+
+impl<D: Device> Backward<'_, D> {
+    fn check(&self) -> Result<Dims> {
+        let ([rows, inputs], [rank, outputs]) = (self.x.shape(), [self.a.rows(), self.dy.cols()]);
+        super::require("low_rank_backward", "dy", self.dy.shape(), [rows, outputs])?;
+        super::require("low_rank_backward", "a", self.a.shape(), [rank, inputs])?;
+        super::require("low_rank_backward", "b", self.b.shape(), [outputs, rank])?;
+        super::require("low_rank_backward", "scratch", self.scratch.shape(), [rows, rank])?;
+        super::require("low_rank_backward", "dx", self.dx.shape(), [rows, inputs])?;
+        if let Some(da) = &self.da {
+            super::require("low_rank_backward", "da", da.shape(), [rank, inputs])?;
+        }
+        if let Some(db) = &self.db {
+            super::require("low_rank_backward", "db", db.shape(), [outputs, rank])?;
+        }
+        Ok(Dims { rows, inputs, outputs, rank })
+    }
+}
+
+impl LowRank for Dry {
+    fn low_rank(&self, a: Forward<Self>) -> Result<()> {
+        let d = a.check()?;
+        self.count(2 * d.rows * d.rank * (d.inputs + d.outputs));
+        Ok(())
+    }
+
+    fn low_rank_backward(&self, a: Backward<Self>) -> Result<()> {
+        let d = a.check()?;
+        let (of_a, of_b) = (usize::from(a.da.is_some()), usize::from(a.db.is_some()));
+        // t is made for dB alone.
+        let inputs = d.inputs * (1 + of_a + of_b);
+        self.count(2 * d.rows * d.rank * (inputs + d.outputs * (1 + of_b)));
+        Ok(())
+    }
+}
