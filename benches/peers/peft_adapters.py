@@ -1,9 +1,9 @@
 """Adapters: what cuvee makes of PEFT's, beside what PEFT makes of them itself, and whether PEFT loads what cuvee writes.
 
-    python benches/peers/peft_adapters.py target/release/cuvee MODEL
+    python benches/peers/peft_adapters.py target/release/cuvee MODEL [TARGET..]
 
-MODEL is a Hugging Face folder. Two adapters with random matrices are made by PEFT, then merged by both (cat, linear, svd, into the
-base). Prints the largest difference of a weight's delta and of log-probabilities, and what each took. PEFT 0.21, torch 2, CPU.
+MODEL is a Hugging Face folder, TARGETs are names of linear layers [default: all]; PEFT's svd takes minutes for all of
+SmolLM2's. Two adapters with random matrices are made by PEFT, then merged by both (cat, linear, svd, into the base). Prints the largest difference of a weight's delta and of log-probabilities, and what each took. PEFT 0.21, torch 2, CPU.
 """
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 cuvee, base = sys.argv[1:3]
+targets = sys.argv[3:] or "all-linear"
 torch.manual_seed(3)
 tmp = Path(tempfile.mkdtemp())
 WEIGHTS = [0.3, 0.7]
@@ -27,7 +28,7 @@ def load():
 
 
 def make(name, **options):
-    model = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options))
+    model = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options))
     for key, p in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(p, std=0.02)

@@ -33,7 +33,7 @@ impl Serialize for AdapterArg {
 }
 
 /// `DIR=0.3`, or `DIR` where what follows a last `=` is no number.
-fn adapter(text: &str) -> Result<AdapterArg, String> {
+pub fn adapter(text: &str) -> Result<AdapterArg, String> {
     let (dir, weight) = match text.rsplit_once('=').map(|(dir, weight)| (dir, weight.parse::<f64>())) {
         Some((dir, Ok(weight))) => (dir, weight),
         _ => (text, 1.0),

@@ -278,3 +278,54 @@ fn extraction_says_what_it_cannot_keep() {
     }
     w.fails(1, "merge extract --model policy --base-model base --rank 2 --output-dir full", &["full exists"]);
 }
+
+/// What is said of behaviour is what scoring both models shows.
+#[test]
+fn behaviour_is_compared_on_data() {
+    let w = Workspace::with_reviews(12);
+    w.ok(
+        "train --objective sigmoid --beta 0.1 --dataset train.jsonl --max-steps 3 --batch-size 4 --learning-rate 5e-3 --max-length 40 \
+         --device cpu --model model --output-dir policy",
+    );
+    let extract = "merge extract --model policy --base-model model --rank 2 --dataset heldout.jsonl --device cpu";
+    let told = w.ok(&format!("{extract} --output-dir lora")).stdout;
+    assert!(told.contains("log-probabilities of 32 completions differ by"), "{told}");
+    let said = &w.json("lora/cuvee_extraction.json")["behaviour"];
+    let scores = |flags: &str| -> Vec<f64> {
+        w.ok(&format!("logps {flags} --dataset heldout.jsonl --device cpu --out scores.jsonl"));
+        ["logps_chosen", "logps_rejected"].iter().flat_map(|key| w.column("scores.jsonl", key)).collect()
+    };
+    let (policy, found) = (scores("--model policy"), scores("--model model --adapter lora"));
+    let differences: Vec<f64> = policy.iter().zip(&found).map(|(a, b)| (a - b).abs()).collect();
+    let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+    let largest = differences.iter().copied().fold(0.0, f64::max);
+    assert!(largest > 1e-2, "this adapter is not the policy: {largest}");
+    for (key, expected) in [("mean", mean), ("largest", largest)] {
+        let said = said[key].as_f64().unwrap();
+        assert!((said / expected - 1.0).abs() < 1e-6, "{key}: {said} {expected}");
+    }
+
+    // Beside the weights or in them: the same up to rounding, of f32 and of bf16.
+    let differs = |dtype: &str| -> f64 {
+        let line = format!(
+            "merge adapters --adapter lora --method delta --model model --dtype {dtype} --dataset heldout.jsonl"
+        );
+        let told = w.ok(&format!("{line} --device cpu --output-dir {dtype}")).stdout;
+        told.split("differ by ").nth(1).unwrap().split(" nats").next().unwrap().parse().unwrap()
+    };
+    let (f32, bf16) = (differs("f32"), differs("bf16"));
+    assert!(f32 < 1e-4 && bf16 > 10.0 * f32, "{f32} {bf16}");
+    for (line, message) in [
+        (
+            "merge extract --model policy --base-model model --rank 2 --max-length 8 --output-dir x",
+            "--max-length: does nothing",
+        ),
+        ("merge adapters --adapter lora --threads 1 --output-dir x", "--threads: does nothing without --dataset"),
+        (
+            "merge adapters --adapter lora --dataset heldout.jsonl --output-dir x",
+            "--dataset: does nothing without --method delta",
+        ),
+    ] {
+        w.fails(2, line, &[message]);
+    }
+}

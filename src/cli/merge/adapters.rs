@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args, ValueEnum};
 
+use super::behaviour::{BehaviourArgs, compare};
 use super::out;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::read_json;
 use crate::checkpoint::peft::{self, AdapterFile, a_name, b_name};
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors, write_dir};
-use crate::cli::args::Dtype;
+use crate::cli::adapters::{AdapterArg, adapter};
+use crate::cli::args::{Dtype, count};
 use crate::cli::{is_given, print};
 use crate::error::{Error, Result};
 use crate::lineage::{Lineage, Parent};
@@ -28,12 +30,13 @@ Adapters may differ in rank, alpha and the modules that they change; what an ada
 Examples:
   cuvee merge adapters --adapter A=0.3 --adapter B=0.7 --output-dir runs/soup
   cuvee merge adapters --adapter A=0.3 --adapter B=0.7 --method svd --rank 16 --output-dir runs/soup-16
-  cuvee merge adapters --adapter A --method delta --model BASE --output-dir runs/model"
+  cuvee merge adapters --adapter A --method delta --model BASE --output-dir runs/model
+  cuvee merge adapters --adapter A --method delta --model BASE --dataset heldout.jsonl --output-dir runs/model"
 )]
 pub struct AdaptersArgs {
     /// An adapter's folder, and how much of it counts; repeat the flag for several [default weight: 1]
-    #[arg(long, value_name = "DIR[=F]", value_parser = weighted, required = true, help_heading = "Files")]
-    pub adapter: Vec<(PathBuf, f64)>,
+    #[arg(long, value_name = "DIR[=F]", value_parser = adapter, required = true, help_heading = "Files")]
+    pub adapter: Vec<AdapterArg>,
     /// Their base. `delta` needs it; otherwise the adapters' shapes are checked against it
     #[arg(long, value_name = "DIR", help_heading = "Files")]
     pub model: Option<PathBuf>,
@@ -44,11 +47,13 @@ pub struct AdaptersArgs {
     #[arg(long, value_name = "NAME", default_value = "cat", help_heading = "Merge")]
     pub method: How,
     /// Rank of the result of svd [default: the largest of the adapters' ranks]
-    #[arg(long, value_name = "N", value_parser = crate::cli::args::count, help_heading = "Merge")]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Merge")]
     pub rank: Option<usize>,
     /// How delta writes weights [default: as the base says, f16 as f32]
     #[arg(long, value_name = "TYPE", help_heading = "Merge")]
     pub dtype: Option<Dtype>,
+    #[command(flatten)]
+    pub behaviour: BehaviourArgs,
 }
 
 /// What becomes of the adapters.
@@ -66,26 +71,17 @@ pub enum How {
     Delta,
 }
 
-/// `DIR=0.3`, or `DIR` where what follows a last `=` is no number.
-fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
-    let (dir, weight) = match text.rsplit_once('=').map(|(dir, weight)| (dir, weight.parse::<f64>())) {
-        Some((dir, Ok(weight))) => (dir, weight),
-        _ => (text, 1.0),
-    };
-    if dir.is_empty() || !weight.is_finite() || weight == 0.0 {
-        return Err("expected an adapter's folder and a weight other than 0, such as runs/sft=0.5".into());
-    }
-    Ok((dir.into(), weight))
-}
-
 impl AdaptersArgs {
     /// What no single flag can know.
     pub fn check(&self, flags: &ArgMatches) -> Result<()> {
-        for (option, how, name) in [("rank", How::Svd, "svd"), ("dtype", How::Delta, "delta")] {
+        for (option, how, name) in
+            [("rank", How::Svd, "svd"), ("dtype", How::Delta, "delta"), ("dataset", How::Delta, "delta")]
+        {
             if is_given(flags, option) && self.method != how {
                 return Err(Error::option(format!("--{option}"), format!("does nothing without --method {name}")));
             }
         }
+        self.behaviour.check(flags, &["threads", "no_amx"])?;
         if self.method == How::Delta && self.model.is_none() {
             return Err(Error::option("--model", "missing; --method delta adds the adapters to its weights"));
         }
@@ -100,14 +96,15 @@ impl AdaptersArgs {
         let lineage = Lineage::of("merge adapters").with_argument("method", self.name());
         let lineage = self.rank.into_iter().fold(lineage, |lineage, rank| lineage.with_argument("rank", rank));
         let base = self.model.iter().map(|dir| Parent::open("base", dir));
-        let adapters = self.adapter.iter().map(|(dir, weight)| Ok(Parent::open("adapter", dir)?.weighted(*weight)));
+        let adapters = self.adapter.iter();
+        let adapters = adapters.map(|adapter| Ok(Parent::open("adapter", &adapter.dir)?.weighted(adapter.weight)));
         Ok(lineage.with_parents(base.chain(adapters).collect::<Result<Vec<_>>>()?))
     }
 }
 
 pub fn run(args: &AdaptersArgs) -> Result<()> {
     out::check_free(&args.output_dir)?;
-    let open = |(dir, weight): &(PathBuf, f64)| Ok((AdapterFile::open(dir)?, *weight));
+    let open = |adapter: &AdapterArg| Ok((AdapterFile::open(&adapter.dir)?, adapter.weight));
     let adapters: Vec<(AdapterFile, f64)> = args.adapter.iter().map(open).collect::<Result<_>>()?;
     let modules = modules(args, &adapters)?;
     let base = args.model.as_deref().map(|dir| Base::open(dir, &modules, &adapters)).transpose()?;
@@ -140,7 +137,7 @@ pub fn run(args: &AdaptersArgs) -> Result<()> {
     let lineage = args.lineage()?;
     write_dir(&args.output_dir, |dir| {
         write_factors(dir, &config, &made)?;
-        copy_companions(&args.adapter[0].0, dir)?;
+        copy_companions(&args.adapter[0].dir, dir)?;
         lineage.write_as(&args.output_dir, dir)
     })?;
     let most = made.iter().map(|(_, factors)| factors.rank).max().unwrap_or(0);
@@ -179,7 +176,7 @@ pub fn write_factors(dir: &Path, config: &peft::AdapterConfig, made: &[(String, 
 /// The modules that any of the adapters changes, with their shapes `[outputs, inputs]`; refuses adapters that cannot be of one base.
 fn modules(args: &AdaptersArgs, adapters: &[(AdapterFile, f64)]) -> Result<BTreeMap<String, [usize; 2]>> {
     let fail = |detail: String| Err(Error::option("--adapter", detail));
-    let name = |i: usize| args.adapter[i].0.display();
+    let name = |i: usize| args.adapter[i].dir.display();
     let mut modules: BTreeMap<String, ([usize; 2], usize)> = BTreeMap::new();
     for (i, (file, _)) in adapters.iter().enumerate() {
         for module in file.modules() {
@@ -299,16 +296,23 @@ fn delta(args: &AdaptersArgs, base: Base, adapters: &[(AdapterFile, f64)]) -> Re
         TensorSource { name: name.clone(), shape: shape.clone(), fill: Box::new(move |out| fill(&name, &shape, out)) }
     };
     let sources: Vec<TensorSource> = kept.iter().map(source).collect();
-    let lineage = args.lineage()?;
+    let (lineage, mut behaviour) = (args.lineage()?, None);
     write_dir(&args.output_dir, |dir| {
         save_safetensors(&dir.join("model.safetensors"), &sources, dtype)?;
         write_config(&base.dir, dir, dtype, None)?;
         copy_companions(&base.dir, dir)?;
+        if args.behaviour.dataset.is_some() {
+            let apply =
+                |checkpoint: Checkpoint, adapter: &AdapterArg| checkpoint.with_adapter(&adapter.dir, adapter.weight);
+            let beside = args.adapter.iter().try_fold(base.checkpoint.clone(), apply)?;
+            behaviour = compare(&args.behaviour, [&beside, &Checkpoint::open(dir)?])?;
+        }
         lineage.write_as(&args.output_dir, dir)
     })?;
     drop(sources);
     progress.into_inner().finish();
-    print(&rounding_report(args, &rounding.into_inner(), dtype))
+    let said = behaviour.map_or(String::new(), |found| found.text("adapters beside the base, and in it"));
+    print(&format!("{}{said}", rounding_report(args, &rounding.into_inner(), dtype)))
 }
 
 fn rounding_report(args: &AdaptersArgs, rounding: &[(String, Rounding)], dtype: SaveDtype) -> String {

@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::adapters::write_factors;
+use super::behaviour::{Behaviour, BehaviourArgs, compare};
 use super::out;
 use crate::checkpoint::hf::copy_companions;
 use crate::checkpoint::json::write_json;
@@ -32,7 +33,8 @@ Each linear layer's difference becomes B = U sqrt(S), A = sqrt(S) V^T of its tru
 alpha = rank. What else differs (norms, embeddings, biases, heads) an adapter cannot hold: it is said how much that is.
 
 Examples:
-  cuvee merge extract --model runs/dpo --base-model BASE --rank 16 --output-dir runs/dpo-lora")]
+  cuvee merge extract --model runs/dpo --base-model BASE --rank 16 --output-dir runs/dpo-lora
+  cuvee merge extract --model runs/dpo --base-model BASE --rank 16 --dataset heldout.jsonl --output-dir runs/dpo-lora")]
 pub struct ExtractArgs {
     /// The model that was trained whole
     #[arg(long, value_name = "DIR", help_heading = "Files")]
@@ -46,15 +48,14 @@ pub struct ExtractArgs {
     /// Of the adapter; a layer that is smaller gets its own size
     #[arg(long, value_name = "N", value_parser = crate::cli::args::count, help_heading = "Extraction")]
     pub rank: usize,
-    /// CPU threads [default: all cores that this process may use]
-    #[arg(long, value_name = "N", value_parser = crate::cli::args::count, help_heading = "Engine")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub behaviour: BehaviourArgs,
 }
 
 pub fn run(args: &ExtractArgs) -> Result<()> {
     out::check_free(&args.output_dir)?;
     let pair = Pair::open(&args.model, &args.base_model)?;
-    let cpu = Cpu::new(args.threads.unwrap_or(0))?;
+    let cpu = Cpu::new(args.behaviour.engine.threads.unwrap_or(0))?;
     let linears =
         linears(&pair.policy.spec, |slot, layer| (pair.policy.architecture.naming)(&pair.policy.spec, slot, layer));
     let (mut made, mut report) = (Vec::new(), Report::default());
@@ -94,6 +95,7 @@ pub fn run(args: &ExtractArgs) -> Result<()> {
     write_dir(&args.output_dir, |dir| {
         write_factors(dir, &config, &made)?;
         copy_companions(&args.model, dir)?;
+        report.behaviour = compare(&args.behaviour, [&pair.policy, &pair.base.clone().with_adapter(dir, 1.0)?])?;
         write_json(&dir.join(REPORT), &report)?;
         lineage.write_as(&args.output_dir, dir)
     })?;
@@ -103,6 +105,7 @@ pub fn run(args: &ExtractArgs) -> Result<()> {
 /// A model and what it was trained from.
 struct Pair {
     policy: Checkpoint,
+    base: Checkpoint,
     policy_weights: Weights,
     base_weights: Weights,
 }
@@ -116,7 +119,8 @@ impl Pair {
                 format!("{} has other shapes than --model {}; is it its base?", base.display(), policy.display());
             return Err(Error::option("--base-model", detail));
         }
-        Ok(Self { policy: of_policy, policy_weights: Weights::open(policy)?, base_weights: Weights::open(base)? })
+        let (policy_weights, base_weights) = (Weights::open(policy)?, Weights::open(base)?);
+        Ok(Self { policy: of_policy, base: of_base, policy_weights, base_weights })
     }
 
     fn read(&self, weights: &Weights, tensor: &str) -> Result<(Vec<f32>, Vec<usize>)> {
@@ -233,6 +237,9 @@ struct Report {
     kept: BTreeMap<String, Kept>,
     /// By tensor: changes that an adapter cannot hold.
     left: BTreeMap<String, Left>,
+    /// The policy beside the base under the adapter, where there were data to compare them on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    behaviour: Option<Behaviour>,
 }
 
 #[derive(Serialize)]
@@ -285,6 +292,7 @@ impl Report {
                 100.0 * left.relative_change
             ),
         };
+        text += &self.behaviour.map_or(String::new(), |found| found.text("base with adapter, and model"));
         text + &format!("tensor by tensor in {REPORT}\n")
     }
 }

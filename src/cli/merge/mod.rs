@@ -1,6 +1,7 @@
 //! `cuvee merge`: whole checkpoints, and in subcommands what needs flags of its own.
 
 mod adapters;
+mod behaviour;
 mod extract;
 mod models;
 mod out;
@@ -46,6 +47,7 @@ impl MergeArgs {
     pub fn check(&self, flags: &ArgMatches) -> Result<()> {
         match (&self.what, flags.subcommand()) {
             (Some(MergeWhat::Adapters(args)), Some((_, flags))) => args.check(flags),
+            (Some(MergeWhat::Extract(args)), Some((_, flags))) => args.behaviour.check(flags, &[]),
             (Some(_), _) => Ok(()),
             (None, _) => self.models.check(flags),
         }
