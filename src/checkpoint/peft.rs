@@ -35,6 +35,11 @@ pub fn b_name(module: &str) -> String {
     format!("{PREFIX}{module}{B}")
 }
 
+/// Whether a tensor of a file is an A.
+pub fn is_a(name: &str) -> bool {
+    name.ends_with(A)
+}
+
 /// Whether a folder holds an adapter and no model.
 pub fn is_adapter(dir: &Path) -> bool {
     dir.join(CONFIG).exists() && !dir.join("config.json").exists()
@@ -416,6 +421,13 @@ impl AdapterFile {
         out.resize(shape[0] * shape[1], 0.0);
         self.weights.read(name, &shape, out)?;
         Ok(shape)
+    }
+
+    /// Of what the adapter does.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        self.hash_into(&mut hasher);
+        *hasher.finalize().as_bytes()
     }
 
     /// Feeds what the adapter does into a hasher: each module's matrices and its scaling.

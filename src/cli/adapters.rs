@@ -71,6 +71,9 @@ pub struct LoraArgs {
     /// of all blocks [default: all-linear]
     #[arg(long, alias = "lora-target-modules", value_name = "NAME,NAME..", value_delimiter = ',')]
     pub target_modules: Vec<String>,
+    /// Go on training this adapter, with its rank, scale and layers; the reference is then the model with it as it starts
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_rslora", "target_modules"])]
+    pub lora_start: Option<PathBuf>,
 }
 
 const ALL_LINEAR: &str = "all-linear";
@@ -91,14 +94,18 @@ impl LoraArgs {
     }
 
     /// The adapter to train, if one is asked for.
-    pub fn lora(&self) -> Option<Lora> {
-        self.lora_rank.map(|rank| Lora {
+    pub fn lora(&self) -> Result<Option<Lora>> {
+        if let Some(dir) = &self.lora_start {
+            return Lora::from_adapter(dir).map(Some);
+        }
+        Ok(self.lora_rank.map(|rank| Lora {
             rank,
             // What TRL does by default: r 16, alpha 32.
             alpha: self.lora_alpha.unwrap_or(2.0 * rank as f64),
             rslora: self.lora_rslora,
             targets: self.target_modules.iter().filter(|name| *name != ALL_LINEAR).cloned().collect(),
-        })
+            start: None,
+        }))
     }
 }
 

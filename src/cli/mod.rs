@@ -470,10 +470,11 @@ mod tests {
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
         kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
-        base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true";
+        base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true\n adapter = ['a=0.5']\n lora_rank = 4
+        lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']";
 
     /// The flags that contradict some of those.
-    const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5";
+    const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";
 
     /// Every flag of train, none at its default.
     fn everything() -> String {

@@ -78,7 +78,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             args::Init::Random => Init::Random { seed: run.schedule.seed },
         },
         adapters: run.adapters.adapter.iter().map(|adapter| (adapter.dir.clone(), adapter.weight)).collect(),
-        lora: run.lora.lora(),
+        lora: run.lora.lora()?,
         references: run.refs.references(run.schedule.seed),
         kl_penalty: run.refs.kl_penalty(),
         anchor: run.save.eval_anchor.clone(),

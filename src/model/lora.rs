@@ -23,9 +23,31 @@ pub struct Lora {
     /// Linear layers, each by the end of the name that the checkpoint gives it: `q_proj`. Empty: those of all blocks
     /// (Dettmers et al., arXiv:2305.14314, find that no fewer reach full training).
     pub targets: Vec<String>,
+    /// The adapter that it starts as; else A is drawn and B is 0.
+    pub start: Option<PathBuf>,
 }
 
 impl Lora {
+    /// One that goes on from an adapter, with its rank, scale and layers.
+    pub fn from_adapter(dir: &Path) -> Result<Self> {
+        let file = AdapterFile::open(dir)?;
+        let targets = file.modules();
+        let of = |module: &String| (file.rank(module), file.scaling(module));
+        let (rank, scale) = of(&targets[0]);
+        if let Some(other) = targets.iter().find(|module| of(module) != (rank, scale)) {
+            let detail = format!(
+                "{other} has rank {} and scale {}, {} has {rank} and {scale}; an adapter that trains has one of each",
+                file.rank(other),
+                file.scaling(other),
+                targets[0]
+            );
+            return Err(Error::file(dir, detail));
+        }
+        let rslora = file.config.rslora;
+        let alpha = scale * if rslora { (rank as f64).sqrt() } else { rank as f64 };
+        Ok(Self { rank, alpha, rslora, targets, start: Some(dir.to_path_buf()) })
+    }
+
     /// What `B A` is multiplied with.
     pub fn scale(&self) -> f64 {
         let rank = self.rank as f64;
@@ -275,9 +297,23 @@ impl<D: Device> Model<D> {
         self.linears_mut().filter_map(|linear| linear.trained.as_mut()).for_each(|adapter| adapter.switch(on));
     }
 
-    /// The adapter that trains before its first step; its numbers depend on the seed and the names of the layers.
-    pub fn init_adapter(&mut self, device: &D, seed: u64) -> Result<()> {
-        self.linears_mut().filter_map(|linear| linear.trained.as_mut()).try_for_each(|own| own.init(device, seed))
+    /// The adapter that trains before its first step: that of `start`, or drawn by the seed and the names of the layers.
+    pub fn init_adapter(&mut self, device: &D, start: Option<&Path>, seed: u64) -> Result<()> {
+        let file = start.map(AdapterFile::open).transpose()?;
+        let mut values = Vec::new();
+        for linear in self.linears_mut() {
+            let Some(own) = &mut linear.trained else { continue };
+            let Some(file) = &file else {
+                own.init(device, seed)?;
+                continue;
+            };
+            let module = module_of(&linear.weight.stored);
+            file.read_a(module, &mut values)?;
+            own.a.write(device, &values)?;
+            file.read_b(module, &mut values)?;
+            own.b.write(device, &values)?;
+        }
+        Ok(())
     }
 
     /// The adapters that are applied.

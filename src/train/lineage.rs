@@ -20,10 +20,14 @@ pub fn lineage(settings: &Settings, task: &Task) -> Result<Lineage> {
         false => Ok(Parent::named("ref", path, None)),
     };
     let references = settings.references.models.iter().map(reference).collect::<Result<Vec<_>>>()?;
+    let start = settings.lora.as_ref().and_then(|lora| lora.start.as_ref());
+    let others = [("base", settings.base_model.as_ref()), ("tau", settings.tau_model.as_ref()), ("start", start)];
+    let others = others.into_iter().filter_map(|(role, dir)| dir.map(|dir| Parent::open(role, dir)));
+    let others = others.collect::<Result<Vec<_>>>()?;
     let adapter = |(dir, weight): &(PathBuf, f64)| Ok(Parent::open("adapter", dir)?.weighted(*weight));
     let adapters = settings.adapters.iter().map(adapter).collect::<Result<Vec<_>>>()?;
     let mut lineage = Lineage::of("train").with_arguments(task.course(settings)?).with_parent(model);
-    lineage = lineage.with_parents(adapters).with_parents(references).with_data(
+    lineage = lineage.with_parents(others).with_parents(adapters).with_parents(references).with_data(
         "dataset",
         &settings.dataset,
         task.train.rows,

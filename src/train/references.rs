@@ -1,7 +1,7 @@
 //! The references of a run: which there are, what each of them scores, and what must fit for that.
 
 use super::settings::Settings;
-use super::task::{Task, base, check_positions, check_vocabulary};
+use super::task::{Task, check_positions, check_vocabulary, start};
 use crate::data::{Dataset, EncodeOptions, Example, Extent, Tokenizer};
 use crate::device::{DType, Dry};
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ pub fn references(settings: &Settings, objective: &dyn Objective) -> Result<Vec<
         return Ok(Vec::new());
     }
     if settings.references.models.is_empty() {
-        return Ok(vec![Reference::model(base(settings)?, settings.init)]);
+        return Ok(vec![Reference::model(start(settings)?, settings.init)]);
     }
     settings.references.models.iter().map(|path| Reference::open(path)).collect()
 }
@@ -93,7 +93,8 @@ pub fn fresh_references(
         let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
         Ok(FreshReference { checkpoint, init, tokenizer, is_policy: false })
     };
-    let is_policy = settings.lora.is_some() && settings.references.models.is_empty();
+    let drawn = settings.lora.as_ref().is_some_and(|lora| lora.start.is_none());
+    let is_policy = drawn && settings.references.models.is_empty();
     let own = |reference: &TaskReference| Ok(FreshReference { is_policy, ..of(&reference.reference)? });
     let fresh = anchor.into_iter().map(of).chain(references.iter().map(own)).collect::<Result<Vec<_>>>()?;
     if fresh.is_empty() {

@@ -125,7 +125,8 @@ fn first_weights<B: Backend>(
     if let Some(dir) = from {
         return load_state(device, policy, dir, settings.dtype);
     }
-    policy.model.init_adapter(device, settings.seed)?;
+    let start = task.lora.as_ref().and_then(|lora| lora.start.as_deref());
+    policy.model.init_adapter(device, start, settings.seed)?;
     match (&mut policy.moving, &task.moving) {
         (None, _) => Ok(()),
         (Some(moving), Some(start)) => Init::Checkpoint.fill(device, start, &mut moving.model),
@@ -145,9 +146,9 @@ fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, 
     let size = tau.read(&task.checkpoint, |read| optimizer.set_tau_ref(device, &params, read))?;
     let added = optimizer.added();
     say(format_args!(
-        "tau_ref: {} minus {}, {:.2} % of the base's norm; merge weights of the run add up to {added:.1e} of it",
-        tau.tuned.dir.display(),
-        tau.base.dir.display(),
+        "tau_ref: {} minus {}, {:.2} % of the first's norm; merge weights of the run add up to {added:.1e} of it",
+        tau.tuned.display(),
+        tau.base.display(),
         100.0 * size
     ));
     if added < NEXT_TO_NOTHING {

@@ -12,7 +12,7 @@ use super::references::{
 use super::settings::{References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
-use crate::checkpoint::peft;
+use crate::checkpoint::peft::{self, AdapterFile};
 use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
 use crate::device::Philox;
 use crate::error::{Error, Result};
@@ -80,6 +80,14 @@ pub fn base(settings: &Settings) -> Result<Checkpoint> {
     adapters.fold(Checkpoint::open(&settings.model), |base, (dir, weight)| base?.with_adapter(dir, *weight))
 }
 
+/// The same as it is before the first step.
+pub fn start(settings: &Settings) -> Result<Checkpoint> {
+    match settings.lora.as_ref().and_then(|lora| lora.start.as_ref()) {
+        Some(adapter) => base(settings)?.with_adapter(adapter, 1.0),
+        None => base(settings),
+    }
+}
+
 /// An adapter trains on a language model that is there, with a reference that stays where it is.
 fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
     let (flag, detail) = if objective.needs().scores {
@@ -90,10 +98,11 @@ fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
             "--init",
             "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into(),
         )
-    } else if settings.optimizer.build()?.merges() {
+    } else if settings.optimizer.build()?.merges() && settings.lora.as_ref().is_some_and(|lora| lora.start.is_none()) {
         let name = &settings.optimizer.name;
-        let why = "what fine-tuning added to a base model is in the weights, and these stay as they are";
-        ("--optimizer", format!("{name} merges with {why}; give another, or leave --lora-rank out"))
+        let why = "what fine-tuning added, and an adapter that starts anew was never fine-tuned";
+        let how = "go on from an SFT adapter with --lora-start, or leave --lora-rank out";
+        ("--optimizer", format!("{name} merges with {why}; {how}"))
     } else if settings.references.moving.is_some() {
         ("--ref-sync-steps", "the reference of an adapter is the model without it, which does not move; drop it".into())
     } else {
@@ -191,6 +200,12 @@ impl Task {
         Settings { packing, ..settings.clone() }
     }
 
+    /// A hash of the adapter that training goes on from.
+    fn lora_start(&self) -> Result<Option<[u8; 32]>> {
+        let start = self.lora.as_ref().and_then(|lora| lora.start.as_ref());
+        start.map(|dir| Ok(AdapterFile::open(dir)?.hash())).transpose()
+    }
+
     pub fn datasets(&self) -> Vec<&Dataset> {
         std::iter::once(&self.train).chain(&self.eval).collect()
     }
@@ -280,6 +295,7 @@ impl Task {
         let References { blend, rule, moving, .. } = &settings.references;
         course["lora_rank"] = json!(settings.lora.as_ref().map(|lora| lora.rank));
         course["lora_alpha"] = json!(settings.lora.as_ref().map(|lora| lora.alpha));
+        course["lora_start"] = json!(self.lora_start()?.map(hex));
         course["lora_rslora"] = json!(settings.lora.as_ref().map(|lora| lora.rslora));
         course["target_modules"] = json!(settings.lora.as_ref().map(|lora| &lora.targets));
         course["ref_mean"] = json!(format!("{:?} {:?}", blend.mean, blend.official_k2_swap));

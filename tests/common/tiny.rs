@@ -152,7 +152,7 @@ pub fn adapted(size: Size) -> Vec<Tiny> {
             name if name.starts_with("neox") => ["dense", "dense_h_to_4h", "dense_4h_to_h"].map(String::from).into(),
             _ => Vec::new(),
         };
-        Tiny { checkpoint, lora: Some(Lora { rank: 2, alpha: 3.0, rslora: false, targets }), ..tiny }
+        Tiny { checkpoint, lora: Some(Lora { rank: 2, alpha: 3.0, rslora: false, targets, start: None }), ..tiny }
     };
     all(size).into_iter().map(adapted).collect()
 }

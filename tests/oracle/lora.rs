@@ -123,7 +123,7 @@ fn forward<B: Backend>(root: &Path, device: B, (name, base, adapters): Case, tol
 /// The adapter c as one that trains.
 fn backward<B: Backend>(root: &Path, device: B, tolerance: f64) -> Result<(), Failed> {
     let (checkpoint, host) = (Checkpoint::open(&peft(root, "base"))?, host(root)?);
-    let lora = Lora { rank: 2, alpha: 3.0, rslora: false, targets: Vec::new() };
+    let lora = Lora { rank: 2, alpha: 3.0, rslora: false, targets: Vec::new(), start: None };
     let mut bench = Bench::new(device, &checkpoint, Some(&lora), &host)?;
     let file = Weights::open_file(&peft(root, "c").join("adapter_model.safetensors"))?;
     let mut reader = Reader::default();

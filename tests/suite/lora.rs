@@ -157,7 +157,7 @@ fn an_adapter_that_has_not_trained_or_is_off_changes_no_bit() {
         let off = adapted.forward(&host);
         adapted.model.switch_adapter(true);
         assert_bits("on again", &adapted.forward(&host), &trained);
-        adapted.model.init_adapter(&adapted.device, SEED).unwrap();
+        adapted.model.init_adapter(&adapted.device, None, SEED).unwrap();
         let fresh = adapted.forward(&host);
         let tiny = untrained(tiny);
         let without = cpu(&tiny, &host, Keep::Nothing).forward(&host);
@@ -175,7 +175,7 @@ fn an_adapter_starts_as_pefts() {
     let start = |seed: u64| {
         let mut rig = cpu(&tiny, &host, Keep::Nothing);
         let Rig { device, model, .. } = &mut rig;
-        model.init_adapter(device, seed).unwrap();
+        model.init_adapter(device, None, seed).unwrap();
         let params = model.adapter_mut();
         params.iter().map(|p| (p.name.clone(), (p.value.cols(), read(device, &p.value)))).collect::<BTreeMap<_, _>>()
     };
@@ -258,6 +258,7 @@ fn targets_that_cannot_be_trained_are_refused_with_those_that_can() {
         alpha: 4.0,
         rslora: false,
         targets: targets.iter().map(|name| name.to_string()).collect(),
+        start: None,
     };
     let error = |name: &str, targets: &[&str]| {
         let tiny = tiny::all(Size::Tiny).into_iter().find(|tiny| tiny.name == name).unwrap();

@@ -32,14 +32,17 @@ fn steps(w: &Workspace, run: &str) -> Vec<Line> {
 
 /// Every weight of a model, name by name.
 fn weights(w: &Workspace, run: &str) -> Vec<(String, Vec<f32>)> {
-    let weights = Weights::open(&w.path(run)).unwrap();
+    tensors(&Weights::open(&w.path(run)).unwrap())
+}
+
+fn tensors(file: &Weights) -> Vec<(String, Vec<f32>)> {
     let read = |name: &str| {
-        let shape = weights.shape(name).unwrap();
+        let shape = file.shape(name).unwrap();
         let mut values = vec![0.0; shape.iter().product()];
-        weights.read(name, shape, &mut values).unwrap();
+        file.read(name, shape, &mut values).unwrap();
         (name.to_string(), values)
     };
-    weights.names().map(read).collect()
+    file.names().map(read).collect()
 }
 
 #[test]
@@ -287,4 +290,67 @@ fn contents(tensor: &Tensor<Reference>) -> Vec<f64> {
     let mut values = vec![0.0; tensor.len()];
     Reference.read_f64(tensor.view(), &mut values).unwrap();
     values
+}
+
+/// An adapter that went through fine-tuning goes on from there, merged with what fine-tuning had added to it: in its own A and B.
+#[test]
+fn an_adapter_is_merged_with_a_difference_of_adapters() {
+    let w = Workspace::with_reviews(40);
+    let sft =
+        "train --objective sft --learning-rate 1e-3 --model model --dataset train.jsonl --max-length 48 --batch-size 8";
+    w.ok(&format!(
+        "{sft} --max-steps 5 --save-steps 2 --lora-rank 3 --target-modules q_proj,down_proj --output-dir sft"
+    ));
+    let train = TRAIN.replace("--model sft", "--model model --lora-start sft");
+    let still = train.replace("--learning-rate 5e-4", "--learning-rate 1e-30");
+    let merging = "--optimizer ondare --reserve-rate 1 --merge-weight 0.01";
+    for (base, tau_of_a) in [("model", false), ("sft/checkpoint-2", true)] {
+        let run = format!("from-{tau_of_a}");
+        w.ok(&format!("{still} {merging} --base-model {base} --output-dir {run}"));
+        let read = |dir: &str| {
+            let file = Weights::open_file(&w.path(dir).join("adapter_model.safetensors")).unwrap();
+            tensors(&file)
+        };
+        let earlier = read("sft/checkpoint-2");
+        for (((name, after), (_, before)), (_, earlier)) in read(&run).iter().zip(read("sft")).zip(earlier) {
+            for ((after, before), earlier) in after.iter().zip(before).zip(earlier) {
+                let base = match (tau_of_a, name.contains("lora_A")) {
+                    (true, _) => earlier,
+                    (false, true) => before,
+                    (false, false) => 0.0,
+                };
+                let expected = before + 0.1 * (before - base);
+                // tau_ref is kept in bfloat16.
+                let bound = 0.1 * (before - base).abs() / 256.0 + expected.abs() * 1e-6;
+                assert!((after - expected).abs() <= bound, "{run}, {name}: {after} instead of {expected}");
+            }
+        }
+        // At the first step the policy is its reference: the model under the adapter that it starts as.
+        assert_eq!(w.column(&format!("{run}/metrics.jsonl"), "rewards/margins")[0], 0.0);
+    }
+    let whole = format!("{train} {merging} --base-model model --merge-every 4 --save-steps 10");
+    w.ok(&format!("{whole} --output-dir whole"));
+    w.ok(&format!("{whole} --output-dir run --stop-at-step 6"));
+    w.ok(&format!("{whole} --output-dir run --resume-from-checkpoint auto"));
+    let file = "adapter_model.safetensors";
+    assert!(w.read(&format!("whole/{file}")) == w.read(&format!("run/{file}")));
+
+    w.ok(&format!("{sft} --max-steps 1 --lora-rank 2 --output-dir other"));
+    let anew = TRAIN.replace("--model sft", "--model model --lora-rank 3");
+    for (line, said) in [
+        (
+            format!("{anew} {merging} --base-model model"),
+            "--optimizer: ondare merges with what fine-tuning added, and an adapter",
+        ),
+        (
+            format!("{train} {merging} --base-model other"),
+            "--base-model: other has not the layers, ranks and scales of sft",
+        ),
+        (format!("{train} {merging} --base-model model --tau-model model"), "--tau-model: model is no adapter"),
+        (format!("{train} {merging} --base-model sft"), "--base-model: sft and sft are one model"),
+        (format!("{train} --lora-start nowhere").replace("--lora-start sft", ""), "nowhere"),
+    ] {
+        w.fails(1, &format!("{line} --output-dir refused"), &[said]);
+    }
+    w.fails(2, &format!("{train} --lora-rank 4 --output-dir refused"), &["cannot be used with"]);
 }
