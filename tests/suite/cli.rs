@@ -651,7 +651,7 @@ fn a_run_writes_what_scripts_expect() {
     }
     let metrics = w.lines("run/metrics.jsonl");
     for (i, line) in metrics.iter().enumerate() {
-        let expected = "step epoch loss grad_norm learning_rate rewards/chosen rewards/rejected rewards/margins \
+        let expected = "step epoch loss grad_norm lost_updates learning_rate rewards/chosen rewards/rejected rewards/margins \
             rewards/accuracies logps/chosen logps/rejected step_time tokens num_tokens";
         assert_eq!(keys(line).join(" "), expected);
         assert_eq!(line["step"], json!(i + 1));
@@ -705,7 +705,7 @@ fn a_run_writes_what_scripts_expect() {
 fn sft_logs_no_rewards() {
     let w = Workspace::with_reviews(12);
     w.ok(&format!("{TRAIN} --model model --output-dir run").replace("sigmoid --beta 0.1", "sft"));
-    let expected = "step epoch loss grad_norm learning_rate step_time tokens num_tokens";
+    let expected = "step epoch loss grad_norm lost_updates learning_rate step_time tokens num_tokens";
     w.lines("run/metrics.jsonl").iter().for_each(|line| assert_eq!(keys(line).join(" "), expected));
 }
 
