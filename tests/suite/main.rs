@@ -6,6 +6,7 @@ mod cli;
 mod common;
 mod exactness;
 mod lineage;
+mod merge;
 mod model;
 mod multi_ref;
 mod objectives;
