@@ -51,7 +51,9 @@ fn first(i: usize, scale: f32) -> f32 {
 #[test]
 fn a_soup_is_the_mean() {
     let w = Workspace::new();
-    [("a", 1.0), ("b", 3.0)].map(|(name, scale)| tiny(&w, name, scale));
+    for (name, scale) in [("a", 1.0), ("b", 3.0)] {
+        tiny(&w, name, scale);
+    }
     let said = w.ok("merge --method linear --model a=1 --model b=3 --output-dir out");
     assert!(said.stderr.contains("model  b  weight 3") && said.stderr.contains("4 tensors"), "{}", said.stderr);
     assert!(said.stdout.starts_with("wrote out: 4 tensors") && said.stdout.contains("MB/s"), "{}", said.stdout);
@@ -75,7 +77,9 @@ fn a_soup_is_the_mean() {
 #[test]
 fn flags_and_yaml_are_two_ways_to_say_it() {
     let w = Workspace::new();
-    [("base", 1.0), ("a", 2.0), ("b", -3.0)].map(|(name, scale)| tiny(&w, name, scale));
+    for (name, scale) in [("base", 1.0), ("a", 2.0), ("b", -3.0)] {
+        tiny(&w, name, scale);
+    }
     w.write(
         "recipe.yaml",
         "# as mergekit has it
@@ -116,7 +120,9 @@ tokenizer_source: base
 #[test]
 fn gradients_and_filters_reach_the_tensors_they_name() {
     let w = Workspace::new();
-    [("a", 1.0), ("b", 2.0)].map(|(name, scale)| tiny(&w, name, scale));
+    for (name, scale) in [("a", 1.0), ("b", 2.0)] {
+        tiny(&w, name, scale);
+    }
     w.write(
         "slerp.yaml",
         "slices:
@@ -142,7 +148,9 @@ parameters:
 #[test]
 fn recipes_that_cannot_be_run_say_why_and_where() {
     let w = Workspace::new();
-    [("base", 1.0), ("a", 2.0), ("b", -3.0)].map(|(name, scale)| tiny(&w, name, scale));
+    for (name, scale) in [("base", 1.0), ("a", 2.0), ("b", -3.0)] {
+        tiny(&w, name, scale);
+    }
     let models = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: 1}}\n";
     let slices = |a: &str, b: &str| {
         format!(
@@ -207,7 +215,9 @@ fn recipes_that_cannot_be_run_say_why_and_where() {
 #[test]
 fn flags_that_cannot_be_right_are_refused() {
     let w = Workspace::new();
-    [("base", 1.0), ("a", 2.0), ("b", -3.0)].map(|(name, scale)| tiny(&w, name, scale));
+    for (name, scale) in [("base", 1.0), ("a", 2.0), ("b", -3.0)] {
+        tiny(&w, name, scale);
+    }
     let cases = [
         ("--model a --model b", "--method: missing"),
         ("--method linear --model a=1", "linear merges 2 models or more, got 1"),
@@ -220,7 +230,7 @@ fn flags_that_cannot_be_right_are_refused() {
         ("--method ties --base-model base --model a=1 --density 0.5 0.5", "2 values for 1 models"),
         (
             "--method slerp --base-model base --model a --model b --t 0.5",
-            "slerp merges 1 models besides the base, got 2",
+            "slerp merges 1 model besides the base, got 2",
         ),
         ("--method linear --model a=1 --model b=1 --override mlp:t=1", "--t: linear does not take it"),
     ];
