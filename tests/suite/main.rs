@@ -7,6 +7,7 @@ mod common;
 mod exactness;
 mod lineage;
 mod lora;
+mod merge;
 mod merging;
 mod model;
 mod multi_ref;
