@@ -72,7 +72,7 @@ pub struct LoraArgs {
     #[arg(long, alias = "lora-target-modules", value_name = "NAME,NAME..", value_delimiter = ',')]
     pub target_modules: Vec<String>,
     /// Go on training this adapter, with its rank, scale and layers; the reference is then the model with it as it starts
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_rslora", "target_modules"])]
+    #[arg(long, value_name = "DIR")]
     pub lora_start: Option<PathBuf>,
 }
 
@@ -81,6 +81,15 @@ const ALL_LINEAR: &str = "all-linear";
 impl LoraArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        let given = [
+            ("--lora-rank", self.lora_rank.is_some()),
+            ("--lora-alpha", self.lora_alpha.is_some()),
+            ("--lora-rslora", self.lora_rslora),
+            ("--target-modules", !self.target_modules.is_empty()),
+        ];
+        if let (Some(_), Some((flag, _))) = (&self.lora_start, given.iter().find(|(_, given)| *given)) {
+            return Err(Error::option(*flag, "the adapter of --lora-start has its own; drop one of the two"));
+        }
         // A recipe may say that a switch is off.
         let switch = self.lora_rslora.then_some("lora_rslora");
         for option in ["lora_alpha", "target_modules"].into_iter().chain(switch) {

@@ -308,7 +308,9 @@ impl<'a> Workload<'a> {
             let largest = settings.packing.bound(&scored, scored.len());
             phases.push(phase("score", working, &[references::plan(storage, checkpoint, &largest)]));
         }
-        phases.push(phase("load", working + tensor, &[run]));
+        // The difference from a base model is taken and trimmed on the host: two buffers, and magnitudes in f64.
+        let loading = if self.method.merges() { 4 * tensor } else { tensor };
+        phases.push(phase("load", working + loading, &[run]));
         phases.push(phase("train", working, &[run, pass]));
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);

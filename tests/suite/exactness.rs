@@ -36,6 +36,7 @@ static UNINTERRUPTED: LazyLock<(BTreeMap<String, Vec<u8>>, Duration)> = LazyLock
             "config.json",
             "curves.svg",
             "cuvee.json",
+            "cuvee_lineage.json",
             "evaluations.jsonl",
             "generation_config.json",
             "metrics.jsonl",

@@ -1,11 +1,15 @@
 //! Optimizers that merge while they train, in runs as users start them.
 
 use cuvee::checkpoint::Weights;
-use cuvee::device::{Arena, DType, Device, Kind, Philox, Reference, Tensor};
+use cuvee::device::{Arena, DType, Device, Dry, Kind, Philox, Reference, Tensor};
 use cuvee::merge;
+use cuvee::model::{Model, Options};
 use cuvee::ops::merged_update::{self, Adam, DareVariant, Form, Purpose, Rounding, Rule, Step, update_with};
+use cuvee::optim::{self, Decay, Hyper, Optimizer, Schedule};
+use cuvee::params::Params;
 
 use crate::program::{Line, Workspace, results};
+use crate::tiny::{self, Size};
 
 const TRAIN: &str = "train --objective sigmoid --beta 0.1 --learning-rate 5e-4 --model sft --dataset train.jsonl \
     --max-length 48 --batch-size 4 --max-steps 10 --weight-decay 0.1 --threads 2";
@@ -210,7 +214,7 @@ fn one_merge_at_the_end_is_dare_linear_over_the_first_weights() {
         let [mut m, mut v, mut since] = [(); 3].map(|()| tensor(&[0.0; N]));
         let tau = tensor(&tau_ref);
         for step in 1..=STEPS {
-            let merges = step == STEPS && rule != Rule::Adam;
+            let merges = step == STEPS || rule == Rule::Adam;
             let form = Form::HuggingFace { correct_bias: true };
             let step = Step {
                 adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-6, form },
@@ -221,7 +225,7 @@ fn one_merge_at_the_end_is_dare_linear_over_the_first_weights() {
                 clip: 1.0,
                 gradient_reserve_rate: 1.0,
                 merges,
-                share: if merges { merge_weight } else { 0.0 },
+                share: if merges && rule != Rule::Adam { merge_weight } else { 0.0 },
                 rounding: Rounding::Nearest,
                 random,
             };
@@ -352,5 +356,42 @@ fn an_adapter_is_merged_with_a_difference_of_adapters() {
     ] {
         w.fails(1, &format!("{line} --output-dir refused"), &[said]);
     }
-    w.fails(2, &format!("{train} --lora-rank 4 --output-dir refused"), &["cannot be used with"]);
+    let twice = format!("{train} --lora-rank 4 --output-dir refused");
+    w.fails(2, &twice, &["--lora-rank: the adapter of --lora-start has its own; drop one of the two"]);
+}
+
+/// Four bytes for each master and each state, two for tau_ref, nothing for what does not train.
+#[test]
+fn what_an_optimizer_keeps_of_a_weight() {
+    let tiny = tiny::with(Size::Small, "llama", serde_json::json!({}));
+    let (spec, naming) = (&tiny.checkpoint.spec, tiny.checkpoint.architecture.naming);
+    let schedule = Schedule { peak: 1e-3, decay: Decay::Constant, warmup_steps: 0, max_steps: 10 };
+    let kept = |storage: DType, name: &str, params: Params, stochastic_rounding: bool, options: Options| {
+        let method = optim::Choice { name: name.into(), params }.build().unwrap();
+        let (beta1, beta2, eps, weight_decay, max_grad_norm) = (0.9, 0.999, 1e-8, 0.0, 0.0);
+        let hyper = Hyper { beta1, beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, seed: 1 };
+        let mut arena = Dry::arena(storage);
+        let mut model = Model::new(&mut arena, spec, naming, options);
+        let lens: Vec<usize> = model.trained_mut().iter().map(|param| param.value.len()).collect();
+        Optimizer::new(&mut arena, method, hyper, schedule, &mut model.trained_mut());
+        let padded = |bytes: usize| bytes.next_multiple_of(256);
+        let each = |bytes: usize| lens.iter().map(|len| padded(bytes * len)).sum::<usize>();
+        // Squares of gradients, and counts of lost updates.
+        let own = padded(4 * lens.len()) + padded(8 * lens.len());
+        (arena.ledger().get(Kind::States) - own, each(4), each(2))
+    };
+    let all = || Options::train_all(8);
+    let merging = |more: &[(&str, f64)]| -> Params {
+        [("reserve_rate", 0.1), ("merge_weight", 0.1)].iter().chain(more).map(|(name, x)| (*name, *x)).collect()
+    };
+    let (states, four, _) = kept(DType::Bf16, "adamw", Params::default(), false, all());
+    assert_eq!(states, 3 * four, "a master and two moments");
+    let (states, four, _) = kept(DType::Bf16, "adamw", Params::default(), true, all());
+    assert_eq!(states, 2 * four, "no master");
+    let (states, four, two) = kept(DType::F32, "ondare", merging(&[]), false, all());
+    assert_eq!(states, 3 * four + two, "a master for what is merged lazily, and tau_ref");
+    let (states, four, two) = kept(DType::F32, "onties", merging(&[("merge_every", 4.0)]), false, all());
+    assert_eq!(states, 3 * four + two, "what happened since the last merge");
+    let frozen = kept(DType::Bf16, "ondare", merging(&[]), false, Options::frozen(8));
+    assert_eq!(frozen, (0, 0, 0));
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cuvee::lineage;
 use flate2::read::GzDecoder;
 use serde_json::{Map, Value};
 
@@ -280,6 +281,12 @@ fn collect_results(dir: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8
         let content = fs::read(&path).unwrap();
         let content = match path.extension().and_then(|e| e.to_str()) {
             Some("jsonl") => String::from_utf8(content).unwrap().lines().flat_map(without_incidentals).collect(),
+            Some("json") if name.ends_with(lineage::FILE) => {
+                // It calls the model by its folder.
+                let mut lineage: Value = serde_json::from_slice(&content).unwrap();
+                lineage.as_object_mut().unwrap().remove("name");
+                without_incidentals(&lineage.to_string())
+            }
             Some("json") => without_incidentals(std::str::from_utf8(&content).unwrap()),
             _ => content,
         };
