@@ -129,7 +129,10 @@ impl Tau {
                     match base {
                         Some(base) => subtract(out, reader.read(&base.weights, tensor, param)?),
                         // That adapter has the same A.
-                        None if peft::is_a(tensor) => subtract(out, &out.to_vec()),
+                        None if peft::is_a(tensor) => {
+                            let same = out.to_vec();
+                            subtract(out, &same)
+                        }
                         None => subtract(out, &vec![0.0; out.len()]),
                     }
                     Ok(())

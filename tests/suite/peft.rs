@@ -166,7 +166,8 @@ fn damaged(tensors: &[(&str, &[usize], f32)]) -> TempDir {
 fn damaged_adapters_say_what_is_wrong() {
     let (a, b) = (a_name("m.q"), b_name("m.q"));
     let (a, b) = (a.as_str(), b.as_str());
-    let cases: [(&[(&str, &[usize], f32)], &str); 9] = [
+    type Tensors<'a> = [(&'a str, &'a [usize], f32)];
+    let cases: [(&Tensors, &str); 9] = [
         (&[(a, &[2, 4], 1.0)], "and no \"base_model.model.m.q.lora_B.weight\""),
         (&[(b, &[3, 2], 1.0)], "and no \"base_model.model.m.q.lora_A.weight\""),
         (&[(a, &[2, 4], 1.0), (b, &[3, 1], 1.0)], "has rank 2, \"base_model.model.m.q.lora_B.weight\" 1"),

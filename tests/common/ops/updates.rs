@@ -527,7 +527,7 @@ pub fn lost_updates_are_counted<D: Backend>(device: &D) {
     }
     let mut counts = [0; 2];
     device.read_u32(lost.view(), &mut counts).unwrap();
-    let moved = |i: &usize| i % 3 != 0;
+    let moved = |i: &usize| !i.is_multiple_of(3);
     let expected = [(0..LEN).filter(moved).count(), (0..LEN).filter(moved).filter(|i| i % 5 != 0).count()];
     assert_eq!(counts.map(|count| count as usize), expected.map(|count| 2 * count));
 }
