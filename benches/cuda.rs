@@ -16,7 +16,7 @@ use cuvee::ops::attention::{Attention, Dims, NO_PARENT, Segment};
 use cuvee::ops::layer_norm::{LayerNorm, STATS};
 use cuvee::ops::linear::Linear;
 use cuvee::ops::logprob_head::{LogprobHead, scratch_shape};
-use cuvee::ops::merged_update::{Adam, Form, MergedUpdate, Rounding, Rule, Step};
+use cuvee::ops::merged_update::{Adam, Consensus, DareVariant, Form, MergedUpdate, Rounding, Rule, Step};
 use cuvee::ops::rms_norm::RmsNorm;
 use cuvee::ops::rope::{Direction, Rope};
 use cuvee::ops::rows::Rows;
@@ -403,36 +403,50 @@ fn update(c: &mut Criterion, bench: &Bench) {
     let (grad, mut weight, mut master) = (wide(), bench.tensor(DType::Bf16, rows, cols), wide());
     let (mut first, mut second) = (wide(), bench.tensor(DType::F32, rows, cols));
     bench.cuda.zero(second.view_mut()).expect("a fill: second moments are not negative");
-    let step = Step {
-        adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, form: Form::Torch },
-        rule: Rule::Adam,
-        step: 10,
-        learning_rate: 1e-6,
-        weight_decay: 0.0,
-        clip: 1.0,
-        gradient_reserve_rate: 1.0,
-        merges: true,
-        share: 0.0,
-        rounding: Rounding::Nearest,
-        random: Philox::new(0, 0),
-    };
-    // Gradient; master, moments read and written; weight written.
-    let work = Work { bytes: (4 + 3 * 8 + 2) * parameters, flops: 0 };
-    bench.measure(c, &format!("merged_update adamw {parameters}"), work, |cuda| {
-        cuda.merged_update(merged_update::Args {
-            step,
-            grad: grad.view(),
-            weight: weight.view_mut(),
-            master: Some(master.view_mut()),
-            first_moment: first.view_mut(),
-            second_moment: second.view_mut(),
-            since_merge: None,
-            average: None,
-            tau_ref: None,
-            scratch: None,
-            lost: None,
-        })
-    });
+    let tau_ref = bench.tensor(DType::Bf16, rows, cols);
+    let (reserve_rate, merge_weight) = (0.01, 1e-6);
+    let dare = |variant| Rule::OnDare { reserve_rate, merge_weight, variant, rescale: false, clip: 1.0 };
+    let consensus = Consensus::BeforeWeight;
+    let published = Form::HuggingFace { correct_bias: true };
+    // Gradient; master, moments read and written; weight written; tau_ref. OnTIES looks at its updates more than once.
+    for (name, rule, form, share, bytes) in [
+        ("adamw", Rule::Adam, Form::Torch, 0.0, 30),
+        ("ondare", dare(DareVariant::Released), published, 1e-4, 32),
+        ("ondare paper", dare(DareVariant::Paper), published, 0.0, 32),
+        ("onties", Rule::OnTies { reserve_rate, merge_weight, consensus, rescale: false }, published, 0.0, 32),
+    ] {
+        let step = Step {
+            adam: Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, form },
+            rule,
+            step: 10,
+            learning_rate: 1e-6,
+            weight_decay: 0.0,
+            clip: 1.0,
+            gradient_reserve_rate: 1.0,
+            merges: true,
+            share,
+            rounding: if share == 0.0 && rule != Rule::Adam { Rounding::Stochastic } else { Rounding::Nearest },
+            random: Philox::new(0, 0),
+        };
+        let elements = rule.scratch(parameters);
+        let mut scratch = (elements > 0).then(|| bench.tensor(DType::F32, elements, 1));
+        let work = Work { bytes: bytes * parameters, flops: 0 };
+        bench.measure(c, &format!("merged_update {name} {parameters}"), work, |cuda| {
+            cuda.merged_update(merged_update::Args {
+                step,
+                grad: grad.view(),
+                weight: weight.view_mut(),
+                master: Some(master.view_mut()),
+                first_moment: first.view_mut(),
+                second_moment: second.view_mut(),
+                since_merge: None,
+                average: None,
+                tau_ref: (rule != Rule::Adam).then(|| tau_ref.view()),
+                scratch: scratch.as_mut().map(|scratch| scratch.view_mut()),
+                lost: None,
+            })
+        });
+    }
 }
 
 fn kernels(c: &mut Criterion) {
