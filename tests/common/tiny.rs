@@ -139,20 +139,26 @@ pub fn rewards(size: Size) -> Vec<Tiny> {
 
 /// Every model under two adapters of other ranks, one of them negative, and with one that trains: of all linear layers, but
 /// those that a checkpoint fuses are only adapted, not trained.
-pub fn adapted(size: Size) -> Vec<Tiny> {
+/// `share` of them is applied. All of it, 1, is as much as the weights themselves, and makes models in which rounding grows from
+/// layer to layer.
+pub fn adapted(size: Size, share: f64) -> Vec<Tiny> {
     let adapted = |tiny: Tiny| {
         let mut checkpoint = tiny.checkpoint.clone();
         for (seed, rank, weight) in [(1, 3, 0.7), (2, 1, -0.4)] {
             let dir = tiny.dir.path().join(format!("adapter-{seed}"));
             write_adapter(&checkpoint, &dir, rank, seed);
-            checkpoint = checkpoint.with_adapter(&dir, weight).unwrap();
+            checkpoint = checkpoint.with_adapter(&dir, share * weight).unwrap();
         }
         let targets = match tiny.name {
             "gpt2" => vec!["c_proj".to_string(), "c_fc".to_string()],
             name if name.starts_with("neox") => ["dense", "dense_h_to_4h", "dense_4h_to_h"].map(String::from).into(),
             _ => Vec::new(),
         };
-        Tiny { checkpoint, lora: Some(Lora { rank: 2, alpha: 3.0, rslora: false, targets, start: None }), ..tiny }
+        Tiny {
+            checkpoint,
+            lora: Some(Lora { rank: 2, alpha: share * 3.0, rslora: false, targets, start: None }),
+            ..tiny
+        }
     };
     all(size).into_iter().map(adapted).collect()
 }

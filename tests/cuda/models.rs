@@ -124,7 +124,7 @@ fn step(name: &str, storage: DType) {
 
 /// The same of adapters, those that are applied and the one that trains.
 fn lora(name: &str, storage: DType) {
-    let tiny = tiny::adapted(Size::Small).into_iter().find(|tiny| tiny.name == name).expect("listed");
+    let tiny = tiny::adapted(Size::Small, 0.1).into_iter().find(|tiny| tiny.name == name).expect("listed");
     compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host));
 }
 

@@ -59,7 +59,7 @@ fn gradients_are_central_differences_for_every_element_of_a_and_b() {
     const STEP: f64 = 1e-4;
     let host = host(Size::Tiny);
     let c = weights(host.targets.len());
-    for tiny in adapted(Size::Tiny) {
+    for tiny in adapted(Size::Tiny, 1.0) {
         let mut rig = rig(Reference, &tiny, &host, Keep::Everything);
         let grads = rig.step(&host).grads;
         let names: Vec<String> = rig.model.adapter_mut().iter().map(|p| p.name.clone()).collect();
@@ -92,7 +92,7 @@ fn gradients_are_central_differences_for_every_element_of_a_and_b() {
 fn the_cpu_agrees_with_the_reference() {
     for size in [Size::Tiny, Size::Small] {
         let host = host(size);
-        for tiny in adapted(size) {
+        for tiny in adapted(size, 1.0) {
             let ours = cpu(&tiny, &host, Keep::Everything).step(&host);
             let expected = rig(Reference, &tiny, &host, Keep::Everything).step(&host);
             assert!(off(&ours.logps, &expected.logps) < 1e-5, "{}", tiny.name);
@@ -108,7 +108,7 @@ fn the_cpu_agrees_with_the_reference() {
 #[test]
 fn adapters_are_what_their_products_add_to_the_weights() {
     let host = host(Size::Small);
-    for tiny in adapted(Size::Small) {
+    for tiny in adapted(Size::Small, 1.0) {
         let tiny = untrained(tiny);
         let found = rig(Reference, &tiny, &host, Keep::Nothing).forward(&host);
         let adapters = tiny.checkpoint.adapters.clone();
@@ -150,7 +150,7 @@ fn add_product(file: &AdapterFile, module: &str, weight: f64, transposed: bool, 
 #[test]
 fn an_adapter_that_has_not_trained_or_is_off_changes_no_bit() {
     let host = host(Size::Small);
-    for tiny in adapted(Size::Small) {
+    for tiny in adapted(Size::Small, 1.0) {
         let mut adapted = cpu(&tiny, &host, Keep::Nothing);
         let trained = adapted.forward(&host);
         adapted.model.switch_adapter(false);
@@ -170,7 +170,7 @@ fn an_adapter_that_has_not_trained_or_is_off_changes_no_bit() {
 /// A as PEFT draws it, by seed and name.
 #[test]
 fn an_adapter_starts_as_pefts() {
-    let tiny = adapted(Size::Small).remove(0);
+    let tiny = adapted(Size::Small, 1.0).remove(0);
     let host = host(Size::Tiny);
     let start = |seed: u64| {
         let mut rig = cpu(&tiny, &host, Keep::Nothing);
@@ -198,7 +198,7 @@ fn an_adapter_starts_as_pefts() {
 #[test]
 fn recomputing_threads_and_instruction_sets_change_no_bit() {
     let host = host(Size::Small);
-    for tiny in adapted(Size::Small) {
+    for tiny in adapted(Size::Small, 1.0) {
         let expected = cpu(&tiny, &host, Keep::Everything).step(&host);
         let check = |what: &str, ours: tiny::Step, expected: &tiny::Step| {
             assert_bits(&format!("{}: {what}", tiny.name), &ours.logps, &expected.logps);
@@ -220,7 +220,7 @@ fn recomputing_threads_and_instruction_sets_change_no_bit() {
 fn a_sequence_has_the_same_log_probabilities_alone() {
     let examples = Size::Small.examples();
     let host = host(Size::Small);
-    for tiny in adapted(Size::Small) {
+    for tiny in adapted(Size::Small, 1.0) {
         let together = cpu(&tiny, &host, Keep::Nothing).forward(&host);
         let mut at = 0;
         for example in &examples {
@@ -237,7 +237,7 @@ fn a_sequence_has_the_same_log_probabilities_alone() {
 #[test]
 fn only_what_trains_takes_memory_for_it() {
     let host = host(Size::Small);
-    for tiny in adapted(Size::Small) {
+    for tiny in adapted(Size::Small, 1.0) {
         for storage in [DType::F32, DType::Bf16] {
             let plan = tiny.plan_in(storage, &host.extent(), Keep::Everything, &|_| false);
             let trained = {
