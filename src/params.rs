@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{Bound, Index, RangeBounds};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -55,6 +55,21 @@ pub const NOT_NEGATIVE: (Bound<f64>, Bound<f64>) = (Bound::Included(0.0), Bound:
 /// (-inf, inf)
 pub const FINITE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(f64::NEG_INFINITY), Bound::Excluded(f64::INFINITY));
 
+/// `0 <= label_smoothing < 0.5`.
+pub fn range_text(name: &str, (low, high): (Bound<f64>, Bound<f64>)) -> String {
+    let low = match low {
+        Bound::Included(low) => format!("{low} <= "),
+        Bound::Excluded(low) => format!("{low} < "),
+        Bound::Unbounded => String::new(),
+    };
+    let high = match high {
+        Bound::Included(high) => format!(" <= {high}"),
+        Bound::Excluded(high) => format!(" < {high}"),
+        Bound::Unbounded => String::new(),
+    };
+    format!("{low}{name}{high}")
+}
+
 impl ParamSpec {
     pub fn required(&self) -> bool {
         self.only_with.is_none() && self.default().is_none()
@@ -89,19 +104,7 @@ impl ParamSpec {
     pub fn domain_text(&self) -> String {
         let name = self.name;
         match self.domain {
-            Domain::Number { range: (low, high), .. } => {
-                let low = match low {
-                    Bound::Included(low) => format!("{low} <= "),
-                    Bound::Excluded(low) => format!("{low} < "),
-                    Bound::Unbounded => String::new(),
-                };
-                let high = match high {
-                    Bound::Included(high) => format!(" <= {high}"),
-                    Bound::Excluded(high) => format!(" < {high}"),
-                    Bound::Unbounded => String::new(),
-                };
-                format!("{low}{name}{high}")
-            }
+            Domain::Number { range, .. } => range_text(name, range),
             Domain::Count { .. } => format!("{name} as a whole number from 1 on"),
             Domain::Choice { values, .. } => format!("{name} as one of {}", values.join(", ")),
             Domain::Switch => format!("{name} as true or false"),
@@ -163,7 +166,7 @@ pub fn flag(name: &str) -> String {
 }
 
 /// What a parameter is set to.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum Value {
     Number(f64),

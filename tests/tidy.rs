@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("objectives", &["params"]),
     ("checkpoint", &[]),
     ("lineage", &["checkpoint"]),
-    ("merge", &["checkpoint", "progress"]),
+    ("merge", &["params", "checkpoint", "progress"]),
     ("ops", &["device"]),
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["params", "device", "ops", "model"]),

@@ -13,11 +13,12 @@ use super::dare::keeps;
 use super::number::Real;
 use super::parts::{Rule, Tensor, Words};
 use super::registry::{
-    Base, DENSITY, Domain, Entry, LAMBDA, ParamSpec, Prepare, RESCALES, Values, WEIGHT, flag, normalize, rescale,
+    Base, DENSITY, Domain, Entry, LAMBDA, ParamSpec, Prepare, RESCALES, Values, WEIGHT, normalize, rescale,
 };
 use super::sparse::{self, Mask, Row};
 use super::task_arithmetic::combine;
 use crate::error::{Error, Result};
+use crate::params::flag;
 
 const EPSILON: ParamSpec = ParamSpec {
     name: "epsilon",

@@ -25,10 +25,11 @@ pub mod svd;
 mod task_arithmetic;
 mod ties;
 
+pub use crate::params::{Value, flag};
 pub use number::Real;
 pub use parts::{Part, Rule, Source, Tensor, Words};
 pub use recipe::{Input, Recipe};
-pub use registry::{Base, Domain, Entry, ParamSpec, Prepare, Prepared, RESCALES, Value, Values, find, flag};
+pub use registry::{Base, Domain, Entry, ParamSpec, Prepare, Prepared, RESCALES, Values, find};
 pub use run::{Done, Draw, Merge};
 pub use settings::{Conditional, Plain, Setting, Settings};
 

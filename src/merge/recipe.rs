@@ -7,10 +7,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_saphyr::Spanned;
 
-use super::registry::{Base, Entry, Value, Values, find, flag};
+use super::registry::{Base, Entry, Values, find};
 use super::settings::{Setting, Settings, depth};
 use crate::checkpoint::SaveDtype;
 use crate::error::{At, Error, Result};
+use crate::params::{Value, flag};
 
 /// A merge that has yet to find its models.
 pub struct Recipe {

@@ -1,12 +1,12 @@
 //! The methods as data: flags, recipes, listings and tests all read it.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::ops::{Bound, RangeBounds};
 
 use super::number::Real;
 use super::parts::{Rule, Tensor, Words};
 use crate::error::{Error, Result};
+use crate::params::{FINITE, Value, flag, range_text};
 
 /// A method as the user sees it.
 pub struct Entry {
@@ -78,9 +78,6 @@ pub enum Domain {
     },
 }
 
-/// (-inf, inf)
-pub(super) const FINITE: (Bound<f64>, Bound<f64>) =
-    (Bound::Excluded(f64::NEG_INFINITY), Bound::Excluded(f64::INFINITY));
 const SHARE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Included(1.0));
 
 pub(super) const WEIGHT: ParamSpec = ParamSpec {
@@ -145,19 +142,7 @@ impl ParamSpec {
     pub fn domain_text(&self) -> String {
         let name = self.name;
         match self.domain {
-            Domain::Number { range: (low, high), .. } => {
-                let low = match low {
-                    Bound::Included(low) => format!("{low} <= "),
-                    Bound::Excluded(low) => format!("{low} < "),
-                    Bound::Unbounded => String::new(),
-                };
-                let high = match high {
-                    Bound::Included(high) => format!(" <= {high}"),
-                    Bound::Excluded(high) => format!(" < {high}"),
-                    Bound::Unbounded => String::new(),
-                };
-                format!("{low}{name}{high}")
-            }
+            Domain::Number { range, .. } => range_text(name, range),
             Domain::Switch { .. } => format!("{name} as true or false"),
             Domain::Choice { values, .. } => format!("{name} as one of {}", values.join(", ")),
         }
@@ -178,43 +163,6 @@ impl ParamSpec {
             }
             _ => None,
         }
-    }
-}
-
-/// What a parameter is set to.
-#[derive(Clone, Debug, PartialEq, serde::Deserialize, serde::Serialize)]
-#[serde(untagged)]
-pub enum Value {
-    Switch(bool),
-    Number(f64),
-    Choice(String),
-}
-
-impl fmt::Display for Value {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Number(number) => number.fmt(f),
-            Self::Choice(name) => name.fmt(f),
-            Self::Switch(on) => on.fmt(f),
-        }
-    }
-}
-
-impl From<f64> for Value {
-    fn from(number: f64) -> Self {
-        Self::Number(number)
-    }
-}
-
-impl From<bool> for Value {
-    fn from(on: bool) -> Self {
-        Self::Switch(on)
-    }
-}
-
-impl From<&str> for Value {
-    fn from(name: &str) -> Self {
-        Self::Choice(name.into())
     }
 }
 
@@ -290,11 +238,6 @@ impl Entry {
     pub fn param(&self, name: &str) -> Option<&'static ParamSpec> {
         self.params.iter().find(|spec| spec.name == name)
     }
-}
-
-/// As on the command line: `--filter-wise`.
-pub fn flag(name: &str) -> String {
-    format!("--{}", name.replace('_', "-"))
 }
 
 /// The entry with this name.

@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::params::Value;
 use serde::Deserialize;
-
-use super::registry::Value;
 
 /// What a recipe says of parameters, by name.
 pub type Settings = BTreeMap<String, Setting>;
