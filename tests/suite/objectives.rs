@@ -104,6 +104,14 @@ fn constants(objective: &dyn Objective, stats: &Stats) -> Stats {
             *reference = logp - 0.05 * (((logp - *reference) / 0.05).round() + s as f64 / 16.0);
         }
     }
+    if objective.name() == "cispo" {
+        // Every ratio is above its cap.
+        still.old_token_logps = still.token_logps.iter().map(|logp| logp - 5.0).collect();
+    }
+    if objective.name() == "vespo" {
+        // Every log-ratio is beyond where it is cut.
+        still.old_token_logps = still.token_logps.iter().map(|logp| logp + 30.0).collect();
+    }
     if !objective.initial_state().is_empty() {
         // A running mean over more rewards than a batch can move.
         still.state = vec![0.3, 1e300];
@@ -241,15 +249,24 @@ fn repeated(one: &Stats, times: usize) -> Stats {
         labels: copies(&one.labels, times),
         mismatched_logps: copies(&one.mismatched_logps, times),
         mismatched_ref_logps: each(&one.mismatched_ref_logps),
-        rewards: copies(&one.rewards, times),
+        groups: (0..times)
+            .flat_map(|n| one.groups.iter().map(move |g| g.start + n * sequences..g.end + n * sequences))
+            .collect(),
+        answers: (0..times).flat_map(|n| one.answers.iter().map(move |answer| answer + n * sequences)).collect(),
+        rewards: each(&one.rewards),
+        advantages: copies(&one.advantages, times),
         scores: copies(&one.scores, times),
         offsets,
         token_logps: copies(&one.token_logps, times),
         ref_token_logps: each(&one.ref_token_logps),
         old_token_logps: copies(&one.old_token_logps, times),
+        sampled_token_logps: copies(&one.sampled_token_logps, times),
+        token_advantages: copies(&one.token_advantages, times),
+        returns: copies(&one.returns, times),
         entropy: copies(&one.entropy, times),
         ln_sum_p2: copies(&one.ln_sum_p2, times),
         values: copies(&one.values, times),
+        old_values: copies(&one.old_values, times),
         token_kl: each(&one.token_kl),
         ..one.clone()
     }
@@ -685,6 +702,11 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
     let mismatched_logps = near(&logps);
     let mismatched_ref_logps = (0..refs).map(|_| near(&mismatched_logps)).collect();
     let old_token_logps = near(&token_logps);
+    let sampled_token_logps = near(&token_logps);
+    let values = near(&vec![0.0; tokens]);
+    let old_values = near(&values);
+    // Two groups, each followed by what the data answers.
+    let (groups, answers) = (vec![0..1, 2..7], vec![1, 7]);
 
     let offsets = || (0..=SEQUENCES).map(|s| lens[..s].iter().sum()).collect();
     Stats {
@@ -697,16 +719,24 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
         labels: when(needs.labels, || (0..SEQUENCES).map(|s| s % 3 == 0).collect()),
         mismatched_logps: when(needs.mismatched, || mismatched_logps),
         mismatched_ref_logps: when(needs.mismatched, || mismatched_ref_logps),
-        groups: when(needs.groups, || vec![0..2, 2..5, 5..SEQUENCES]),
-        rewards: when(needs.rewards, || random.vec(SEQUENCES, -1.0..1.0)),
+        longest: when(needs.groups, || 9.0),
+        groups: when(needs.groups && needs.answers, || groups),
+        answers: when(needs.answers, || answers),
+        rewards: when(needs.rewards, || vec![random.vec(SEQUENCES, -1.0..1.0)]),
+        reward_weights: when(needs.rewards, || vec![1.0]),
+        advantages: when(needs.advantages, || random.vec(SEQUENCES, -2.0..2.0)),
         scores: when(needs.scores, || random.vec(SEQUENCES, -spread..spread)),
         offsets: when(needs.per_token(), offsets),
         token_logps: when(needs.token_logps, || token_logps),
         ref_token_logps: when(needs.ref_token_logps, || ref_token_logps),
         old_token_logps: when(needs.old_token_logps, || old_token_logps),
+        sampled_token_logps: when(needs.sampled_token_logps, || sampled_token_logps),
+        token_advantages: when(needs.token_advantages, || random.vec(tokens, -2.0..2.0)),
+        returns: when(needs.token_advantages, || random.vec(tokens, -spread..spread)),
         entropy: when(needs.entropy, || random.vec(tokens, 0.0..5.0)),
         ln_sum_p2: when(needs.ln_sum_p2, || random.vec(tokens, -5.0..0.0)),
-        values: when(needs.values, || random.vec(tokens, -spread..spread)),
+        values: when(needs.values, || values),
+        old_values: when(needs.values, || old_values),
         token_kl: when(needs.token_kl, || (0..refs).map(|_| random.vec(tokens, 0.0..spread)).collect()),
         ref_weights: when(needs.ref_weights, || (0..refs).map(|_| 1.0 / refs as f64).collect()),
         state: vec![],
@@ -737,15 +767,23 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
         mismatched_logps: cut(&stats.mismatched_logps, &range),
         mismatched_ref_logps: stats.mismatched_ref_logps.iter().map(|x| cut(x, &range)).collect(),
         groups: groups.map(|group| group.start - base..group.end - base).collect(),
-        rewards: cut(&stats.rewards, &range),
+        answers: stats.answers.iter().filter(|answer| range.contains(answer)).map(|answer| answer - base).collect(),
+        rewards: stats.rewards.iter().map(|x| cut(x, &range)).collect(),
+        reward_weights: stats.reward_weights.clone(),
+        advantages: cut(&stats.advantages, &range),
+        longest: stats.longest,
         scores: cut(&stats.scores, &range),
         offsets: cut(&stats.offsets, &(base..range.end + 1)).iter().map(|t| t - tokens.start).collect(),
         token_logps: cut(&stats.token_logps, &tokens),
         ref_token_logps: stats.ref_token_logps.iter().map(|x| cut(x, &tokens)).collect(),
         old_token_logps: cut(&stats.old_token_logps, &tokens),
+        sampled_token_logps: cut(&stats.sampled_token_logps, &tokens),
+        token_advantages: cut(&stats.token_advantages, &tokens),
+        returns: cut(&stats.returns, &tokens),
         entropy: cut(&stats.entropy, &tokens),
         ln_sum_p2: cut(&stats.ln_sum_p2, &tokens),
         values: cut(&stats.values, &tokens),
+        old_values: cut(&stats.old_values, &tokens),
         token_kl: stats.token_kl.iter().map(|x| cut(x, &tokens)).collect(),
         ref_weights: stats.ref_weights.clone(),
         state: vec![],
