@@ -13,6 +13,7 @@ use super::adapters::{AdapterArgs, LoraArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
+use super::rollouts::RolloutArgs;
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
@@ -200,6 +201,9 @@ pub struct RunArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub sampling: SamplingArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub rollouts: RolloutArgs,
     /// Where the first weights come from; random takes only config.json and the tokenizer from --model
     #[arg(long, value_name = "FROM", default_value = "checkpoint", help_heading = "Engine")]
     pub init: Init,
@@ -944,6 +948,7 @@ impl TrainArgs {
         let run = &mut saved.run;
         run.model = relative(&self.run.model);
         run.adapters.adapter.iter_mut().for_each(|adapter| adapter.dir = relative(&adapter.dir));
+        run.rollouts.reward.iter_mut().for_each(|reward| reward.what = relative(&reward.what));
         run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
         run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
         run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
@@ -977,6 +982,7 @@ impl RunArgs {
         self.engine.check()?;
         self.refs.check(flags)?;
         self.lora.check(flags)?;
+        self.rollouts.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
@@ -1084,7 +1090,7 @@ fn normal(text: &str) -> Result<f64, String> {
     number(text, "of 1.2e-38 or more", |x| x >= f64::from(f32::MIN_POSITIVE))
 }
 
-fn zero_or_more(text: &str) -> Result<f64, String> {
+pub(super) fn zero_or_more(text: &str) -> Result<f64, String> {
     number(text, "of 0 or more", |x| x >= 0.0)
 }
 

@@ -18,6 +18,7 @@ mod plan;
 mod preview;
 mod recipe;
 mod references;
+mod rollouts;
 mod score;
 mod train;
 
@@ -471,7 +472,13 @@ mod tests {
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
         kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
         base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true\n adapter = ['a=0.5']\n lora_rank = 4
-        lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']";
+        lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']
+        reward = ['a=0.5', 'rules.toml=2']
+        num_generations = 4
+ num_iterations = 2
+ max_completion_length = 9
+ rollout_temperature = 0.5
+ rollout_top_p = 0.9";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";

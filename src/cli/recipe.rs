@@ -12,6 +12,7 @@ use toml::Value;
 use super::adapters::AdapterArg;
 use super::args::{Cli, Resume};
 use super::is_given;
+use crate::rewards::RewardSpec;
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -126,7 +127,7 @@ fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result
     }
 
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let is_path = holds(&[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>()])
+    let is_path = holds(&[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>(), TypeId::of::<RewardSpec>()])
         || holds(&[TypeId::of::<Resume>()]) && text != "auto";
     let mut flag = OsString::from(format!("--{}=", arg.get_long().expect("a key is the name of a flag")));
     if is_path {

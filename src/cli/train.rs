@@ -138,6 +138,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             temperature: run.sampling.temperature,
             top_p: run.sampling.top_p,
         },
+        rollouts: run.rollouts.rollouts(),
         recipe: String::new(),
     })
 }

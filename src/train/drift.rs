@@ -7,6 +7,7 @@
 //! at temperature 1 over the whole vocabulary, since it is the policy's distribution that is asked about. Completions end at
 //! `--max-new-tokens`. Not a sum of per-token estimates of another kind: those have other expectations on samples.
 
+use super::online::{Written, prompt_of, written_text};
 use super::plan::sample_request;
 use super::policy::Policy;
 use super::references::FreshReference;
@@ -55,8 +56,10 @@ pub struct Drift<'a, B: Backend> {
     fresh: Fresh<'a, B>,
     /// Tokens of the held-out prompts to complete, each once, with the row and how many completions it gets.
     prompts: Vec<(&'a [u32], usize, usize)>,
-    /// The rows of the held-out file, where some reference needs the text.
+    /// The rows of the held-out file, where some reference or reward needs the text.
     rows: Vec<Row>,
+    /// What the last measurement sampled.
+    samples: Vec<Sample>,
 }
 
 /// Held-out prompts for `samples` completions: those of the first rows, again from the start where there are fewer; equal
@@ -91,10 +94,10 @@ impl<'a, B: Backend> Drift<'a, B> {
         let fresh = Fresh::new(device, others.map(asked).collect(), settings.packing, residency)?;
         let texts = task.fresh.iter().any(|reference| reference.tokenizer.is_some());
         let rows = match &task.eval {
-            Some(eval) if texts => read_rows(&eval.path)?.1,
+            Some(eval) if texts || settings.rollouts.is_some() => read_rows(&eval.path)?.1,
             _ => Vec::new(),
         };
-        Ok(Self { task, settings, fresh, prompts, rows })
+        Ok(Self { task, settings, fresh, prompts, rows, samples: Vec::new() })
     }
 
     /// KL(policy || reference) of each reference, nats a completion. `done` is told how many completions there are.
@@ -136,6 +139,7 @@ impl<'a, B: Backend> Drift<'a, B> {
             let scored = self.fresh.score(k, &asked, Detail::Sums)?;
             estimates.push(estimate(&mut scored.iter().map(|scored| scored.sums[0])));
         }
+        self.samples = samples;
         Ok(estimates)
     }
 
@@ -152,6 +156,17 @@ impl<'a, B: Backend> Drift<'a, B> {
             }
         }
         Ok(samples)
+    }
+
+    /// What the last measurement sampled, to be judged.
+    pub fn written(&self) -> Result<Vec<Written>> {
+        let written = |sample: &Sample| {
+            let (prompt, row, _) = self.prompts[sample.prompt];
+            let Completion { ids, finished } = sample.completion.clone();
+            let text = written_text(self.task, prompt, &ids, finished)?;
+            Ok(Written { source: prompt_of(&self.rows[row])?, prompt: prompt.to_vec(), row, ids, text, finished, answer: None })
+        };
+        self.samples.iter().map(written).collect()
     }
 
     fn example(&self, sample: &Sample) -> Example {

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::drift;
 use super::host::Host;
+use super::online;
 use super::policy::{Blueprint, Extras};
 use super::references::{FreshReference, TaskReference};
 use super::settings::Settings;
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, RefHeads};
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
+use crate::rewards::Rewards;
 use crate::rollout::{self, Request, Sampling};
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
@@ -167,6 +169,7 @@ pub struct Workload<'a> {
     /// The longest prompt that is sampled from.
     prompt: Option<&'a [u32]>,
     fresh: Option<FreshWork<'a>>,
+    rollouts: Option<RolloutWork<'a>>,
     host: Host,
     max_steps: Option<u64>,
     /// Examples of a step for each one that is sampled.
@@ -177,6 +180,27 @@ pub struct Workload<'a> {
 struct Scoring<'a> {
     reference: &'a Reference,
     own: Option<Vec<Extent>>,
+}
+
+/// Completions that are trained on.
+struct RolloutWork<'a> {
+    /// The longest prompt.
+    prompt: &'a [u32],
+    /// Those that are asked about them.
+    references: &'a [FreshReference],
+    /// What they see at most together.
+    largest: Extent,
+    rewards: &'a Rewards,
+}
+
+impl<'a> RolloutWork<'a> {
+    fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
+        let rewards = task.rewards.as_ref()?;
+        let prompts = task.train.examples.iter().map(|example| &example.sequences[0]).map(|s| &s.ids[..s.first]);
+        let prompt = prompts.max_by_key(|prompt| prompt.len())?;
+        let largest = online::largest(settings.packing, &task.stand_ins);
+        Some(Self { prompt, references: &task.sampled_by, largest, rewards })
+    }
 }
 
 /// Completions that evaluations ask of the policy, and of references what they think of them.
@@ -218,11 +242,12 @@ impl<'a> Workload<'a> {
     pub fn new(task: &'a Task, settings: &Settings) -> Self {
         let packing = settings.packing;
         let used = task.used_examples(settings);
+        let trained = if task.stand_ins.is_empty() { &task.train.examples } else { &task.stand_ins };
         let sampled = (1..=task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS)).collect::<Vec<_>>();
         let first = task.order(settings, 0);
         let examples = |step: &u64| {
             let (_, range) = task.place_of_step(settings, *step);
-            first[range].iter().map(|i| &task.train.examples[*i]).collect()
+            first[range].iter().map(|i| &trained[*i]).collect()
         };
         Self {
             checkpoint: &task.checkpoint,
@@ -233,13 +258,14 @@ impl<'a> Workload<'a> {
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
             ln_sum_p2: task.objective.needs().ln_sum_p2,
             mismatched: under_other_prompts(task, settings),
-            train: packing.extents(&task.train.examples),
+            train: packing.extents(trained),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
             prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
             fresh: FreshWork::new(task, settings),
+            rollouts: RolloutWork::new(task, settings),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
             alike: 1.0,
@@ -329,6 +355,19 @@ impl<'a> Workload<'a> {
                 let ledger = reference.asked(largest).plan(storage);
                 phases.push(phase("ask", working, &[run, ledger]));
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
+            }
+        }
+        if let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) {
+            let request = online::request(settings, rollouts, work.prompt);
+            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            phases.push(phase("rollout", working, &[run, decoding]));
+            let judges = work.rewards.plan(storage, &work.largest);
+            phases.iter_mut().skip_while(|phase| phase.name != "load").for_each(|phase| phase.weights += judges.resident);
+            let mut judging = phase("reward", working, &[run]);
+            (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
+            phases.push(judging);
+            for reference in work.references.iter().filter(|reference| !reference.is_policy) {
+                phases.push(phase("ask", working, &[run, reference.asked(work.largest).plan(storage)]));
             }
         }
         phases.push(phase("save", working + tensor, &[run]));
@@ -499,6 +538,7 @@ impl Assumed {
             sampled: vec![vec![&self.example; full]],
             prompt: None,
             fresh: None,
+            rollouts: None,
             host: Host::without_data(settings),
             max_steps: settings.max_steps,
             alike: settings.batch_size as f64 / full as f64,

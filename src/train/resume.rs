@@ -29,6 +29,9 @@ pub struct RunState {
     /// Optimizer steps done.
     pub step: u64,
     pub num_tokens: u64,
+    /// Tokens that the policy wrote to be trained on.
+    #[serde(default)]
+    pub sampled_tokens: u64,
     /// What the objective remembers from step to step.
     #[serde(default)]
     pub objective: Vec<f64>,

@@ -10,6 +10,7 @@ use super::drift::Drift;
 use super::evaluate::{Evaluation, evaluate};
 use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
+use super::online::{self, Online, ROLLOUTS};
 use super::panel::Panel;
 use super::plan::{Plan, Workload, sample_request, warning};
 use super::policy::Policy;
@@ -27,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
 use crate::model::Init;
-use crate::objectives::Objective;
+use crate::objectives::{Metric, Objective};
 use crate::objectives::ref_weights::RefWeights;
 use crate::ops::Backend;
 use crate::optim::Schedule;
@@ -89,6 +90,14 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         _ => Some(Drift::new(device, &task, settings, residency)?),
     };
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
+    let online = match &settings.rollouts {
+        None => None,
+        Some(rollouts) => {
+            let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
+            Some(Online::new(device, &task, settings, rollouts, log)?)
+        }
+    };
+    let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     let mut session = Session {
         device,
@@ -102,10 +111,12 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         state: start.state,
         steps: Steps::new(&task, settings),
         drift,
+        online,
+        batch: None,
         metrics,
         evaluations,
         samples,
-        lineage: lineage(settings, &task)?,
+        lineage,
         task: &task,
     };
     session.train(stop)
@@ -195,7 +206,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
     };
     let state = match &from {
         Some(dir) => read_state(dir, course)?,
-        None => RunState { step: 0, num_tokens: 0, objective: objective.initial_state(), course: course.clone() },
+        None => RunState { step: 0, num_tokens: 0, sampled_tokens: 0, objective: objective.initial_state(), course: course.clone() },
     };
     let lock = match held {
         Some(lock) => lock,
@@ -273,6 +284,9 @@ struct Session<'a, B: Backend> {
     saved: Option<u64>,
     steps: Steps<'a>,
     drift: Option<Drift<'a, B>>,
+    online: Option<Online<'a, B>>,
+    /// What the coming step trains on, if the policy wrote it.
+    batch: Option<online::Batch>,
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
@@ -289,7 +303,9 @@ impl<B: Backend> Session<'_, B> {
         let max_steps = self.task.max_steps;
         let mut progress = Progress::new("training", max_steps, "steps").starting_at(self.state.step);
         while self.state.step < max_steps {
-            if stop() {
+            // What was sampled is trained on before anything ends: it is in no checkpoint.
+            let between = self.state.step.is_multiple_of(self.task.iterations);
+            if between && stop() {
                 let detail = match self.state.step {
                     0 => "before the first step".to_string(),
                     _ => format!("{} holds everything", self.save_checkpoint()?.display()),
@@ -318,22 +334,32 @@ impl<B: Backend> Session<'_, B> {
 
     /// One optimizer step and its line; returns what the progress bar says.
     fn step(&mut self) -> Result<String> {
-        let number = self.state.step + 1;
-        let gathered = self.panel.training(self.task, &mut self.steps, number);
+        let (number, started) = (self.state.step + 1, Instant::now());
+        let mut metrics = self.sample_batch(number)?;
         let ref_weights = self.ref_weights.weights();
-        let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
+        let gathered = match &self.batch {
+            Some(batch) => batch.gathered(),
+            None => self.panel.training(self.task, &mut self.steps, number),
+        };
+        let mut rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
+        rows.sampled = self.batch.as_ref().and_then(|batch| batch.sampled.as_ref());
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
-        let (rate, started) = (self.schedule.rate(number), Instant::now());
+        let rate = self.schedule.rate(number);
         let result = step(self.device, &mut self.policy, &pass, rate);
         let tokens = gathered.examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
         let pairs = gathered.pairs();
         let result = result.map_err(|e| self.keep_last_good(e))?;
-        self.ref_weights.observe(&pairs);
-        self.state.objective = result.state;
+        if self.online.is_none() {
+            self.ref_weights.observe(&pairs);
+        }
+        if self.online.is_none() || !result.state.is_empty() {
+            self.state.objective = result.state;
+        }
         let step_time = started.elapsed().as_secs_f64();
         self.state.step = number;
         self.state.num_tokens += tokens;
+        metrics.extend(result.metrics);
         let line = Line {
             step: number,
             epoch: self.task.epoch(number),
@@ -341,15 +367,41 @@ impl<B: Backend> Session<'_, B> {
             grad_norm: result.grad_norm,
             lost_updates: result.lost_updates,
             learning_rate: rate,
-            metrics: &result.metrics,
+            metrics: &metrics,
             step_time,
             tokens: result.rows,
             num_tokens: self.state.num_tokens,
         };
         self.metrics.append(&line.to_json())?;
-        let margin = result.metrics.iter().find(|(name, _)| *name == "rewards/margins");
-        let margin = margin.map_or(String::new(), |(_, value)| format!(" margin {value:.3}"));
-        Ok(format!("loss {:.4}{margin} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+        let shown = [("rewards/margins", "margin"), ("reward", "reward")].into_iter().filter_map(|(name, label)| {
+            let found = metrics.iter().find(|metric| metric.0 == name)?;
+            Some(format!(" {label} {:.3}", found.1))
+        });
+        let shown: String = shown.collect();
+        Ok(format!("loss {:.4}{shown} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+    }
+
+    /// Lets the policy write what step `number` trains on, where it is due; what is to be said about it.
+    fn sample_batch(&mut self, number: u64) -> Result<Vec<Metric>> {
+        let Some(online) = &mut self.online else { return Ok(Vec::new()) };
+        let iterations = self.task.iterations;
+        let first = (number - 1).is_multiple_of(iterations);
+        if first || self.batch.is_none() {
+            let prompts = self.steps.examples(number).to_vec();
+            let weights = self.ref_weights.weights();
+            let known = (&weights[..], &self.state.objective[..]);
+            let place = ((number - 1) / iterations + 1, &prompts[..]);
+            let mut batch = online.sample(self.device, &mut self.policy, place, known)?;
+            if !batch.state.is_empty() {
+                self.state.objective = std::mem::take(&mut batch.state);
+            }
+            self.state.sampled_tokens += batch.tokens;
+            self.batch = Some(batch);
+        }
+        let batch = self.batch.as_mut().expect("it was just made, or is trained on again");
+        let mut metrics = std::mem::take(&mut batch.metrics);
+        metrics.push(("num_sampled_tokens".into(), self.state.sampled_tokens as f64));
+        Ok(metrics)
     }
 
     /// A step that failed changed nothing: what came before it is worth keeping.
@@ -394,11 +446,11 @@ impl<B: Backend> Session<'_, B> {
         let gathered = self.panel.held_out(self.task);
         let ref_weights = self.ref_weights.weights();
         let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
-        let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
+        let (objective, packing) = (self.task.held_out_objective(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
         let mut done = |done| show("evaluating", done, held_out);
-        let measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
+        let mut measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
         let drift = match &mut self.drift {
             Some(drift) => {
                 let all = self.settings.kl_samples;
@@ -406,6 +458,9 @@ impl<B: Backend> Session<'_, B> {
             }
             None => Vec::new(),
         };
+        if let (Some(drift), Some(online)) = (&self.drift, &mut self.online) {
+            measured.metrics.extend(online.judge_held_out(&drift.written()?)?);
+        }
         own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
@@ -447,6 +502,7 @@ impl<B: Backend> Session<'_, B> {
         self.policy.rest();
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
+        self.online.iter().try_for_each(Online::sync)?;
         let trainer_state = self.trainer_state();
         let (device, settings, task, state) = (self.device, self.settings, self.task, &self.state);
         let (policy, lineage) = (&mut self.policy, self.lineage.clone().with_argument("step", self.state.step));

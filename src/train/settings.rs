@@ -9,6 +9,7 @@ use crate::objectives::kl::KlPenaltyOptions;
 use crate::objectives::mrpo::Blend;
 use crate::objectives::ref_weights::Rule;
 use crate::optim::{self, Decay, Hyper, Schedule};
+use crate::rewards::RewardSpec;
 
 /// A run, completely: what the command line and the recipe come down to.
 #[derive(Clone, Debug)]
@@ -69,6 +70,8 @@ pub struct Settings {
     /// What the checkpoints hold.
     pub dtype: SaveDtype,
     pub samples: Samples,
+    /// Train on completions that the policy writes, not on those of the data.
+    pub rollouts: Option<Rollouts>,
     /// The same, as a recipe to be kept with the results.
     pub recipe: String,
 }
@@ -115,6 +118,21 @@ pub enum Resume {
     /// At the newest checkpoint of the output folder, or at the start if it has none.
     Newest,
     At(PathBuf),
+}
+
+/// Completions that the policy writes to be trained on.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rollouts {
+    /// At least one.
+    pub rewards: Vec<RewardSpec>,
+    /// Completions of each prompt.
+    pub samples: usize,
+    /// Optimizer steps on the same completions.
+    pub iterations: u64,
+    /// Tokens of a completion at most.
+    pub max_new_tokens: usize,
+    pub temperature: f64,
+    pub top_p: f64,
 }
 
 /// Generations shown before and after training.

@@ -12,6 +12,7 @@ mod merging;
 mod model;
 mod multi_ref;
 mod objectives;
+mod online;
 mod ops;
 mod peft;
 mod program;

@@ -1,6 +1,6 @@
 //! Golden values of losses: on sequences, on tokens, without a reference, on labels, of reward models.
 
-use cuvee::objectives::{Grads, Outcome, Params, Stats, Totals};
+use cuvee::objectives::{Grads, Params, Stats, Totals};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
@@ -44,7 +44,7 @@ pub fn preference_losses(file: &Value, tally: &mut Tally) -> Result<(), Failed> 
             ("logps/chosen", mean("chosen_logps")?),
             ("logps/rejected", mean("rejected_logps")?),
         ] {
-            close(&what(metric), &[metric(&outcome, metric)?], &[expected])?;
+            close(&what(metric), &[super::metric(&outcome, metric)?], &[expected])?;
         }
         tally.checked += 1;
     }
