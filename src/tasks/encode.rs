@@ -150,11 +150,3 @@ fn stored_window(dir: &Path) -> Result<u64> {
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
-
-#[cfg(test)]
-impl<'a> Encoder<'a> {
-    pub(super) fn of(tokenizer: &'a Tokenizer, window: usize) -> Self {
-        let prefix = tokenizer.bos().or(tokenizer.eos().map(|(id, _)| id));
-        Self { tokenizer, window, max_length: None, prefix }
-    }
-}

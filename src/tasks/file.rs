@@ -65,9 +65,9 @@ const KINDS: &[Entry] = &[
 #[derive(Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Options {
-    kind: Option<String>,
+    pub kind: Option<String>,
     /// Seen from the TOML file.
-    data: PathBuf,
+    pub data: PathBuf,
     /// Jinja over a row's columns: what the model reads.
     pub prompt: Option<String>,
     /// The same: what it should write.
