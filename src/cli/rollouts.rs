@@ -36,7 +36,8 @@ pub struct RolloutArgs {
 
 impl RolloutArgs {
     pub fn check(&self, flags: &ArgMatches) -> Result<()> {
-        let options = ["num_generations", "num_iterations", "max_completion_length", "rollout_temperature", "rollout_top_p"];
+        let options =
+            ["num_generations", "num_iterations", "max_completion_length", "rollout_temperature", "rollout_top_p"];
         let how = "say what completions are rewarded by";
         options.into_iter().try_for_each(|option| needs(flags, option, "reward", how))
     }

@@ -164,7 +164,15 @@ impl<'a, B: Backend> Drift<'a, B> {
             let (prompt, row, _) = self.prompts[sample.prompt];
             let Completion { ids, finished } = sample.completion.clone();
             let text = written_text(self.task, prompt, &ids, finished)?;
-            Ok(Written { source: prompt_of(&self.rows[row])?, prompt: prompt.to_vec(), row, ids, text, finished, answer: None })
+            Ok(Written {
+                source: prompt_of(&self.rows[row])?,
+                prompt: prompt.to_vec(),
+                row,
+                ids,
+                text,
+                finished,
+                answer: None,
+            })
         };
         self.samples.iter().map(written).collect()
     }

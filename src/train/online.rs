@@ -6,8 +6,8 @@
 //! a prompt whose samples are worth the same teaches it nothing.
 
 use super::drift::Estimate;
-use super::policy::Policy;
 use super::panel::Gathered;
+use super::policy::Policy;
 use super::references::FreshReference;
 use super::settings::{Rollouts, Settings};
 use super::step::Sampled;
@@ -16,8 +16,8 @@ use crate::checkpoint::run_dir::LineLog;
 use crate::data::{Content, Example, Extent, Packing, Parts, Row, Sequence, read_rows};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::advantages::weighted;
 use crate::objectives::Metric;
+use crate::objectives::advantages::weighted;
 use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency, Scored};
 use crate::rewards::{Jury, Rewards, Sample};
@@ -70,10 +70,7 @@ impl Batch {
 pub fn stand_in(example: &Example, rollouts: &Rollouts, answers: bool, pairs: bool) -> Example {
     let answer = &example.sequences[0];
     let prompt = &answer.ids[..answer.first];
-    let sampled = Sequence {
-        ids: [prompt, &vec![0; rollouts.max_new_tokens]].concat(),
-        first: answer.first,
-    };
+    let sampled = Sequence { ids: [prompt, &vec![0; rollouts.max_new_tokens]].concat(), first: answer.first };
     let mut sequences = vec![sampled; if pairs { 2 } else { rollouts.samples }];
     sequences.extend(answers.then(|| answer.clone()));
     Example { sequences, ..example.clone() }
@@ -246,12 +243,7 @@ impl<'a, B: Backend> Online<'a, B> {
     }
 
     /// Of the completions at `samples`.
-    fn metrics(
-        &self,
-        samples: &[usize],
-        written: &[Written],
-        (rewards, total): (&[Vec<f64>], &[f64]),
-    ) -> Vec<Metric> {
+    fn metrics(&self, samples: &[usize], written: &[Written], (rewards, total): (&[Vec<f64>], &[f64])) -> Vec<Metric> {
         let mean = |of: &dyn Fn(usize) -> f64| {
             let known = samples.iter().map(|s| of(*s)).filter(|x| !x.is_nan());
             let (sum, count) = known.fold((0.0, 0.0_f64), |(sum, count), x| (sum + x, count + 1.0));
@@ -375,12 +367,7 @@ fn scored<B: Backend>(
 }
 
 /// `[T]` of the policy as it is.
-fn logps<B: Backend>(
-    device: &B,
-    policy: &mut Policy<B>,
-    packing: Packing,
-    examples: &[Example],
-) -> Result<Vec<f64>> {
+fn logps<B: Backend>(device: &B, policy: &mut Policy<B>, packing: Packing, examples: &[Example]) -> Result<Vec<f64>> {
     let scored = scored(device, policy, packing, examples)?;
     Ok(exact(&scored).1)
 }

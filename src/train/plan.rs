@@ -362,7 +362,10 @@ impl<'a> Workload<'a> {
             let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
             phases.push(phase("rollout", working, &[run, decoding]));
             let judges = work.rewards.plan(storage, &work.largest);
-            phases.iter_mut().skip_while(|phase| phase.name != "load").for_each(|phase| phase.weights += judges.resident);
+            phases
+                .iter_mut()
+                .skip_while(|phase| phase.name != "load")
+                .for_each(|phase| phase.weights += judges.resident);
             let mut judging = phase("reward", working, &[run]);
             (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
             phases.push(judging);

@@ -28,8 +28,8 @@ use crate::error::{Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
 use crate::model::Init;
-use crate::objectives::{Metric, Objective};
 use crate::objectives::ref_weights::RefWeights;
+use crate::objectives::{Metric, Objective};
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
@@ -206,7 +206,13 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
     };
     let state = match &from {
         Some(dir) => read_state(dir, course)?,
-        None => RunState { step: 0, num_tokens: 0, sampled_tokens: 0, objective: objective.initial_state(), course: course.clone() },
+        None => RunState {
+            step: 0,
+            num_tokens: 0,
+            sampled_tokens: 0,
+            objective: objective.initial_state(),
+            course: course.clone(),
+        },
     };
     let lock = match held {
         Some(lock) => lock,

@@ -173,7 +173,8 @@ pub fn sums(host: &data::Batch, logps: &[f32]) -> Vec<f64> {
 /// Refuses an objective that reads what is not there: completions of the policy's own, if it is not `online`.
 pub fn check_needs(name: &str, needs: &Needs, online: bool) -> Result<()> {
     if needs.rewards && !online {
-        let detail = "missing; give what the policy's completions are rewarded by: a reward model's folder, or a file of rules";
+        let detail =
+            "missing; give what the policy's completions are rewarded by: a reward model's folder, or a file of rules";
         return Err(Error::option("--reward", format!("{detail} ({name} learns from nothing else)")));
     }
     if online && !needs.rewards && !needs.pairs {

@@ -94,7 +94,10 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     let References { rule, moving, .. } = &settings.references;
     let refuse = |flag: &str, detail: String| Err(Error::option(flag, detail));
     if moving.is_some() {
-        return refuse("--ref-sync-steps", "a reference that follows the policy is not asked about samples; drop it".into());
+        return refuse(
+            "--ref-sync-steps",
+            "a reference that follows the policy is not asked about samples; drop it".into(),
+        );
     }
     if rule.observes() {
         return refuse("--ref-weights", "weights that follow pairs of the data have none here; give fixed ones".into());
@@ -105,11 +108,18 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     if rollouts.samples < 2 && name != "reinforce" {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
     }
-    let steps = [("--max-steps", settings.max_steps), ("--save-steps", settings.save_steps), ("--stop-at-step", settings.stop_at_step)];
+    let steps = [
+        ("--max-steps", settings.max_steps),
+        ("--save-steps", settings.save_steps),
+        ("--stop-at-step", settings.stop_at_step),
+    ];
     match steps.into_iter().find(|(_, steps)| steps.is_some_and(|steps| !steps.is_multiple_of(rollouts.iterations))) {
         Some((flag, _)) => {
             let n = rollouts.iterations;
-            refuse(flag, format!("ends between two steps on the same completions; give a multiple of --num-iterations {n}"))
+            refuse(
+                flag,
+                format!("ends between two steps on the same completions; give a multiple of --num-iterations {n}"),
+            )
         }
         None => Ok(()),
     }

@@ -20,5 +20,6 @@ mod references;
 mod reward;
 mod rewards;
 mod step;
+mod tasks;
 mod tiny;
 mod token_kl;

@@ -58,7 +58,10 @@ fn every_objective_on_samples_trains() {
         assert_eq!(lines.len(), 4, "{flags}");
         assert!(number(&lines[3], "grad_norm") > 0.0, "{flags}: {lines:?}");
         assert!(number(&lines[0], "reward") <= 0.0 && number(&lines[0], "reward_std") > 0.0, "{flags}");
-        assert!(lines[0].contains_key("rewards/length/mean") && lines[0].contains_key("rewards/repetition/mean"), "{flags}");
+        assert!(
+            lines[0].contains_key("rewards/length/mean") && lines[0].contains_key("rewards/repetition/mean"),
+            "{flags}"
+        );
         let rollouts = w.lines(&format!("{run}/rollouts.jsonl"));
         let each = if flags.contains("grao") { 5 } else { 4 };
         let batches = if flags.contains("iterations") { 2 } else { 4 };
