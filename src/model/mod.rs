@@ -16,6 +16,7 @@ mod param;
 mod score;
 mod spec;
 mod token_kl;
+mod value;
 
 pub use acts::{Acts, Keep};
 pub use arch::Checkpoint;
@@ -27,6 +28,7 @@ pub use lora::{Adapter, Lora};
 pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 pub use token_kl::{KlActs, KlTerm, RefHeads};
+pub use value::{VALUE_HEAD, ValueActs, ValueHead, ValueTerm};
 
 use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
 use crate::error::Result;
@@ -151,6 +153,12 @@ impl<D: Device> Model<D> {
     }
 }
 
+/// What an objective is a function of besides log-probabilities.
+pub struct Terms<'a, D: Device> {
+    pub kl: Option<KlTerm<'a, D>>,
+    pub value: Option<ValueTerm<'a, D>>,
+}
+
 impl<B: Backend> Model<B> {
     /// Log-probabilities of the batch's targets into `acts.top.logp`.
     pub fn forward(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
@@ -221,7 +229,22 @@ impl<B: Backend> Model<B> {
         acts: &mut Acts<B>,
         kl: Option<KlTerm<B>>,
     ) -> Result<()> {
+        self.backward_of(device, batch, dlogp, acts, Terms { kl, value: None })
+    }
+
+    /// The same of an objective that is a function of more than log-probabilities.
+    pub fn backward_of(
+        &mut self,
+        device: &B,
+        batch: &Batch<B>,
+        dlogp: &[f64],
+        acts: &mut Acts<B>,
+        Terms { kl, value }: Terms<B>,
+    ) -> Result<()> {
         self.backward_head(device, batch, dlogp, acts)?;
+        if let Some(value) = value {
+            value.backward(device, batch.size().targets, acts)?;
+        }
         if let Some(kl) = kl {
             let (top, s) = acts.top_and_scratch();
             let (targets, head) = (batch.size().targets, self.head.as_mut().unwrap_or(&mut self.embed));

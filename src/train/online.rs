@@ -159,8 +159,9 @@ impl<'a, B: Backend> Online<'a, B> {
         let mut sampled = Sampled::new(&examples, counts, self.rollouts.max_new_tokens);
         let stats = &mut sampled.stats;
         (stats.rewards, stats.reward_weights, stats.state) = (rewards, weights, state.to_vec());
-        if needs.old_token_logps {
-            stats.old_token_logps = logps(device, policy, self.settings.packing, &examples)?;
+        if needs.old_token_logps || needs.values {
+            let (scored, values) = scored(device, policy, self.settings.packing, &examples)?;
+            (stats.old_token_logps, stats.values) = (exact(&scored).1, values);
             stats.sampled_token_logps = stats.old_token_logps.clone();
         }
         (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(exact).unzip();
@@ -278,7 +279,7 @@ impl<'a, B: Backend> Online<'a, B> {
         let of = |reference: &FreshReference| match reference.is_policy {
             true => {
                 let packing = self.settings.packing;
-                policy.without_adapter(|policy| scored(device, policy, packing, examples))
+                policy.without_adapter(|policy| Ok(scored(device, policy, packing, examples)?.0))
             }
             false => self.fresh.score(others.next().expect("endless"), &asked, Detail::Tokens),
         };
@@ -346,28 +347,24 @@ fn best_and_worst(data: &[&Example], written: &[Written], total: &[f64], each: u
     data.iter().enumerate().filter_map(pair).collect()
 }
 
+/// What the policy as it is says of each example, and `[T]` its values, if it has a head for them.
 fn scored<B: Backend>(
     device: &B,
     policy: &mut Policy<B>,
     packing: Packing,
     examples: &[Example],
-) -> Result<Vec<Scored>> {
+) -> Result<(Vec<Scored>, Vec<f64>)> {
     let all: Vec<&Example> = examples.iter().collect();
-    let mut scored = Vec::with_capacity(examples.len());
+    let (mut scored, mut values) = (Vec::with_capacity(examples.len()), Vec::new());
     for (_, host) in packing.batches(&all) {
         let seen = policy.forward(device, &host, &[])?;
+        values.extend(seen.values.iter().map(|x| f64::from(*x)));
         for sequences in &host.examples {
-            let tokens: Vec<Vec<f32>> =
-                host.sequences[sequences.clone()].iter().map(|range| seen.logps[range.clone()].to_vec()).collect();
+            let of = host.sequences[sequences.clone()].iter();
+            let tokens: Vec<Vec<f32>> = of.map(|range| seen.logps[range.clone()].to_vec()).collect();
             let sums = tokens.iter().map(|tokens| tokens.iter().map(|x| f64::from(*x)).sum()).collect();
             scored.push(Scored { sums, tokens });
         }
     }
-    Ok(scored)
-}
-
-/// `[T]` of the policy as it is.
-fn logps<B: Backend>(device: &B, policy: &mut Policy<B>, packing: Packing, examples: &[Example]) -> Result<Vec<f64>> {
-    let scored = scored(device, policy, packing, examples)?;
-    Ok(exact(&scored).1)
+    Ok((scored, values))
 }

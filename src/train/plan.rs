@@ -156,6 +156,7 @@ pub struct Workload<'a> {
     /// References whose distributions the policy's are compared with.
     compared: Vec<&'a Checkpoint>,
     ln_sum_p2: bool,
+    values: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
     /// Completions under other prompts, those that go through the engine together in one list.
@@ -257,6 +258,7 @@ impl<'a> Workload<'a> {
             moving: task.moving.as_ref(),
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
             ln_sum_p2: task.objective.needs().ln_sum_p2,
+            values: task.objective.needs().values,
             mismatched: under_other_prompts(task, settings),
             train: packing.extents(trained),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
@@ -300,6 +302,7 @@ impl<'a> Workload<'a> {
                 moving: settings.references.moving.zip(self.moving.or(Some(self.checkpoint))),
                 compared: self.compared.clone(),
                 ln_sum_p2: self.ln_sum_p2,
+                values: self.values,
             },
         }
     }
@@ -357,22 +360,7 @@ impl<'a> Workload<'a> {
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
             }
         }
-        if let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) {
-            let request = online::request(settings, rollouts, work.prompt);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
-            phases.push(phase("rollout", working, &[run, decoding]));
-            let judges = work.rewards.plan(storage, &work.largest);
-            phases
-                .iter_mut()
-                .skip_while(|phase| phase.name != "load")
-                .for_each(|phase| phase.weights += judges.resident);
-            let mut judging = phase("reward", working, &[run]);
-            (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
-            phases.push(judging);
-            for reference in work.references.iter().filter(|reference| !reference.is_policy) {
-                phases.push(phase("ask", working, &[run, reference.asked(work.largest).plan(storage)]));
-            }
-        }
+        self.rollout_phases(settings, (run, working), &phase, &mut phases);
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
             phases,
@@ -390,6 +378,30 @@ impl<'a> Workload<'a> {
         };
         plan.set_peaks();
         Ok(plan)
+    }
+
+    /// Those of completions that are trained on: written by the policy, judged, scored by references.
+    fn rollout_phases(
+        &self,
+        settings: &Settings,
+        (run, working): (Ledger, usize),
+        phase: &dyn Fn(&'static str, usize, &[Ledger]) -> Phase,
+        phases: &mut Vec<Phase>,
+    ) {
+        let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
+        let (storage, rank) = (settings.storage(), self.blueprint(settings).rank());
+        let request = online::request(settings, rollouts, work.prompt);
+        let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+        phases.push(phase("rollout", working, &[run, decoding]));
+        let judges = work.rewards.plan(storage, &work.largest);
+        let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
+        with_judges.for_each(|phase| phase.weights += judges.resident);
+        let mut judging = phase("reward", working, &[run]);
+        (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
+        phases.push(judging);
+        for reference in work.references.iter().filter(|reference| !reference.is_policy) {
+            phases.push(phase("ask", working, &[run, reference.asked(work.largest).plan(storage)]));
+        }
     }
 
     fn hidden_rows_bytes(&self) -> usize {
@@ -490,6 +502,7 @@ pub struct Assumed {
     /// The policy's distributions are compared with the references'.
     compared: bool,
     ln_sum_p2: bool,
+    values: bool,
     example: Example,
 }
 
@@ -512,6 +525,7 @@ impl Assumed {
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
             ln_sum_p2: needs.ln_sum_p2,
+            values: needs.values,
             example: Example { sequences: vec![sequence; sequences], ..Example::default() },
         })
     }
@@ -533,6 +547,7 @@ impl Assumed {
                 .flatten()
                 .collect(),
             ln_sum_p2: self.ln_sum_p2,
+            values: self.values,
             mismatched: Vec::new(),
             train: vec![extent; full],
             eval: Vec::new(),

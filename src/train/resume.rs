@@ -5,14 +5,14 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::policy::Policy;
+use super::policy::{Policy, trained};
 use super::task::Task;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::{read_json, write_json};
 use crate::checkpoint::peft;
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use crate::error::{At, Error, Result};
-use crate::model::{Reader, sources};
+use crate::model::{Reader, VALUE_HEAD, sources};
 use crate::ops::Backend;
 
 const STATE: &str = "cuvee_state.json";
@@ -71,9 +71,15 @@ pub fn save_state<B: Backend>(
     let adapter = !policy.model.adapter_mut().is_empty();
     let (model, optimizer) = (&mut policy.model, &policy.optimizer);
     let moving = policy.moving.as_mut().map(|moving| moving.model.params_mut()).unwrap_or_default();
-    let params = model.trained_mut();
+    let params = trained(model, &mut policy.value);
     let rounded = dtype != SaveDtype::F32 && !adapter;
     let mut tensors = if rounded { sources(device, &params) } else { Vec::new() };
+    let head = params.iter().filter(|param| param.name == VALUE_HEAD && !rounded);
+    tensors.extend(head.map(|param| TensorSource {
+        name: param.name.clone(),
+        shape: param.shape(),
+        fill: Box::new(move |out: &mut [f32]| param.read(device, out)),
+    }));
     let lazy = params.iter().filter(|param| param.lazy);
     tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
         |(param, master)| TensorSource {
@@ -137,8 +143,10 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut();
-    for param in model.trained_mut() {
-        param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
+    for param in trained(model, &mut policy.value) {
+        // A value head is in no model's file.
+        let file = if param.name == VALUE_HEAD { &tensors } else { model_file };
+        param.write(device, reader.read(file, &param.stored.tensor, param)?)?;
         let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
         if let (true, Some(master)) = (param.lazy, &mut param.master) {
             values.resize(master.len(), 0.0);

@@ -13,7 +13,7 @@ use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::online::{self, Online, ROLLOUTS};
 use super::panel::Panel;
 use super::plan::{Plan, Workload, sample_request, warning};
-use super::policy::Policy;
+use super::policy::{Policy, trained};
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
@@ -27,7 +27,7 @@ use crate::checkpoint::{write_dir, write_file};
 use crate::error::{Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
-use crate::model::Init;
+use crate::model::{Init, Param, VALUE_HEAD};
 use crate::objectives::ref_weights::RefWeights;
 use crate::objectives::{Metric, Objective};
 use crate::ops::Backend;
@@ -147,14 +147,21 @@ fn first_weights<B: Backend>(
 
 /// Gives the optimizer what does not come from a checkpoint, and says what a merge will amount to.
 fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, step: u64) -> Result<()> {
-    let Policy { model, optimizer, .. } = policy;
+    let Policy { model, optimizer, value, .. } = policy;
     optimizer.resume(step);
-    let params = model.trained_mut();
+    let params = trained(model, value);
     if step == 0 {
         optimizer.start(device, &params)?;
     }
     let Some(tau) = &task.tau else { return Ok(()) };
-    let size = tau.read(&task.checkpoint, |read| optimizer.set_tau_ref(device, &params, read))?;
+    let size = tau.read(&task.checkpoint, |read| {
+        // No model had a value head that fine-tuning could have changed.
+        let read = &mut |param: &Param<B>, out: &mut [f32]| match param.name == VALUE_HEAD {
+            true => Ok(out.fill(0.0)),
+            false => read(param, out),
+        };
+        optimizer.set_tau_ref(device, &params, read)
+    })?;
     let added = optimizer.added();
     say(format_args!(
         "tau_ref: {} minus {}, {:.2} % of the first's norm; merge weights of the run add up to {added:.1e} of it",

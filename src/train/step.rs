@@ -84,6 +84,7 @@ impl Sampled {
         stats.sampled_token_logps = of(&self.stats.sampled_token_logps, &tokens);
         stats.token_advantages = of(&self.stats.token_advantages, &tokens);
         stats.returns = of(&self.stats.returns, &tokens);
+        stats.old_values = of(&self.stats.values, &tokens);
     }
 }
 
@@ -157,6 +158,9 @@ fn stats(needs: &Needs, host: &data::Batch, seen: &Seen, rows: &Rows, at: Range<
     if needs.ln_sum_p2 {
         stats.ln_sum_p2 = exact(&seen.ln_sum_p2);
     }
+    if needs.values {
+        stats.values = exact(&seen.values);
+    }
     if needs.token_kl {
         stats.token_kl = seen.token_kl.chunks(host.targets.len()).map(<[f64]>::to_vec).collect();
     }
@@ -181,14 +185,12 @@ pub fn check_needs(name: &str, needs: &Needs, online: bool) -> Result<()> {
         let detail = format!("{name} learns from the data's completions, not from the policy's own; drop it");
         return Err(Error::option("--reward", detail));
     }
-    let missing = [("entropies", needs.entropy), ("a value head", needs.values)];
-    match missing.iter().find(|(_, needed)| *needed) {
-        None => Ok(()),
-        Some((what, _)) => {
-            let detail = format!("{name} as it is set up here needs {what}, which training does not have yet");
-            Err(Error::option("--objective", detail))
-        }
+    if needs.entropy {
+        let detail =
+            format!("{name} as it is set up here needs the entropy of every token, which training does not compute");
+        return Err(Error::option("--top-entropy-quantile", detail));
     }
+    Ok(())
 }
 
 /// Derivative by each number that the forward pass left. By a target's log-probability it is that by its sequence's sum plus
@@ -213,11 +215,16 @@ fn dkl(host: &data::Batch, grads: &Grads, first_token: usize) -> Vec<f64> {
     grads.token_kl.iter().flat_map(of_reference).collect()
 }
 
+/// `[targets]` derivatives by values; empty where there are none.
+fn dvalues(host: &data::Batch, grads: &Grads, first_token: usize) -> Vec<f64> {
+    grads.values.get(first_token..first_token + host.targets.len()).unwrap_or_default().to_vec()
+}
+
 /// Runs one step. Nothing is updated when anything is not finite.
 pub fn step<B: Backend>(device: &B, policy: &mut Policy<B>, pass: &Pass, learning_rate: f64) -> Result<StepResult> {
     let _range = range(c"step");
     let micros = pass.micros(pass.rows.examples);
-    policy.model.zero_grads(device)?;
+    policy.zero_grads(device)?;
     let outcome = match pass.objective.scope() {
         Scope::Pair => pass.micro_by_micro(device, policy, &micros)?,
         Scope::Batch => pass.all_at_once(device, policy, &micros)?,
@@ -282,7 +289,8 @@ impl Pass<'_> {
             let stats = stats(&needs, &micro.host, &seen, &self.rows, micro.examples.clone());
             let outcome = self.objective.evaluate(&stats, &totals);
             let grads = &outcome.grads;
-            policy.backward(device, &derivatives(&micro.host, grads, 0, 0), &dkl(&micro.host, grads, 0))?;
+            let (by_number, by_value) = (derivatives(&micro.host, grads, 0, 0), dvalues(&micro.host, grads, 0));
+            policy.backward(device, &by_number, &dkl(&micro.host, grads, 0), &by_value)?;
             sum.loss += outcome.loss;
             join_metrics(&mut sum.metrics, &outcome.metrics);
         }
@@ -300,7 +308,8 @@ impl Pass<'_> {
                 self.forward(device, policy, &micro.host, &self.rows.examples[micro.examples.clone()], true)?;
             }
             let by_number = derivatives(&micro.host, &outcome.grads, first_sequence, first_token);
-            policy.backward(device, &by_number, &dkl(&micro.host, &outcome.grads, first_token))?;
+            let by_value = dvalues(&micro.host, &outcome.grads, first_token);
+            policy.backward(device, &by_number, &dkl(&micro.host, &outcome.grads, first_token), &by_value)?;
             first_sequence += micro.host.sequences.len();
             first_token += micro.host.targets.len();
         }
@@ -412,6 +421,8 @@ fn append(all: &mut Stats, next: Stats) {
     all.sampled_token_logps.extend(next.sampled_token_logps);
     all.token_advantages.extend(next.token_advantages);
     all.returns.extend(next.returns);
+    all.values.extend(next.values);
+    all.old_values.extend(next.old_values);
     all.ln_sum_p2.extend(next.ln_sum_p2);
     join(&mut all.token_kl, next.token_kl);
     (all.ref_weights, all.state) = (next.ref_weights, next.state);

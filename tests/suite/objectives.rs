@@ -535,6 +535,77 @@ fn accuracy_counts_strict_wins() {
     assert!(outcome.metrics.contains(&("rewards/accuracies".into(), 0.5)), "{:?}", outcome.metrics);
 }
 
+/// With the answer in the group, advantages of samples and answer add up to 0; without it, those of the samples do.
+#[test]
+fn graos_third_term_only_rescales_the_other_two() {
+    let grao = |exploration: f64, imitation: f64, alignment: f64, without: bool| {
+        let mut params = Params::from_iter([
+            ("exploration_weight", exploration),
+            ("imitation_weight", imitation),
+            ("alignment_weight", alignment),
+        ]);
+        params.set("group_without_answer", without);
+        build("grao", &params).unwrap()
+    };
+    let mut random = Random(11);
+    let mut stats = Stats {
+        logps: random.vec(9, -50.0..-1.0),
+        lens: (1..=9).map(f64::from).collect(),
+        groups: vec![0..8],
+        answers: vec![8],
+        rewards: vec![random.vec(9, -1.0..1.0)],
+        reward_weights: vec![1.0],
+        ..Stats::default()
+    };
+    for (without, imitation) in [(false, 0.5 + 0.6 / 8.0), (true, 0.5)] {
+        let (three, two) = (grao(1.0, 0.5, 0.6, without), grao(1.6, imitation, 0.0, without));
+        stats.advantages = three.credit(&stats).advantages;
+        assert_eq!(stats.advantages, two.credit(&stats).advantages);
+        let [three, two] = [three, two].map(|objective| objective.evaluate(&stats, &Totals::of(&stats)));
+        assert!((three.loss - two.loss).abs() < 1e-12 * three.loss.abs().max(1.0), "{} and {}", three.loss, two.loss);
+        for (a, b) in three.grads.logps.iter().zip(&two.grads.logps) {
+            assert!((a - b).abs() < 1e-12, "{a} and {b}");
+        }
+    }
+    // The cap holds the answer's whole coefficient.
+    let params = Params::from_iter([("imitation_cap", 0.01)]);
+    let capped = build("grao", &params).unwrap().evaluate(&stats, &Totals::of(&stats));
+    assert!((capped.grads.logps[8].abs() - 0.01 / 9.0).abs() < 1e-15, "{}", capped.grads.logps[8]);
+}
+
+/// What stands still in credit: a reward is compared within its prompt, a KL in the reward counts, the last token of PPO gets it.
+#[test]
+fn credit_is_by_prompt_and_holds_to_the_reference() {
+    let mut stats = Stats {
+        lens: vec![1.0, 2.0, 1.0, 1.0],
+        offsets: vec![0, 1, 3, 4, 5],
+        groups: vec![0..2, 2..4],
+        rewards: vec![vec![1.0, 3.0, 10.0, 10.0]],
+        reward_weights: vec![2.0],
+        old_token_logps: vec![-1.0, -1.0, -1.0, -1.0, -1.0],
+        ref_token_logps: vec![vec![-1.0, -2.0, -3.0, -1.0, -1.0]],
+        values: vec![0.0; 5],
+        ..Stats::default()
+    };
+    let credit = |name: &str, beta: f64, stats: &Stats| {
+        let mut params = Params::from_iter([("beta", beta)]);
+        if name == "ppo" {
+            params.set("gae_lambda", 1.0);
+        }
+        build(name, &params).unwrap().credit(stats)
+    };
+    assert_eq!(credit("dr_grpo", 0.0, &stats).advantages, [-2.0, 2.0, 0.0, 0.0]);
+    assert_eq!(credit("rloo", 0.0, &stats).advantages, [-4.0, 4.0, 0.0, 0.0]);
+    // 3 nats from the reference over the second completion's two tokens.
+    assert_eq!(credit("rloo", 1.0, &stats).advantages, [-1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(credit("ppo", 0.0, &stats).returns, [2.0, 6.0, 6.0, 20.0, 20.0]);
+    assert_eq!(credit("ppo", 1.0, &stats).returns, [2.0, 3.0, 4.0, 20.0, 20.0]);
+    stats.rewards = vec![vec![f64::NAN, 3.0, f64::NAN, f64::NAN]];
+    for name in ["grpo", "rloo", "reinforce"] {
+        assert_eq!(credit(name, 0.0, &stats).advantages, [0.0; 4], "{name}");
+    }
+}
+
 // ---- what the user types --------------------------------------------------------------------------------------
 
 #[test]

@@ -50,6 +50,7 @@ fn every_objective_on_samples_trains() {
         "--objective reinforce --baseline batch",
         "--objective grao",
         "--objective grao --imitation-weight 0 --group-without-answer",
+        "--objective ppo --beta 0.05 --num-iterations 2 --whiten-rewards --kl-target 3",
         "--objective sigmoid --beta 0.1",
     ] {
         let run = flags.replace([' ', '.'], "_");
@@ -104,6 +105,8 @@ fn a_stopped_run_continues_to_the_same_bits_and_threads_change_nothing() {
     for (name, flags) in [
         ("grpo", "--objective grpo --beta 0.1 --num-iterations 2"),
         ("grao", "--objective grao"),
+        ("ppo", "--objective ppo --beta 0.1 --kl-target 0.01 --kl-horizon 10 --num-iterations 2"),
+        ("ppo-bf16", "--objective ppo --dtype bf16"),
         ("online-dpo", "--objective sigmoid --beta 0.1"),
     ] {
         let [whole, run] = ["whole", "run"].map(|part| format!("{name}-{part}"));
@@ -137,7 +140,7 @@ fn what_cannot_be_sampled_or_rewarded_is_refused() {
     let plain = "train --model model --dataset train.jsonl --max-steps 2 --output-dir x --objective";
     w.fails(2, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
     w.fails(2, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
-    w.fails(2, &format!("{plain} ppo --reward rules.toml"), &["--objective", "value head"]);
+    w.fails(2, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
     w.fails(2, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
     w.fails(2, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
     w.fails(2, &format!("{plain} grpo --reward rules.toml --num-iterations 4"), &["--max-steps", "multiple of"]);
