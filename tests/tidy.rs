@@ -23,6 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("rollout", &["device", "ops", "model", "data"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
     ("rewards", &["device", "ops", "model", "data", "progress"]),
+    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references"]),
     (
         "train",
         &[
@@ -36,6 +37,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "rollout",
             "references",
             "rewards",
+            "tasks",
             "progress",
             "machine",
             "lineage",

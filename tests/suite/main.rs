@@ -19,5 +19,6 @@ mod references;
 mod reward;
 mod rewards;
 mod step;
+mod tasks;
 mod tiny;
 mod token_kl;
