@@ -106,7 +106,8 @@ fn reward_models_judge_as_score_does() {
     let spreads: Vec<(&str, f64)> = jury.spreads().collect();
     assert!(spreads.len() == 1 && spreads[0].0 == "both" && spreads[0].1 > 0.0, "{spreads:?}");
     // A longer text than any so far: its rotations must be there. What was said before is said again.
-    let longer = sample(&prompt, &"a b c d ".repeat(90));
+    let longest = "a b c d ".repeat(90);
+    let longer = sample(&prompt, &longest);
     assert!(jury.score(&[longer]).unwrap()[0][0].is_finite());
     assert_eq!(jury.score(&samples[..2]).unwrap()[0], scores[..2]);
     assert_eq!(Jury::new(&cpu, &rewards, PACKING).score(&samples[1..2]).unwrap()[0], scores[1..2]);
