@@ -83,9 +83,21 @@ pub fn request<'a>(settings: &Settings, rollouts: &Rollouts, prompt: &'a [u32]) 
     Request { prompt, samples, first_sample: 0, max_new_tokens, sampling, eos: &[] }
 }
 
-/// The largest micro-batch that references see.
-pub fn largest(packing: Packing, stand_ins: &[Example]) -> Extent {
-    packing.bound(&packing.extents(stand_ins), stand_ins.len())
+/// The largest micro-batch of a step of `batch_size` prompts. Completions are as long as they may be, or shorter: then more of them
+/// share one.
+pub fn largest(packing: Packing, stand_ins: &[Example], batch_size: usize) -> Extent {
+    let extents = packing.extents(stand_ins);
+    let most = |of: fn(&Extent) -> usize| extents.iter().map(of).max().unwrap_or(0);
+    let together = batch_size.min(stand_ins.len());
+    let one = most(|extent| extent.rows);
+    let rows = (together * one).min(packing.budget.max(one));
+    Extent {
+        rows,
+        targets: rows,
+        segments: together * most(|extent| extent.segments),
+        sequences: together * most(|extent| extent.sequences),
+        longest: most(|extent| extent.longest),
+    }
 }
 
 pub struct Online<'a, B: Backend> {
@@ -108,7 +120,7 @@ impl<'a, B: Backend> Online<'a, B> {
         rollouts: &'a Rollouts,
         log: LineLog,
     ) -> Result<Self> {
-        let largest = largest(settings.packing, &task.stand_ins);
+        let largest = largest(settings.packing, &task.stand_ins, settings.batch_size);
         let others = task.sampled_by.iter().filter(|reference| !reference.is_policy);
         let asked = others.map(|reference: &'a FreshReference| reference.asked(largest)).collect();
         let fresh = Fresh::new(device, asked, settings.packing, Residency::Streamed)?;

@@ -189,8 +189,8 @@ struct RolloutWork<'a> {
     prompt: &'a [u32],
     /// Those that are asked about them.
     references: &'a [FreshReference],
-    /// What they see at most together.
-    largest: Extent,
+    /// The most that those of each prompt can come to.
+    stand_ins: &'a [Example],
     rewards: &'a Rewards,
 }
 
@@ -199,8 +199,7 @@ impl<'a> RolloutWork<'a> {
         let rewards = task.rewards.as_ref()?;
         let prompts = task.train.examples.iter().map(|example| &example.sequences[0]).map(|s| &s.ids[..s.first]);
         let prompt = prompts.max_by_key(|prompt| prompt.len())?;
-        let largest = online::largest(settings.packing, &task.stand_ins);
-        Some(Self { prompt, references: &task.sampled_by, largest, rewards })
+        Some(Self { prompt, references: &task.sampled_by, stand_ins: &task.stand_ins, rewards })
     }
 }
 
@@ -277,9 +276,10 @@ impl<'a> Workload<'a> {
     /// The largest micro-batch of the run, of training or evaluation.
     fn largest(&self, packing: Packing, batch_size: usize) -> Extent {
         let step = |step: &Vec<usize>| packing.largest(step.iter().map(|i| &self.train[*i]));
-        let train = match &self.steps {
-            Some(steps) => steps.iter().map(step).fold(Extent::default(), Extent::max),
-            None => packing.bound(&self.train, batch_size),
+        let train = match (&self.rollouts, &self.steps) {
+            (Some(work), _) => online::largest(packing, work.stand_ins, batch_size),
+            (None, Some(steps)) => steps.iter().map(step).fold(Extent::default(), Extent::max),
+            (None, None) => packing.bound(&self.train, batch_size),
         };
         let mismatched = self.mismatched.iter().map(|together| packing.largest(together));
         let fresh = self.fresh.as_ref().map_or(Extent::default(), |fresh| fresh.largest(packing));
@@ -393,14 +393,15 @@ impl<'a> Workload<'a> {
         let request = online::request(settings, rollouts, work.prompt);
         let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
         phases.push(phase("rollout", working, &[run, decoding]));
-        let judges = work.rewards.plan(storage, &work.largest);
+        let largest = online::largest(settings.packing, work.stand_ins, settings.batch_size);
+        let judges = work.rewards.plan(storage, &largest);
         let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
         with_judges.for_each(|phase| phase.weights += judges.resident);
         let mut judging = phase("reward", working, &[run]);
         (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
         phases.push(judging);
         for reference in work.references.iter().filter(|reference| !reference.is_policy) {
-            phases.push(phase("ask", working, &[run, reference.asked(work.largest).plan(storage)]));
+            phases.push(phase("ask", working, &[run, reference.asked(largest).plan(storage)]));
         }
     }
 
