@@ -10,6 +10,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::compare::{Compare, Grid, grid, only_here};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
@@ -42,9 +43,9 @@ pub enum Command {
     Train(TrainArgs),
     /// Print what a training run will cost in memory and arithmetic, without running it
     Plan(PlanArgs),
-    /// Train one recipe with each of several references and with their blends, over several seeds, and tabulate what they
-    /// are worth
-    Compare(CompareArgs),
+    /// Run many variants of a recipe over several seeds and tabulate what they are worth: any that it lists, or each of
+    /// several references and their blends
+    Compare(Compare),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
@@ -130,7 +131,16 @@ pub struct PlanArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-Runs the recipe with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
+A recipe that lists runs as [[arm]] is an experiment: its keys at the top are the defaults of every run, [[prepare]] are runs
+that arms start from, @name is what another run made, [arm.grid] has a list of values for each key, merge = { .. } in
+place of training takes what `cuvee merge` takes, and [measure] says what `cuvee eval` is told about each (tasks,
+reward_model, baseline = @name) and which metrics are the two axes: reward and ability, TASK/METRIC.
+recipes/alignment-tax.toml is one. Every run is a process; one that fails stops only what starts from it; the same
+command goes on after an interruption, and runs again what changed. OUTPUT_DIR gets compare.txt, .md, .json and .svg.
+
+How to choose a parameter, as merge_weight: cuvee compare RECIPE --arms ondare --grid merge_weight=1e-7,1e-5,1e-3
+
+Any other recipe is run with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
 (harmonic, arwc weights, clipped: as released) of all, on several numbers of pairs and seeds. Everything is
 measured against one anchor, the first reference: after --max-steps, and where the policies have gone equally far from
 it (KL on completions of their own). OUTPUT_DIR gets compare.txt, compare.json, compare.svg and the runs' logs, no
@@ -158,6 +168,16 @@ pub struct CompareArgs {
     /// Only these: folder names of references, geometric, harmonic, arithmetic, multi-dpo, mrpo [default: all]
     #[arg(long, value_name = "NAME,NAME..", value_delimiter = ',', help_heading = "Comparison")]
     pub arms: Vec<String>,
+    /// Of a recipe with arms: run every arm that takes KEY with each of these values, as merge_weight=1e-7,1e-5,1e-3; repeat
+    /// the flag for every combination
+    #[arg(long, value_name = "KEY=V,V..", value_parser = grid, help_heading = "Comparison")]
+    pub grid: Vec<Grid>,
+    /// Of a recipe with arms: processes at a time, which share the cores [default: 1]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Comparison")]
+    pub jobs: Option<usize>,
+    /// Of a recipe with arms: print the result as JSON
+    #[arg(long, help_heading = "Comparison")]
+    pub json: bool,
 }
 
 /// What `train`, `plan` and `compare` share.
@@ -432,7 +452,13 @@ pub struct DataArgs {
     /// What to do with a pair that is longer than --max-length
     #[arg(long, value_name = "WHAT", default_value = "drop")]
     pub on_overflow: OnOverflow,
-    /// Train on N rows of the data, chosen at random by --seed [default: all]
+    /// Leave out the first N rows of the data set: with --take, runs that must not share rows can have their own
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
+    pub skip: usize,
+    /// Train on the first N rows of the data set, after those that are skipped [default: all]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub take: Option<usize>,
+    /// Train on N rows of those, chosen at random by --seed [default: all]
     #[arg(long, value_name = "N", value_parser = count)]
     pub limit: Option<usize>,
     /// Keep the order of the file instead of shuffling it every epoch
@@ -937,21 +963,8 @@ impl TrainArgs {
     /// Relative paths are written relative to that folder, so a project can be moved or shared as a
     /// whole (absolute ones, or all if that folder is absolute, stay absolute). What was left to the machine (threads, cache folder) stays left to the machine.
     pub fn to_toml(&self) -> String {
-        let relative = |path: &PathBuf| recipe::relative(path, &self.output_dir);
-        let mut saved = self.clone();
-        saved.dataset = relative(&self.dataset);
-        saved.output_dir = relative(&self.output_dir);
-        let run = &mut saved.run;
-        run.model = relative(&self.run.model);
-        run.adapters.adapter.iter_mut().for_each(|adapter| adapter.dir = relative(&adapter.dir));
-        run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
-        run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
-        run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
-        run.cache_dir = self.run.cache_dir.as_ref().map(relative);
-        if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
-            *path = relative(path);
-        }
-        let body = toml::to_string(&saved).expect("flags are strings, numbers, booleans and lists of strings");
+        let table = toml::Table::try_from(self).expect("flags are strings, numbers, booleans and lists of strings");
+        let body = recipe::as_seen_from(&self.output_dir, &table);
         let version = env!("CARGO_PKG_VERSION");
         format!("# Every value of this run, as cuvee {version} resolved it. Again: cuvee train THIS_FILE\n\n{body}")
     }
@@ -1025,6 +1038,10 @@ impl EngineArgs {
 impl CompareArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         self.run.check(flags)?;
+        if let Some(flag) = only_here(flags) {
+            let detail = "needs a recipe that lists its runs as [[arm]]; see `cuvee compare --help`";
+            return Err(Error::option(format!("--{flag}"), detail));
+        }
         if self.run.refs.ref_model.len() < 2 {
             return Err(Error::option("--ref-model", "there is nothing to compare; give two references or more"));
         }

@@ -24,7 +24,10 @@ pub struct Settings {
     pub anchor: Option<PathBuf>,
     /// Completions that an evaluation asks of the policy to see how far it has gone; 0 = none.
     pub kl_samples: usize,
-    /// Train on this many rows, chosen at random.
+    /// Rows of the file that are left out at its start, and how many after those are looked at.
+    pub skip: usize,
+    pub take: Option<usize>,
+    /// Train on this many of these rows, chosen at random.
     pub limit: Option<usize>,
     pub dataset: PathBuf,
     pub eval_dataset: Option<PathBuf>,
