@@ -108,7 +108,9 @@ impl Report {
         let mut all = vec![first.as_str(), second.as_str()];
         for metric in self.arms.iter().flat_map(|arm| &arm.runs).flat_map(|run| run.metrics.keys()) {
             let counts = ["_stderr", "/items", "/skipped"].iter().any(|end| metric.ends_with(end));
-            if !counts && !all.contains(&metric.as_str()) {
+            // What training logs in groups, such as eval_rewards/chosen, is for its own curves.
+            let group = metric.starts_with("eval_") && metric.contains('/');
+            if !counts && !group && !all.contains(&metric.as_str()) {
                 all.push(metric);
             }
         }
@@ -195,11 +197,9 @@ impl Report {
             ));
         }
         lines.extend(losses);
-        lines.extend(
-            self.arms.iter().flat_map(|arm| arm.failed.iter().map(|why| format!("FAILED: {}, {why}", arm.name))),
-        );
+        lines.extend(self.arms.iter().flat_map(|arm| &arm.failed).map(|why| format!("FAILED: {why}")));
         lines.push(format!(
-            "± is the standard deviation over the runs of {} seeds. Δ is the difference from {baseline}, seed by seed. Ability is \
+            "± is the standard deviation over runs, of {} seed(s). Δ is the difference from {baseline}, seed by seed. Ability is \
              lost where it is worse by more than {tolerance} and by more than 2 standard errors.",
             self.seeds
         ));
@@ -271,7 +271,7 @@ impl Report {
             Some(Dot { method, label, at: (x, y), spread: (wide(x_sd), wide(y_sd)), on_front: self.is_on_front(arm) })
         };
         scatter_svg(&Scatter {
-            title: format!("Reward against base ability, {} seeds", self.seeds),
+            title: format!("Reward against base ability, {} seed(s)", self.seeds),
             x_label: reward.clone(),
             y_label: ability.clone(),
             x_down: lower_is_better(reward),
@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn who_destroys_base_ability_is_named_and_who_does_not_is_not() {
         let mut failing = arm("broken", &[]);
-        failing.failed.push("seed 42: it was to be".into());
+        failing.failed.push("broken, seed 42: it was to be".into());
         let report = report(vec![
             arm("sft", &[(0.0, 4.0), (0.1, 4.1), (0.2, 3.9)]),
             arm("dpo beta=0.1", &[(1.0, 4.01), (1.1, 4.12), (1.2, 3.91)]),

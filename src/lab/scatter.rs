@@ -28,18 +28,21 @@ pub struct Scatter {
     pub dots: Vec<Dot>,
 }
 
-const WIDTH: f64 = 900.0;
+const WIDTH: f64 = 940.0;
 const HEIGHT: f64 = 560.0;
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 680.0;
 const TOP: f64 = 60.0;
 const BOTTOM: f64 = 500.0;
+/// Points that are all shown, wherever they are.
+const FEW: usize = 8;
 const LETTER: f64 = 6.2;
 const LINE: f64 = 12.0;
 
 const MORE_STYLE: &str = "
 .plot .bar { stroke: currentColor; stroke-width: 1; opacity: 0.55; } .plot .path { fill: none; stroke: currentColor; stroke-width: 1.2; opacity: 0.55; }
 .plot .front { fill: none; stroke: #6b7280; stroke-width: 1.5; stroke-dasharray: 5 4; }
+.plot text.label { fill: currentColor; }
 .plot .zero { stroke: #9ca3af; stroke-dasharray: 2 3; }
 .plot .shape { fill: currentColor; stroke: #ffffff; stroke-width: 1; }
 @media (prefers-color-scheme: dark) { .plot .front { stroke: #aab2bf; } .plot .zero { stroke: #5b6472; } .plot .shape { stroke: #14171c; } }";
@@ -55,6 +58,9 @@ fn apart(a: &Area, b: &Area) -> bool {
 fn shown(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
+    if values.len() < FEW {
+        return (values[0], values[values.len() - 1]);
+    }
     let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
     let (low, high) = (at(0.25), at(0.75));
     let reach = 3.0 * (high - low).max(1e-9 * high.abs());

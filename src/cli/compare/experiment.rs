@@ -9,8 +9,9 @@ use clap::ArgMatches;
 use toml::{Table, Value};
 
 use super::measure::Measure;
-use crate::cli::{Command, Failure, is_given, parse, recipe};
+use crate::cli::{Command, Failure, is_given, parse, recipe, train};
 use crate::error::{Error, Result};
+use crate::train::objective as train_objective;
 use crate::{merge, objectives, optim};
 
 /// What a recipe of an experiment has beside the keys of `cuvee train`.
@@ -93,12 +94,6 @@ impl What {
     }
 
     pub fn table(&self) -> &Table {
-        match self {
-            Self::Train(table) | Self::Merge(table) => table,
-        }
-    }
-
-    fn table_mut(&mut self) -> &mut Table {
         match self {
             Self::Train(table) | Self::Merge(table) => table,
         }
@@ -201,7 +196,8 @@ impl Experiment {
             if !seen.insert(folder.clone()) {
                 return Err(format!("two runs would be in one folder, {folder}; give them other names"));
             }
-            let scores = self.variants[at].parses().map_err(|e| format!("{}: {e}", self.variants[at].name))?;
+            let scores =
+                self.variants[at].parses(&self.variants).map_err(|e| format!("{}: {e}", self.variants[at].name))?;
             self.variants[at].scores = scores;
         }
         if self.variants.iter().all(|variant| variant.prepared) {
@@ -400,7 +396,9 @@ impl Reader<'_> {
             _ => Vec::new(),
         };
         let optimizer = given(&["optimizer"]).and_then(Value::as_str).unwrap_or("adamw").to_string();
-        objective.into_iter().chain([optimizer]).collect()
+        // Aliases own what their objectives own.
+        let known = |name: String| objectives::find(&name).map_or(name.clone(), |entry| entry.name.to_string());
+        objective.into_iter().map(known).chain([optimizer]).collect()
     }
 
     fn trained(&self, rest: &Table, point: &Table) -> Result<What, String> {
@@ -443,7 +441,7 @@ fn owners(key: &str) -> Vec<String> {
 /// A value as a person writes it.
 fn short(value: &Value) -> String {
     match value {
-        Value::Float(x) if *x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:e}"),
+        Value::Float(x) if *x != 0.0 && (x.abs() < 1e-2 || x.abs() >= 1e5) => format!("{x:e}"),
         Value::Float(x) => x.to_string(),
         Value::String(text) => text.clone(),
         Value::Array(values) => values.iter().map(short).collect::<Vec<_>>().join(","),
@@ -512,15 +510,25 @@ impl Variant {
     }
 
     /// Parses the run as a command. Whether it trains a reward model.
-    fn parses(&self) -> Result<bool, String> {
-        let name = self.what.command().get_name().to_string();
-        let flags = recipe::flags_of(self.what.table());
+    fn parses(&self, variants: &[Variant]) -> Result<bool, String> {
+        let command = self.what.command();
+        let name = command.get_name().to_string();
+        // Any folder does; a name could be taken for one with a weight.
+        let mut folder = |path: &str| {
+            Ok(match reference(variants, path) {
+                Some(Ok((at, rest))) => format!("run-{at}{rest}"),
+                _ => path.to_string(),
+            })
+        };
+        let table = recipe::with_paths(&command, self.what.table(), &mut folder).map_err(|e| e.to_string())?;
+        let flags = recipe::flags_of(&table);
         let given = ["cuvee".into(), OsString::from(name), "--output-dir=x".into()].into_iter().chain(flags);
         match parse(given) {
             Ok(cli) => match cli.command {
                 Command::Train(args) => {
-                    let choice = args.run.loss.choice().map_err(|e| e.to_string())?;
-                    choice.build().map(|objective| objective.needs().scores).map_err(|e| e.to_string())
+                    let settings = train::from_run(&args.run, false).map_err(|e| e.to_string())?;
+                    settings.optimizer.build().map_err(|e| e.to_string())?;
+                    train_objective(&settings).map(|objective| objective.needs().scores).map_err(|e| e.to_string())
                 }
                 _ => Ok(false),
             },
