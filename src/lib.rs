@@ -17,6 +17,7 @@ pub mod params;
 pub mod progress;
 pub mod references;
 pub mod rollout;
+pub mod tasks;
 pub mod train;
 
 pub use error::{Error, Result};

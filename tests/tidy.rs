@@ -22,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("optim", &["params", "device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
+    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references"]),
     (
         "train",
         &[
@@ -34,6 +35,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "optim",
             "rollout",
             "references",
+            "tasks",
             "progress",
             "machine",
             "lineage",

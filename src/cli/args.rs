@@ -14,6 +14,7 @@ use super::compare::{Compare, Grid, grid, only_here};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
+use super::tasks::TaskArgs;
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
@@ -608,20 +609,56 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+A task is a file of rows, .jsonl or .jsonl.gz; their columns say what is asked:
+
+  choice       question (or query, context, prompt), choices, gold (or answer, label: an index from 0, a letter, a text)
+               log-likelihood of each choice behind the question: acc, acc_norm (by characters)
+  perplexity   text
+               perplexity and nll (per token of the model), word_perplexity, byte_perplexity, bits_per_byte
+  exact_match  prompt (or question), target (or answer; several in a list), until
+               the likeliest text, up to a stop string: exact_match
+  preference   prompt, chosen, rejected
+               log-probabilities, with --ref-model relative to it: accuracy (a tie is a half), margin
+  reward       prompt, and no answer; needs --reward-model
+               sampled completions: reward, win_rate against the baseline's, words, distinct_2, base_logp (--base-model)
+
+choice, perplexity and exact_match are those of lm-evaluation-harness and give its numbers. What rows cannot say is said
+by a TOML file in their place, such as gsm8k.toml:
+
+  data = \"gsm8k.jsonl.gz\"                 # seen from this file; kind = \"..\" where columns do not tell
+  prompt = \"Question: {{question}}\\nAnswer:\"  # Jinja over the columns; so is target
+  until = [\"Question:\", \"</s>\"]
+  filter = { regex = '#### (\\-?[0-9\\.\\,]+)', group_select = 0 }
+  ignore_case = true                        # also ignore_punctuation, ignore_numbers
+  regexes_to_ignore = [',', '\\$', '(?s).*#### ', '\\.$']
+
+Other keys: max_new_tokens, samples (reward), delimiter (choice).
+
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
-  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json"
+  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json
+  cuvee eval --model runs/first --task cloze.jsonl.gz --task base=sentences.jsonl.gz
+  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz --task prompts.jsonl.gz \\
+    --reward-model runs/reward --plot front.svg"
 )]
 pub struct EvalArgs {
-    /// Model: a Hugging Face folder
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    /// Model: a Hugging Face folder. With --task repeat the flag for several, which are loaded one after the other
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", required = true, help_heading = "Files")]
+    pub model: Vec<PathBuf>,
     /// Compare log-probabilities relative to this model [default: compare them as they are]
     #[arg(long, value_name = "DIR", help_heading = "Files")]
     pub ref_model: Option<PathBuf>,
     /// Held-out pairs: .jsonl or .jsonl.gz
-    #[arg(long, value_name = "FILE", help_heading = "Files")]
-    pub dataset: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "task",
+        conflicts_with = "task",
+        help_heading = "Files"
+    )]
+    pub dataset: Option<PathBuf>,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -1064,6 +1101,25 @@ impl CompareArgs {
 impl LimitArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "on_overflow", "max_length", "no pair is too long for no limit")
+    }
+}
+
+impl EvalArgs {
+    /// What no single flag can know.
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        let of_tasks =
+            ["baseline", "reward_model", "base_model", "samples", "max_new_tokens", "seed", "log_samples", "plot"];
+        of_tasks.into_iter().try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
+        needs(flags, "base_model", "reward_model", "it is asked about the completions that are judged")?;
+        needs(flags, "on_overflow", "dataset", "tasks have rules of their own for what is too long")?;
+        if self.model.len() > 1 {
+            needs(flags, "model", "task", "--dataset is for one model; give the file as a task")?;
+            if !self.adapters.adapter.is_empty() {
+                return Err(Error::option("--adapter", "belongs to one model, and several are given; drop it or them"));
+            }
+        }
+        self.limits.check(flags)?;
+        self.engine.check()
     }
 }
 

@@ -19,6 +19,7 @@ mod preview;
 mod recipe;
 mod references;
 mod score;
+mod tasks;
 mod train;
 
 use std::ffi::OsString;
@@ -143,7 +144,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Compare(args) => args.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
-        Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Eval(args) => args.check(flags)?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,

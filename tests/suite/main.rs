@@ -19,5 +19,6 @@ mod program;
 mod references;
 mod reward;
 mod step;
+mod tasks;
 mod tiny;
 mod token_kl;
