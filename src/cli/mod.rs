@@ -57,6 +57,19 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// What failed, on one line and without its head, for a message that says where.
+    fn into_text(self) -> String {
+        let text = match self {
+            Self::Error(error) => return error.to_string(),
+            Self::Clap(error) => error.to_string(),
+        };
+        let lines = text.strip_prefix("error: ").unwrap_or(&text).lines().map(str::trim);
+        let lines: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+        lines.join("; ")
+    }
+}
+
 impl From<clap::Error> for Failure {
     fn from(error: clap::Error) -> Self {
         Self::Clap(error)

@@ -9,7 +9,7 @@ use clap::ArgMatches;
 use toml::{Table, Value};
 
 use super::measure::Measure;
-use crate::cli::{Command, Failure, is_given, parse, recipe, train};
+use crate::cli::{Command, is_given, parse, recipe, train};
 use crate::error::{Error, Result};
 use crate::train::objective as train_objective;
 use crate::{merge, objectives, optim};
@@ -203,6 +203,7 @@ impl Experiment {
         if self.variants.iter().all(|variant| variant.prepared) {
             return Err("there is nothing to compare; list runs as [[arm]]".into());
         }
+        self.measure.check().map_err(|e| format!("[measure]: {e}"))?;
         let measure = &mut self.measure;
         if measure.baseline.is_empty() {
             let first = self.variants.iter().find(|variant| !variant.prepared).expect("there is one");
@@ -532,13 +533,7 @@ impl Variant {
                 }
                 _ => Ok(false),
             },
-            Err(Failure::Error(error)) => Err(error.to_string()),
-            Err(Failure::Clap(error)) => {
-                let text = error.to_string();
-                let lines = text.strip_prefix("error: ").unwrap_or(&text).lines().map(str::trim);
-                let lines: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
-                Err(lines.join("; "))
-            }
+            Err(failure) => Err(failure.into_text()),
         }
     }
 }

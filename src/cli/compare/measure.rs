@@ -1,5 +1,6 @@
 //! What is measured of every run: what `cuvee eval` is told, what it says, and what the runs themselves have logged.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
@@ -7,7 +8,7 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use crate::checkpoint::json::read_json;
-use crate::cli::recipe;
+use crate::cli::{Failure, parse, recipe};
 use crate::error::{Error, Result};
 use crate::lab::Metrics;
 
@@ -15,7 +16,7 @@ use crate::lab::Metrics;
 const TOLERANCE: f64 = 0.05;
 const KEYS: [&str; 7] = ["baseline", "reward_model", "tasks", "reward", "ability", "tolerance", "metrics"];
 /// What is said to `cuvee eval` for each run.
-const DECIDED: [&str; 4] = ["model", "json", "threads", "log_samples"];
+const DECIDED: [&str; 7] = ["model", "json", "threads", "log_samples", "plot", "dataset", "ref_model"];
 
 /// `[measure]`
 #[derive(Debug, Clone, PartialEq)]
@@ -72,6 +73,9 @@ impl Measure {
             Some((name, file)) if !name.is_empty() && !file.is_empty() => Ok((name.to_string(), from_here(file))),
             _ => Err(format!("tasks: expected NAME=FILE, found {task:?}")),
         };
+        if table.contains_key("task") {
+            return Err("task: a list of them is called tasks".into());
+        }
         let mut rest = table.clone();
         KEYS.iter().for_each(|key| drop(rest.remove(*key)));
         if let Some(key) = rest.keys().find(|key| DECIDED.contains(&key.replace('-', "_").as_str())) {
@@ -114,6 +118,21 @@ impl Measure {
             }
         }
         Ok(measure)
+    }
+}
+
+impl Measure {
+    /// Parses what `cuvee eval` will be told.
+    pub fn check(&self) -> Result<(), String> {
+        if self.tasks.is_empty() {
+            return Ok(());
+        }
+        let mut args: Vec<OsString> =
+            ["cuvee", "eval", "--json", "--model=m", "--baseline=b"].map(OsString::from).to_vec();
+        args.extend(self.reward_model.iter().map(|_| "--reward-model=r".into()));
+        args.extend(self.tasks.iter().map(|(name, file)| format!("--task={name}={file}").into()));
+        args.extend(recipe::flags_of(&self.flags));
+        parse(args).map(|_| ()).map_err(Failure::into_text)
     }
 }
 
@@ -161,6 +180,7 @@ mod tests {
             ("tolerance = -1", "tolerance: expected a number of 0 or more, found -1"),
             ("baseline = 3", "baseline: expected a text, found 3"),
             ("tasks = 'x'", "tasks: expected a list of texts"),
+            ("task = ['x']", "task: a list of them is called tasks"),
             ("tasks = ['x']", "tasks: expected NAME=FILE, found \"x\""),
             ("tasks = ['a=b.jsonl']\nmodel = 'm'", "model: is what compare decides"),
             ("reward_model = 'm'", "reward_model: does nothing without tasks"),
