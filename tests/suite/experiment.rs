@@ -145,11 +145,10 @@ reward = 'eval_accuracy'
 "
     );
     let w = workspace(&recipe.replace("objective = 'sigmoid'", "objective = 'sft'").replace("beta = 0.1", ""));
-    let (json, done) = compare(&w, "--grid learning_rate=1e-5,2e-5 --arms dpo,wild,broken,after,soup");
-    assert_eq!(done.code, Some(1), "{}", done.stderr);
-    assert!(done.stderr.contains("runs are missing"), "{}", done.stderr);
-    drop((json, done));
-    // Without the grid the arm has the rate that it asks for.
+    let (json, done) = compare(&w, "--arms dpo --grid learning_rate=1e-5,2e-5 --grid max_steps=1");
+    let searched = ["base", "sft", "dpo learning_rate=1e-5 max_steps=1", "dpo learning_rate=2e-5 max_steps=1"];
+    assert_eq!((done.code, arms(&json)), (Some(0), searched.to_vec()), "{}", done.stderr);
+    // Without the grid every arm has the rate that it asks for.
     let (json, done) = compare(&w, "--arms dpo,wild,broken,after,soup");
     assert_eq!((done.code, &arm(&json, "wild")["loses_base_ability"]), (Some(1), &json!(true)), "{json}");
     assert_eq!(arm(&json, "dpo")["loses_base_ability"], false, "{json}");
@@ -243,7 +242,7 @@ fn rows_that_are_skipped_or_not_taken_are_not_there() {
         ("--skip 21", "--skip: reaches to row 21, train.jsonl has 20; give less"),
         ("--skip 20", "--skip: leaves nothing of the 20 rows of train.jsonl"),
         ("--skip 15 --take 6", "--take: reaches to row 21, train.jsonl has 20"),
-        ("--take 5 --limit 6", "--limit: 6 rows asked for, 5 are there"),
+        ("--take 5 --limit 6", "--limit: 6 rows asked for"),
     ] {
         w.fails(1, &format!("{train} x --dataset train.jsonl {flags}"), &[expected]);
     }

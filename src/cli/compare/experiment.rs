@@ -135,9 +135,9 @@ impl Experiment {
         KEYS.iter().for_each(|key| drop(top.remove(*key)));
         let mut top = recipe::resolve(&train, &top, folder, &KEYS).map_err(in_file)?;
         top.extend(recipe::typed(&train, flags));
-        let mut reader =
-            Reader { folder, top: &top, train: &train, grids: Vec::new(), used: BTreeSet::new(), variants: Vec::new() };
-        reader.grids = flags.get_many::<Grid>("grid").into_iter().flatten().cloned().collect();
+        let grids = flags.get_many::<Grid>("grid").into_iter().flatten().cloned().collect();
+        let (used, wanted, variants) = (BTreeSet::new(), wanted(flags), Vec::new());
+        let mut reader = Reader { folder, top: &top, train: &train, grids, used, wanted, variants };
         for (key, prepared) in [("prepare", true), ("arm", false)] {
             for entry in tables(&table, key).map_err(in_file)? {
                 reader.add(entry, prepared).map_err(in_file)?;
@@ -156,7 +156,7 @@ impl Experiment {
             Some(_) => return Err(in_file("measure: expected a table, as [measure]".into())),
         };
         let mut experiment = Self::whole(path, &table, &top, flags, measure).map_err(in_file)?;
-        experiment.variants = chosen(ordered(variants).map_err(in_file)?, flags)?;
+        experiment.variants = ordered(chosen(variants, flags)?).map_err(in_file)?;
         experiment.check().map_err(in_file)?;
         Ok(Some(experiment))
     }
@@ -236,31 +236,31 @@ fn tables<'t>(table: &'t Table, key: &str) -> Result<Vec<&'t Table>, String> {
     }
 }
 
-/// The arms that `--arms` names, and what they start from.
+/// What `--arms` names.
+fn wanted(flags: &ArgMatches) -> Vec<String> {
+    flags.get_many("arms").into_iter().flatten().cloned().collect()
+}
+
+/// The arms that are wanted, and what they start from.
 fn chosen(variants: Vec<Variant>, flags: &ArgMatches) -> Result<Vec<Variant>> {
-    let wanted: Vec<&String> = flags.get_many::<String>("arms").into_iter().flatten().collect();
+    let wanted = wanted(flags);
     let is = |variant: &Variant, name: &String| variant.name == *name || variant.method == *name;
     if let Some(unknown) = wanted.iter().find(|name| !variants.iter().any(|v| !v.prepared && is(v, name))) {
         let mut known: Vec<&str> = variants.iter().filter(|v| !v.prepared).map(|v| v.method.as_str()).collect();
         known.dedup();
         return Err(Error::option("--arms", format!("there is no arm {unknown:?}; there are {}", known.join(", "))));
     }
-    let mut kept: Vec<bool> = variants
-        .iter()
-        .map(|variant| variant.prepared || wanted.is_empty() || wanted.iter().any(|name| is(variant, name)))
-        .collect();
-    for at in (0..variants.len()).rev() {
-        if kept[at] {
-            variants[at].needs.iter().for_each(|need| kept[*need] = true);
-        }
-    }
-    let place = |at: usize| kept[..at].iter().filter(|kept| **kept).count();
-    let kept_variants = variants.into_iter().enumerate().filter(|(at, _)| kept[*at]);
-    let moved = |(_, variant): (usize, Variant)| Variant {
-        needs: variant.needs.iter().map(|at| place(*at)).collect(),
-        ..variant
+    let is_wanted = |v: &Variant| v.prepared || wanted.is_empty() || wanted.iter().any(|name| is(v, name));
+    let mut kept: Vec<bool> = variants.iter().map(is_wanted).collect();
+    let missing = |at: usize, kept: &[bool]| {
+        let needs = if kept[at] { needs(&variants[at], &variants).unwrap_or_default() } else { Vec::new() };
+        needs.into_iter().find(|need| !kept[*need])
     };
-    Ok(kept_variants.map(moved).collect())
+    while let Some(more) = (0..variants.len()).find_map(|at| missing(at, &kept)) {
+        kept[more] = true;
+    }
+    let mut kept = kept.into_iter();
+    Ok(variants.into_iter().filter(|_| kept.next() == Some(true)).collect())
 }
 
 /// Reads runs one after the other.
@@ -271,6 +271,8 @@ struct Reader<'a> {
     /// Those that were typed, and the keys of those that some arm took.
     grids: Vec<Grid>,
     used: BTreeSet<String>,
+    /// Arms that they are for; none: all.
+    wanted: Vec<String>,
     variants: Vec<Variant>,
 }
 
@@ -304,7 +306,8 @@ impl Reader<'_> {
                 "{key}: does nothing where a run is merged; put it into merge = {{...}}, or drop it"
             )));
         }
-        for point in self.points(entry, &rest, merged, prepared).map_err(of_run)? {
+        let searched = !prepared && (self.wanted.is_empty() || self.wanted.contains(&name));
+        for point in self.points(entry, &rest, merged, searched).map_err(of_run)? {
             let what = match merged {
                 Some(merge) => self.merged(merge, &point),
                 None => self.trained(&rest, &point),
@@ -331,13 +334,13 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Every combination of a run's grid, with what was typed in place of what the recipe says.
+    /// Every combination of a run's grid; of one that is searched, with what was typed in place of what the recipe says.
     fn points(
         &mut self,
         entry: &Table,
         rest: &Table,
         merged: Option<&Table>,
-        prepared: bool,
+        searched: bool,
     ) -> Result<Vec<Table>, String> {
         let mut grid = Table::new();
         match entry.get("grid") {
@@ -354,7 +357,7 @@ impl Reader<'_> {
             }
             Some(_) => return Err("grid: expected a table, as [arm.grid]".into()),
         }
-        for typed in self.grids.iter().filter(|_| !prepared) {
+        for typed in self.grids.iter().filter(|_| searched) {
             if grid.contains_key(&typed.key) || self.takes(rest, merged, &typed.key) {
                 self.used.insert(typed.key.clone());
                 grid.insert(typed.key.clone(), typed.values.clone().into());
@@ -450,30 +453,34 @@ fn short(value: &Value) -> String {
     }
 }
 
+/// Places of the runs that one starts from.
+fn needs(variant: &Variant, variants: &[Variant]) -> Result<Vec<usize>, String> {
+    let mut found = Vec::new();
+    let mut look = |path: &str| {
+        match reference(variants, path) {
+            Some(Ok((at, _))) => found.push(at),
+            Some(Err(nearest)) => {
+                let detail = format!("there is no run {path}; did you mean \"@{nearest}\"?");
+                return Err(Error::option(&variant.name, detail));
+            }
+            None => {}
+        }
+        Ok(path.to_string())
+    };
+    recipe::with_paths(&variant.what.command(), variant.what.table(), &mut look).map_err(|e| e.to_string())?;
+    Ok(found)
+}
+
 /// Each behind what it needs.
 fn ordered(mut variants: Vec<Variant>) -> Result<Vec<Variant>, String> {
-    let mut needs = Vec::new();
-    for variant in &variants {
-        let mut found: Vec<usize> = Vec::new();
-        let mut look = |path: &str| {
-            match reference(&variants, path) {
-                Some(Ok((at, _))) => found.push(at),
-                Some(Err(nearest)) => {
-                    let detail = format!("there is no run {path}; did you mean \"@{nearest}\"?");
-                    return Err(Error::option(&variant.name, detail));
-                }
-                None => {}
-            }
-            Ok(path.to_string())
-        };
-        recipe::with_paths(&variant.what.command(), variant.what.table(), &mut look).map_err(|e| e.to_string())?;
-        if let Some(other) = found.iter().map(|at| &variants[*at]).find(|other| variant.shared && !other.shared) {
+    let needs: Vec<Vec<usize>> = variants.iter().map(|variant| needs(variant, &variants)).collect::<Result<_, _>>()?;
+    for (variant, needs) in variants.iter().zip(&needs) {
+        if let Some(other) = needs.iter().map(|at| &variants[*at]).find(|other| variant.shared && !other.shared) {
             return Err(format!(
                 "{}: is shared by all seeds and starts from {}, which is not",
                 variant.name, other.name
             ));
         }
-        needs.push(found);
     }
     let mut order: Vec<usize> = Vec::new();
     while order.len() < variants.len() {
