@@ -13,13 +13,14 @@ use super::adapters::{AdapterArgs, LoraArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
-use super::tasks::TaskArgs;
+use super::tasks::{TaskArg, TaskArgs};
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
 use crate::optim;
 use crate::params::Params;
+use crate::train::StopWhen;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -455,6 +456,13 @@ pub struct SaveArgs {
     /// them how far it has gone from its references: KL, nats a completion; 0 = none
     #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
     pub kl_samples: usize,
+    /// Let every evaluation give the policy this task, as `cuvee eval --task` does, but for rewards; repeat the flag for several
+    #[arg(long, value_name = "[NAME=]FILE", value_parser = super::tasks::task)]
+    pub eval_task: Vec<TaskArg>,
+    /// End the run, finished and with a checkpoint, at the first of --eval-steps where a number of evaluations.jsonl lies beyond
+    /// this bound, such as base/perplexity>50 for what a task named base measures, or accuracy<0.5; repeat the flag for several
+    #[arg(long, value_name = "NAME/METRIC>F")]
+    pub stop_when: Vec<StopWhen>,
     /// Write a checkpoint every N steps as well [default: only at the end]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub save_steps: Option<u64>,
@@ -984,6 +992,7 @@ impl TrainArgs {
         run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
         run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
         run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
+        run.save.eval_task.iter_mut().for_each(|task| task.path = relative(&task.path));
         run.cache_dir = self.run.cache_dir.as_ref().map(relative);
         if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
             *path = relative(path);
@@ -998,6 +1007,8 @@ impl RunArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
+        needs(flags, "eval_task", "eval_dataset", "evaluations are of held-out rows first")?;
+        needs(flags, "stop_when", "eval_steps", "say how often to look")?;
         needs(flags, "eval_anchor", "eval_dataset", "give the held-out pairs to compare on")?;
         if self.save.kl_samples > 0 {
             needs(flags, "kl_samples", "eval_dataset", "its prompts are what the policy completes")?;

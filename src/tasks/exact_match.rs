@@ -1,10 +1,10 @@
 //! Exact match: the likeliest text, token by token, up to a stop string, is the answer or not.
 //!
-//! `generate_until` of the harness's `models/huggingface.py`, its filter `regex` (`filters/extraction.py`) and `exact_match`
-//! (`api/metrics.py`): stop strings cut what was written, first come the regular expression and which of its matches, then what is
-//! ignored in both texts. As there, at most 256 tokens are written (or half of what the model reads at once, where that is less), and
-//! an empty line stops where nothing is said. Here white space around both texts never counts; there it takes the filter
-//! `remove_whitespace`. Several targets: one of them is enough.
+//! `generate_until` of the harness's `models/huggingface.py`, its filter `regex` (`filters/extraction.py`) and
+//! `exact_match` (`api/metrics.py`): stop strings cut what was written, first come the regular expression and which of
+//! its matches, then what is ignored in both texts. As there, at most 256 tokens are written (or half of what the model
+//! reads at once, where that is less), and an empty line stops where nothing is said. Here white space around both
+//! texts never counts; there it takes the filter `remove_whitespace`. Several targets: one of them is enough.
 
 use std::path::{Path, PathBuf};
 
@@ -108,8 +108,8 @@ impl Ignored {
     }
 }
 
-/// Python's `regex.findall(text)[select]`: a match without groups is itself, one with a group that group, of several the first
-/// that is not empty.
+/// Python's `regex.findall(text)[select]`: a match without groups is itself, one with a group that group, of several
+/// the first that is not empty.
 fn answer(regex: &Regex, filter: &Filter, text: &str) -> String {
     let found: Vec<String> = regex
         .captures_iter(text)
@@ -133,6 +133,10 @@ fn answer(regex: &Regex, filter: &Filter, text: &str) -> String {
 impl Kind for ExactMatch {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["exact_match"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

@@ -85,9 +85,7 @@ impl<B: Backend> Examiner<'_, B> {
     }
 
     fn completions(&self, subject: &Subject, tokens: &Tokens, done: Done) -> Result<Vec<Vec<Completion>>> {
-        let Some((writing, largest)) = tokens.writing.and_then(|w| Some((w, w.largest(&tokens.prompts)?))) else {
-            return Ok(Vec::new());
-        };
+        let (Some(writing), Some(largest)) = (tokens.writing, tokens.largest()) else { return Ok(Vec::new()) };
         let Subject { checkpoint, tokenizer } = subject;
         let options = Options::frozen(largest.prompt.len() + largest.max_new_tokens).with_adapters(checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
