@@ -20,6 +20,7 @@ use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
 use crate::optim;
 use crate::params::Params;
+use crate::rewards::RewardSpec;
 use crate::train::StopWhen;
 use crate::{Error, Result};
 
@@ -51,7 +52,7 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
-    /// Write the scores a reward model gives to texts
+    /// Write the scores a reward model gives to texts, or what rewards make of completions
     Score(ScoreArgs),
     /// Measure how often a model prefers the chosen completion to the rejected one
     Eval(EvalArgs),
@@ -558,14 +559,52 @@ pub struct LogpsArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+With --reward, rows get what a run that trains on these rewards would see, before it is run: `reward` is their weighted sum,
+`rewards` each by its name, null where it says nothing; of pairs both completions are judged. The data's own completion is
+the answer that exact_match compares with. `cuvee list rewards` names all kinds with what they take.
+
+recipes/rewards/film.toml rates a film review by its words, and holds its length and repetitions in check:
+  [[reward]]
+  kind = \"lexicon\"
+  file = \"../../assets/film-reviews/lexicon.tsv\"
+  prior = 5
+
+  [[reward]]
+  kind = \"length\"
+  unit = \"words\"
+  min = 5
+  max = 30
+  slope = 0.1
+
 Examples:
   cuvee score --model runs/reward --dataset pairs.jsonl --out scores.jsonl
-  cuvee score --model runs/reward --text 'Review: a fine film.'"
+  cuvee score --model runs/reward --text 'Review: a fine film.'
+  cuvee score --reward recipes/rewards/film.toml --dataset assets/film-reviews/heldout.jsonl.gz --out scores.jsonl
+  cuvee score --reward recipes/rewards/film.toml --reward runs/reward=0.5 --text 'a fine film.'"
 )]
 pub struct ScoreArgs {
     /// Reward model: a Hugging Face folder of a ..ForSequenceClassification with one label
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    #[arg(
+        long,
+        alias = "model-name-or-path",
+        value_name = "DIR",
+        required_unless_present = "reward",
+        help_heading = "Files"
+    )]
+    pub model: Option<PathBuf>,
+    /// Score completions by this instead: a TOML file of [[reward]] tables, or a reward model's folder that judges as in
+    /// training; and what it counts. Repeat the flag for several [default weight: 1]
+    #[arg(
+        long,
+        value_name = "WHAT[=WEIGHT]",
+        value_parser = RewardSpec::parse,
+        conflicts_with_all = ["model", "adapter", "max_length", "on_overflow"],
+        help_heading = "Files"
+    )]
+    pub reward: Vec<RewardSpec>,
+    /// Folder of the model whose tokens are counted, for rewards in units of tokens
+    #[arg(long, value_name = "DIR", requires = "reward", help_heading = "Files")]
+    pub tokenizer: Option<PathBuf>,
     /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]
     pub dataset: Option<PathBuf>,
@@ -865,6 +904,7 @@ pub enum Registry {
     Modifiers,
     Optimizers,
     Merges,
+    Rewards,
     Architectures,
 }
 

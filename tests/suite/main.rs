@@ -17,6 +17,7 @@ mod peft;
 mod program;
 mod references;
 mod reward;
+mod rewards;
 mod step;
 mod tasks;
 mod tiny;
