@@ -462,7 +462,7 @@ pub struct SaveArgs {
     pub eval_task: Vec<TaskArg>,
     /// End the run, finished and with a checkpoint, at the first of --eval-steps where a number of evaluations.jsonl lies beyond
     /// this bound, such as base/perplexity>50 for what a task named base measures, or accuracy<0.5; repeat the flag for several
-    #[arg(long, value_name = "NAME/METRIC>F")]
+    #[arg(long, value_name = "BOUND")]
     pub stop_when: Vec<StopWhen>,
     /// Write a checkpoint every N steps as well [default: only at the end]
     #[arg(long, value_name = "N", value_parser = steps)]

@@ -35,7 +35,7 @@ struct Choice {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let question = Source::new(&rows.path, rows.options.prompt.take(), QUESTION)?;
+    let question = Source::new(&rows.file, rows.options.prompt.take(), QUESTION)?;
     let items = rows.items(|row| {
         let choices = choices(row)?;
         Ok(Item { question: question.of(row)?, gold: gold(file::column(row, GOLD)?, &choices)?, choices })

@@ -46,10 +46,10 @@ struct Ignored {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let path = rows.path.clone();
+    let file = rows.file.clone();
     let options = std::mem::take(&mut rows.options);
-    let prompt = Source::new(&path, options.prompt.clone(), PROMPT)?;
-    let target = options.target.clone().map(|target| Source::new(&path, Some(target), TARGET)).transpose()?;
+    let prompt = Source::new(&file, options.prompt.clone(), PROMPT)?;
+    let target = options.target.clone().map(|target| Source::new(&file, Some(target), TARGET)).transpose()?;
     let until = options.until.clone().map_or(vec![UNTIL.into()], Texts::into_vec);
     let items = rows.items(|row| {
         let targets = match &target {
@@ -59,9 +59,9 @@ pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
         let until = row.get("until").map(own_until).transpose()?.unwrap_or_else(|| until.clone());
         Ok(Item { prompt: prompt.of(row)?, targets, until })
     })?;
-    let filter = options.filter.clone().map(|filter| Ok((regex(&path, &filter.regex)?, filter))).transpose()?;
-    let (max_new_tokens, ignored) = (options.max_new_tokens, Ignored::new(&path, &options)?);
-    Ok(Box::new(ExactMatch { path, items, max_new_tokens, filter, ignored }))
+    let filter = options.filter.clone().map(|filter| Ok((regex(&file, &filter.regex)?, filter))).transpose()?;
+    let (max_new_tokens, ignored) = (options.max_new_tokens, Ignored::new(&file, &options)?);
+    Ok(Box::new(ExactMatch { path: rows.path, items, max_new_tokens, filter, ignored }))
 }
 
 /// `"18"`, `18`, or several of those.

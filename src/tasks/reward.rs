@@ -45,7 +45,7 @@ struct Reward {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let source = Source::new(&rows.path, rows.options.prompt.take(), PROMPT)?;
+    let source = Source::new(&rows.file, rows.options.prompt.take(), PROMPT)?;
     let prompts = rows.items(|row| source.of(row))?;
     let writing = Writing {
         max_new_tokens: rows.options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
