@@ -54,7 +54,7 @@ pub enum Command {
     Logps(LogpsArgs),
     /// Write the scores a reward model gives to texts, or what rewards make of completions
     Score(ScoreArgs),
-    /// Measure how often a model prefers the chosen completion to the rejected one
+    /// Measure models: preferences on held-out pairs, or tasks: multiple choice, perplexity, exact match, reward
     Eval(EvalArgs),
     /// Complete a prompt with a model
     Generate(GenerateArgs),
@@ -630,37 +630,41 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-A task is a file of rows, .jsonl or .jsonl.gz; their columns say what is asked:
+A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
 
-  choice       question (or query, context, prompt), choices, gold (or answer, label: an index from 0, a letter, a text)
-               log-likelihood of each choice behind the question: acc, acc_norm (by characters)
+  choice       question (or query, context, prompt), choices, gold (or answer, label)
+               how likely each choice is behind the question: acc, acc_norm (by characters)
+               gold is an index from 0, a letter or the choice itself
   perplexity   text
-               perplexity and nll (per token of the model), word_perplexity, byte_perplexity, bits_per_byte
-  exact_match  prompt (or question), target (or answer; several in a list), until
-               the likeliest text, up to a stop string: exact_match
+               perplexity, nll (per token), word_perplexity, byte_perplexity, bits_per_byte
+  exact_match  prompt (or question), target (or answer; a list of several), until
+               the likeliest text up to a stop string: exact_match
   preference   prompt, chosen, rejected
-               log-probabilities, with --ref-model relative to it: accuracy (a tie is a half), margin
+               accuracy (a tie is a half) and margin, relative to --ref-model if given
   reward       prompt, and no answer; needs --reward-model
-               sampled completions: reward, win_rate against the baseline's, words, distinct_2, base_logp (--base-model)
+               sampled completions: reward, win_rate against the baseline's, words,
+               distinct_2, base_logp (of --base-model)
 
-choice, perplexity and exact_match are those of lm-evaluation-harness and give its numbers. What rows cannot say is said
-by a TOML file in their place, such as gsm8k.toml:
+choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
+texts that are too long are cut as it cuts them: to what config.json says that the model
+reads at once, or to --max-length. A TOML file in place of the rows says what they cannot:
 
-  data = \"gsm8k.jsonl.gz\"                 # seen from this file; kind = \"..\" where columns do not tell
-  prompt = \"Question: {{question}}\\nAnswer:\"  # Jinja over the columns; so is target
+  data = \"gsm8k.jsonl.gz\"             # seen from this file
+  kind = \"exact_match\"                # where columns do not tell
+  prompt = \"Question: {{question}}\\nAnswer:\"    # Jinja over the columns, as is target
   until = [\"Question:\", \"</s>\"]
   filter = { regex = '#### (\\-?[0-9\\.\\,]+)', group_select = 0 }
-  ignore_case = true                        # also ignore_punctuation, ignore_numbers
+  ignore_case = true                    # also ignore_punctuation, ignore_numbers
   regexes_to_ignore = [',', '\\$', '(?s).*#### ', '\\.$']
 
-Other keys: max_new_tokens, samples (reward), delimiter (choice).
+Further keys are max_new_tokens, samples (of reward) and delimiter (of choice).
 
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
   cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json
   cuvee eval --model runs/first --task cloze.jsonl.gz --task base=sentences.jsonl.gz
-  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz --task prompts.jsonl.gz \\
-    --reward-model runs/reward --plot front.svg"
+  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz \\
+    --task prompts.jsonl.gz --reward-model runs/reward --plot front.svg"
 )]
 pub struct EvalArgs {
     /// Model: a Hugging Face folder. With --task repeat the flag for several, which are loaded one after the other
