@@ -16,6 +16,7 @@ pub mod optim;
 pub mod params;
 pub mod progress;
 pub mod references;
+pub mod rewards;
 pub mod rollout;
 pub mod tasks;
 pub mod train;

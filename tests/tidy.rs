@@ -22,7 +22,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("optim", &["params", "device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
-    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references"]),
+    ("rewards", &["device", "ops", "model", "data", "progress"]),
+    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references", "progress"]),
     (
         "train",
         &[
@@ -35,6 +36,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "optim",
             "rollout",
             "references",
+            "rewards",
             "tasks",
             "progress",
             "machine",

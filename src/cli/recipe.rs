@@ -13,6 +13,7 @@ use super::adapters::AdapterArg;
 use super::args::{Cli, Resume};
 use super::is_given;
 use super::merge::ModelArg;
+use super::tasks::{TaskArg, split};
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -119,9 +120,9 @@ pub(super) fn resolve(command: &Command, table: &Table, folder: &Path, others: &
             if command.get_name() == TAKEN_BY[0] {
                 to_flag(command, arg, value, folder).map_err(|detail| format!("{key}: {detail}"))?;
             }
-            Ok(match value.as_str() {
-                Some(text) if is_path(arg, text) && !text.starts_with('@') => {
-                    Value::String(clean(&folder.join(text)).to_string_lossy().into_owned())
+            Ok(match value.as_str().and_then(|text| path_in(arg, text)) {
+                Some((name, path)) if !path.starts_with('@') => {
+                    Value::String(format!("{name}{}", clean(&folder.join(path)).display()))
                 }
                 _ => value.clone(),
             })
@@ -197,9 +198,9 @@ pub(super) fn with_paths(
     let mut changed = Table::new();
     for (key, value) in table {
         let arg = find(command, key);
-        let mut one = |value: &Value| match (value.as_str(), arg) {
-            (Some(text), Some(arg)) if is_path(arg, text) => change(text).map(Value::String),
-            _ => Ok(value.clone()),
+        let mut one = |value: &Value| match value.as_str().and_then(|text| path_in(arg?, text)) {
+            Some((name, path)) => Ok(Value::String(format!("{name}{}", change(path)?))),
+            None => Ok(value.clone()),
         };
         let value = match value {
             Value::Array(values) => Value::Array(values.iter().map(one).collect::<Result<_>>()?),
@@ -234,9 +235,15 @@ fn is_number(arg: &Arg) -> bool {
     holds(arg, &[TypeId::of::<f64>(), TypeId::of::<u64>(), TypeId::of::<usize>()])
 }
 
-fn is_path(arg: &Arg, text: &str) -> bool {
-    holds(arg, &[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>(), TypeId::of::<ModelArg>()])
-        || holds(arg, &[TypeId::of::<Resume>()]) && text != "auto"
+/// The path in a value, behind what stands before it.
+fn path_in<'t>(arg: &Arg, text: &'t str) -> Option<(&'t str, &'t str)> {
+    if holds(arg, &[TypeId::of::<TaskArg>()]) {
+        let (_, path) = split(text);
+        return Some(text.split_at(text.len() - path.len()));
+    }
+    let whole = holds(arg, &[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>(), TypeId::of::<ModelArg>()])
+        || holds(arg, &[TypeId::of::<Resume>()]) && text != "auto";
+    whole.then_some(("", text))
 }
 
 /// A flag that may be repeated takes an array, or one value as it is.
@@ -264,8 +271,9 @@ fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result
 
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let mut flag = OsString::from(format!("--{}=", arg.get_long().expect("a key is the name of a flag")));
-    if is_path(arg, &text) {
-        flag.push(clean(&folder.join(text)));
+    if let Some((name, path)) = path_in(arg, &text) {
+        flag.push(name);
+        flag.push(clean(&folder.join(path)));
     } else {
         flag.push(text);
     }

@@ -18,6 +18,7 @@ mod peft;
 mod program;
 mod references;
 mod reward;
+mod rewards;
 mod step;
 mod tasks;
 mod tiny;
