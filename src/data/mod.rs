@@ -22,7 +22,7 @@ pub use chat::ChatTemplate;
 pub use conversation::{Content, Message};
 pub use dataset::{Dataset, Example, Merge, Sequence, label_name};
 pub use encode::{EncodeOptions, Overflow, Skip, encode_row};
-pub use jsonl::{Form, Parts, Row, read_rows};
+pub use jsonl::{Form, Object, Parts, Row, read_objects, read_rows};
 pub use lint::Lint;
 pub use mismatch::mismatched;
 pub use order::epoch_order;

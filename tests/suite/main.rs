@@ -5,6 +5,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod experiment;
 mod lineage;
 mod lora;
 mod merge;
@@ -17,6 +18,8 @@ mod peft;
 mod program;
 mod references;
 mod reward;
+mod rewards;
 mod step;
+mod tasks;
 mod tiny;
 mod token_kl;
