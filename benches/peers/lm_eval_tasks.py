@@ -3,9 +3,9 @@
     python benches/peers/lm_eval_tasks.py CUVEE MODEL_DIR OUT_DIR [--items 48] [--max-length N] [--gsm8k FILE] [--tokens 128] [--golden FILE]
 
 Both read the same rows: cloze items and sentences of assets/film-reviews, items that are awkward on purpose (a context longer
-than the window, none at all, one that ends in spaces, other scripts, choices that start alike), texts longer than the window, and
-with --gsm8k rows {"prompt", "solution"}, asked as the harness's gsm8k task is without examples, with both of its filters. The
-harness's tasks are written as YAML to OUT_DIR. Prints the largest difference of a log-likelihood, of each metric, and whether every
+than the window, none at all, one that ends in spaces, other scripts, choices that start alike), texts longer than the window, words to
+guess, and questions {"prompt", "solution"}, those of --gsm8k or a few of our own, asked as the harness's gsm8k task is without
+examples, with both of its filters. The harness's tasks are written as YAML to OUT_DIR. Prints the largest difference of a log-likelihood, of each metric, and whether every
 exact match and every text agrees; exits with 1 where one is above 1e-4 (relative, for log-likelihoods above 1) or any item differs.
 
 Needs lm_eval 0.4.13 with torch and transformers (CPU wheels are enough).
@@ -71,24 +71,29 @@ ignored = [",", "\\$", "(?s).*#### ", "\\.$"]
 filters = {"strict": ("#### (\\-?[0-9\\.\\,]+)", 0), "flexible": ("(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
 config = {"cloze": choice, "awkward": choice, "sentences": rolling, "texts": rolling}
 ours = {name: f"{name}={out / name}.jsonl" for name in tasks}
-if a.gsm8k:
-    for name, (regex, select) in filters.items():
-        tasks[name] = rows(a.gsm8k, a.items)
-        config[name] = {
-            "output_type": "generate_until",
-            "doc_to_text": "Question: {{prompt}}\nAnswer:",
-            "doc_to_target": "{{solution}}",
-            "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": False, "regexes_to_ignore": ignored}],
-            "generation_kwargs": {"until": until, "do_sample": False, "temperature": 0.0, "max_gen_toks": a.tokens},
-            "filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": regex, "group_select": select}, {"function": "take_first"}]}],
-        }
-        lists = [f"{key} = {json.dumps(value)}\n" for key, value in (("until", until), ("regexes_to_ignore", ignored))]
-        (out / f"{name}.toml").write_text(
-            f'data = "{name}.jsonl"\nkind = "exact_match"\nprompt = "Question: {{{{prompt}}}}\\nAnswer:"\ntarget = "{{{{solution}}}}"\n'
-            f"max_new_tokens = {a.tokens}\nignore_case = true\n{''.join(lists)}"
-            f"filter = {{ regex = {json.dumps(regex)}, group_select = {select} }}\n"
-        )
-        ours[name] = f"{name}={out / name}.toml"
+questions = rows(a.gsm8k, a.items) if a.gsm8k else [
+    {"prompt": "Ann sees 3 films on Monday and 4 on Tuesday. How many does she see?", "solution": "3 + 4 = 7 films.\n#### 7"},
+    {"prompt": "A ticket costs $12. What do 100 cost?", "solution": "100 * 12 = $1,200.\n#### 1,200"},
+]
+guesses = {"Review: This is one of the": "most", "Review: The film is": "A", "Review: It's": "a", "Review: I": "was"}
+words = [{"prompt": prompt, "solution": word} for prompt, word in guesses.items()]
+written = {name: (questions, "Question: {{prompt}}\nAnswer:", until, *how) for name, how in filters.items()}
+written["words"] = (words, "{{prompt}}", ["."], "\\w+", 0)
+for name, (asked, prompt, stops, regex, select) in written.items():
+    tasks[name] = asked
+    config[name] = {
+        "output_type": "generate_until",
+        "doc_to_text": prompt,
+        "doc_to_target": "{{solution}}",
+        "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": False, "regexes_to_ignore": ignored}],
+        "generation_kwargs": {"until": stops, "do_sample": False, "temperature": 0.0, "max_gen_toks": a.tokens},
+        "filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": regex, "group_select": select}, {"function": "take_first"}]}],
+    }
+    said = {"data": f"{name}.jsonl", "kind": "exact_match", "prompt": prompt, "target": "{{solution}}", "max_new_tokens": a.tokens}
+    said |= {"until": stops, "ignore_case": True, "regexes_to_ignore": ignored}
+    keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items())
+    (out / f"{name}.toml").write_text(f"{keys}filter = {{ regex = {json.dumps(regex)}, group_select = {select} }}\n")
+    ours[name] = f"{name}={out / name}.toml"
 for name, items in tasks.items():
     (out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items), encoding="utf-8")
     data = {"task": f"x_{name}", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(out / f"{name}.jsonl")}}, "test_split": "test"}
@@ -110,7 +115,7 @@ for name in tasks:
     said = [line for line in log if line["task"] == name]
     samples = sorted(theirs["samples"][f"x_{name}"], key=lambda sample: sample["doc_id"])
     assert len(said) == len(samples) == len(tasks[name]), name
-    lls, items, written, kept = [], 0, 0, []
+    lls, items, texts, kept = [], 0, 0, []
     for mine, sample in zip(said, samples):
         match mine["kind"]:
             case "choice":
@@ -124,17 +129,17 @@ for name in tasks:
                 kept.append({"logp": ll, "words": words, "bytes": sample["byte_perplexity"][1]})
             case "exact_match":
                 items += mine["exact_match"] != bool(sample["exact_match"]) or mine["answer"] != sample["filtered_resps"][0]
-                written += mine["completion"] != sample["resps"][0][0]
+                texts += mine["completion"] != sample["resps"][0][0]
                 kept.append({"completion": sample["resps"][0][0], "answer": sample["filtered_resps"][0], "exact_match": bool(sample["exact_match"])})
     gap = max((abs(x - y) / max(1.0, abs(y)) for x, y in lls), default=0.0)
     metrics = {key: value for key, value in ours[name].items() if isinstance(value, float) and not key.endswith("_stderr")}
     results = {key.split(",")[0]: value for key, value in theirs["results"][f"x_{name}"].items()}
     gaps = {key: abs(value - results[key]) / max(1.0, abs(results[key])) for key, value in metrics.items() if key in results}
-    print(f"{name}: {len(said)} items, {len(lls)} log-likelihoods, largest difference {gap:.1e}; {items} items and {written} texts differ")
+    print(f"{name}: {len(said)} items, {len(lls)} log-likelihoods, largest difference {gap:.1e}; {items} items and {texts} texts differ")
     print("   ", ", ".join(f"{key} {metrics[key]:.6f} (theirs {results[key]:.6f})" for key in gaps))
     toml = out / f"{name}.toml"
     golden[name] = {"rows": tasks[name], "toml": toml.read_text() if toml.exists() else None, "items": kept, "metrics": {key: results[key] for key in gaps}}
-    worst, differ = max([worst, gap, *gaps.values()]), differ + items + written
+    worst, differ = max([worst, gap, *gaps.values()]), differ + items + texts
 if a.golden:
     about = f"lm_eval {lm_eval.__version__}, {pathlib.Path(a.model).name}, by benches/peers/lm_eval_tasks.py"
     text = json.dumps({"about": about, "max_length": a.max_length, "tasks": golden}, ensure_ascii=False, indent=1)

@@ -99,20 +99,16 @@ impl EvalArgs {
             reward_model: reward_model.as_ref(),
             base_model: base_model.as_ref(),
         };
-        let mut dirs = self.model.clone();
-        let baseline = args.baseline.as_ref().unwrap_or(&self.model[0]);
-        if !dirs.contains(baseline) {
-            dirs.insert(0, baseline.clone());
-        }
         // All of them are opened before the first is asked: a mistake should not cost an hour.
-        let subjects = dirs.iter().map(|dir| Subject::new(dir, self.adapters.open(dir, Checkpoint::open)?));
-        let subjects: Vec<Subject> = subjects.collect::<Result<_>>()?;
+        let subjects = self.subjects()?;
         let mut models = Vec::new();
-        for (dir, subject) in dirs.iter().zip(&subjects) {
-            let outcomes = tasks.iter().map(|task| examine(&examiner, dir, subject, task)).collect::<Result<_>>()?;
-            models.push(Examined { model: dir.display().to_string(), outcomes });
+        for (model, subject) in &subjects {
+            let outcomes = tasks.iter().map(|task| examine(&examiner, model, subject, task)).collect::<Result<_>>()?;
+            models.push(Examined { model: model.clone(), outcomes });
         }
-        let at = dirs.iter().position(|dir| dir == baseline).expect("it is among them");
+        let baseline = args.baseline.as_ref().map(|dir| dir.display().to_string());
+        let at = subjects.iter().position(|(model, _)| baseline.as_ref().is_some_and(|baseline| baseline == model));
+        let at = at.unwrap_or(0);
         let table = Table::new(tasks.iter().map(|task| task.name.clone()).collect(), models, at);
         if let Some(path) = &args.log_samples {
             write_file(path, |out| table.log().try_for_each(|line| writeln!(out, "{line}")))?;
@@ -125,14 +121,30 @@ impl EvalArgs {
             false => super::print(&table.text()),
         }
     }
+
+    /// Every model that is asked, with what it is called. Adapters belong to the one `--model`, not to a baseline.
+    fn subjects(&self) -> Result<Vec<(String, Subject)>> {
+        let adapters: String =
+            self.adapters.adapter.iter().map(|a| format!(" + {}={}", a.dir.display(), a.weight)).collect();
+        let model = |dir: &PathBuf| {
+            let subject = Subject::new(dir, self.adapters.open(dir, Checkpoint::open)?)?;
+            Ok((format!("{}{adapters}", dir.display()), subject))
+        };
+        let mut subjects: Vec<(String, Subject)> = self.model.iter().map(model).collect::<Result<_>>()?;
+        if let Some(dir) = self.tasks.baseline.as_ref().filter(|dir| !self.model.contains(dir) || !adapters.is_empty())
+        {
+            subjects.insert(0, (dir.display().to_string(), Subject::new(dir, Checkpoint::open(dir)?)?));
+        }
+        Ok(subjects)
+    }
 }
 
 /// One task, with a bar over its items.
-fn examine<B: Backend>(examiner: &Examiner<B>, dir: &Path, subject: &Subject, task: &Task) -> Result<Outcome> {
+fn examine<B: Backend>(examiner: &Examiner<B>, model: &str, subject: &Subject, task: &Task) -> Result<Outcome> {
     let mut bar: Option<(String, Progress)> = None;
     let outcome = examiner.examine(task, subject, &mut |what, done, all| {
         if bar.as_ref().is_none_or(|(shown, _)| shown != what) {
-            let title = format!("{}: {} ({what})", dir.display(), task.name);
+            let title = format!("{model}: {} ({what})", task.name);
             bar.replace((what.to_string(), Progress::new(&title, all as u64, "items")))
                 .into_iter()
                 .for_each(|(_, old)| old.finish());

@@ -76,22 +76,30 @@ pub(super) fn task(text: &str) -> Result<TaskArg, String> {
     Ok(TaskArg { name: name.to_string(), path: path.to_path_buf() })
 }
 
-/// Reads tasks, no two of one name.
-pub(super) fn open(flag: &str, args: &[TaskArg], overrides: &Overrides) -> Result<Vec<Task>> {
+/// Files by name, no two of one name.
+fn check(flag: &str, args: &[TaskArg]) -> Result<()> {
     let twin = |(i, arg): &(usize, &TaskArg)| args[..*i].iter().any(|other| other.name == arg.name);
     if let Some((_, TaskArg { name, path })) = args.iter().enumerate().find(twin) {
         let detail = format!("two are named {name}; name one of them, as in other={}", path.display());
         return Err(Error::option(flag, detail));
     }
-    args.iter().map(|TaskArg { name, path }| Task::open(name, path, overrides)).collect()
+    Ok(())
+}
+
+/// What `--eval-task` names.
+pub(super) fn named(args: &[TaskArg]) -> Result<Vec<(String, PathBuf)>> {
+    check("--eval-task", args)?;
+    Ok(args.iter().map(|TaskArg { name, path }| (name.clone(), path.clone())).collect())
 }
 
 impl TaskArgs {
     /// Reads the tasks, and refuses flags that say nothing to any of them.
     pub(super) fn open(&self) -> Result<Vec<Task>> {
         let (max_new_tokens, samples) = (self.max_new_tokens, self.samples);
-        let tasks =
-            open("--task", &self.task, &Overrides { max_new_tokens, samples, seed: self.seed.unwrap_or(SEED) })?;
+        let overrides = Overrides { max_new_tokens, samples, seed: self.seed.unwrap_or(SEED) };
+        check("--task", &self.task)?;
+        let tasks = self.task.iter().map(|TaskArg { name, path }| Task::open(name, path, &overrides));
+        let tasks: Vec<Task> = tasks.collect::<Result<_>>()?;
         let first = |kinds: &[&str]| tasks.iter().find(|task| kinds.contains(&task.kind()));
         if let (Some(task), None) = (first(&["reward"]), &self.reward_model) {
             let detail = format!("missing; it judges what is written in the task {}", task.name);

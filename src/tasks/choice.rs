@@ -6,8 +6,9 @@
 //! acc_norm = mean [argmax ll_c / (characters of choice c) = gold]
 //! ```
 //!
-//! `process_results` and `construct_requests` for `multiple_choice` in the harness's `api/task.py`: the delimiter is a space and
-//! counts in no length, the first of equals wins. A gold answer that is none of the choices is an error here, there a wrong answer.
+//! `process_results` and `construct_requests` for `multiple_choice` in the harness's `api/task.py`: the delimiter is a
+//! space and counts in no length, the first of equals wins. A gold answer that is none of the choices is an error here,
+//! there a wrong answer.
 
 use serde_json::{Value, json};
 
@@ -34,7 +35,7 @@ struct Choice {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let question = Source::new(&rows.path, rows.options.prompt.take(), QUESTION)?;
+    let question = Source::new(&rows.file, rows.options.prompt.take(), QUESTION)?;
     let items = rows.items(|row| {
         let choices = choices(row)?;
         Ok(Item { question: question.of(row)?, gold: gold(file::column(row, GOLD)?, &choices)?, choices })
@@ -78,6 +79,10 @@ fn gold(value: &Value, choices: &[String]) -> Result<usize, String> {
 impl Kind for Choice {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["acc", "acc_norm"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

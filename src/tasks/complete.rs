@@ -47,8 +47,8 @@ impl Writing {
     }
 }
 
-/// `[prompts][samples]`; `done` is told how many prompts are finished. The model's rotations must reach the longest prompt with
-/// `max_new_tokens` behind it.
+/// `[prompts][samples]`; `done` is told how many prompts are finished. The model's rotations must reach the longest
+/// prompt with `max_new_tokens` behind it.
 pub fn complete<B: Backend>(
     device: &B,
     model: &Model<B>,
@@ -77,8 +77,8 @@ pub fn complete<B: Backend>(
     Ok(all)
 }
 
-/// The likeliest text, not much further than to the first stop string. Every piece reads the text so far again; a token has the
-/// same bits decoded or read, so pieces change nothing.
+/// The likeliest text, not much further than to the first stop string. Every piece reads the text so far again; a token
+/// has the same bits decoded or read, so pieces change nothing.
 fn in_pieces<B: Backend>(
     device: &B,
     model: &Model<B>,

@@ -1,9 +1,9 @@
 //! Texts as tokens, by the rules of lm-evaluation-harness 0.4.13: `tok_encode`, `_encode_pair`, `loglikelihood` and
 //! `loglikelihood_rolling` of `models/huggingface.py` and `api/model.py`, `get_rolling_token_windows` of `utils.py`.
 //!
-//! The window is the harness's `max_length`: the tokens that a model reads at once, one less than a sequence has, whose last
-//! token is predicted only. This engine runs that one as well, so where positions are learned the window is one less than the
-//! table's length; the harness with `max_length` so much less gives the same numbers.
+//! The window is the harness's `max_length`: the tokens that a model reads at once, one less than a sequence has, whose
+//! last token is predicted only. This engine runs that one as well, so where positions are learned the window is one
+//! less than the table's length; the harness with `max_length` so much less gives the same numbers.
 
 use std::path::Path;
 
@@ -56,8 +56,8 @@ impl<'a> Encoder<'a> {
         if marked { self.tokenizer.encode_plain(text) } else { self.tokenizer.encode(text) }
     }
 
-    /// A context and what continues it, scored. Spaces at the end of the context belong to the continuation; both are encoded
-    /// together and split at the context's own length; what does not fit the window is cut from the left.
+    /// A context and what continues it, scored. Spaces at the end of the context belong to the continuation; both are
+    /// encoded together and split at the context's own length; what does not fit the window is cut from the left.
     ///
     /// The inner error says why there is nothing to score.
     pub fn pair(&self, context: &str, continuation: &str) -> Result<Result<Sequence, String>> {
@@ -95,8 +95,8 @@ impl<'a> Encoder<'a> {
         Ok(Sequence { ids: ids.split_off(cut), first: first - cut })
     }
 
-    /// A whole text, every token scored once: windows of which each predicts as many tokens as it can, the first from the prefix
-    /// token, the others from the token before; the last one sees a whole window.
+    /// A whole text, every token scored once: windows of which each predicts as many tokens as it can, the first from
+    /// the prefix token, the others from the token before; the last one sees a whole window.
     pub fn windows(&self, text: &str) -> Result<Result<Vec<Sequence>, String>> {
         let (tokens, window) = (self.encode(text)?, self.window);
         if tokens.is_empty() {

@@ -1,10 +1,10 @@
 //! Exact match: the likeliest text, token by token, up to a stop string, is the answer or not.
 //!
-//! `generate_until` of the harness's `models/huggingface.py`, its filter `regex` (`filters/extraction.py`) and `exact_match`
-//! (`api/metrics.py`): stop strings cut what was written, first come the regular expression and which of its matches, then what is
-//! ignored in both texts. As there, at most 256 tokens are written (or half of what the model reads at once, where that is less), and
-//! an empty line stops where nothing is said. Here white space around both texts never counts; there it takes the filter
-//! `remove_whitespace`. Several targets: one of them is enough.
+//! `generate_until` of the harness's `models/huggingface.py`, its filter `regex` (`filters/extraction.py`) and
+//! `exact_match` (`api/metrics.py`): stop strings cut what was written, first come the regular expression and which of
+//! its matches, then what is ignored in both texts. As there, at most 256 tokens are written (or half of what the model
+//! reads at once, where that is less), and an empty line stops where nothing is said. Here white space around both
+//! texts never counts; there it takes the filter `remove_whitespace`. Several targets: one of them is enough.
 
 use std::path::{Path, PathBuf};
 
@@ -46,10 +46,10 @@ struct Ignored {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let path = rows.path.clone();
+    let file = rows.file.clone();
     let options = std::mem::take(&mut rows.options);
-    let prompt = Source::new(&path, options.prompt.clone(), PROMPT)?;
-    let target = options.target.clone().map(|target| Source::new(&path, Some(target), TARGET)).transpose()?;
+    let prompt = Source::new(&file, options.prompt.clone(), PROMPT)?;
+    let target = options.target.clone().map(|target| Source::new(&file, Some(target), TARGET)).transpose()?;
     let until = options.until.clone().map_or(vec![UNTIL.into()], Texts::into_vec);
     let items = rows.items(|row| {
         let targets = match &target {
@@ -59,9 +59,9 @@ pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
         let until = row.get("until").map(own_until).transpose()?.unwrap_or_else(|| until.clone());
         Ok(Item { prompt: prompt.of(row)?, targets, until })
     })?;
-    let filter = options.filter.clone().map(|filter| Ok((regex(&path, &filter.regex)?, filter))).transpose()?;
-    let (max_new_tokens, ignored) = (options.max_new_tokens, Ignored::new(&path, &options)?);
-    Ok(Box::new(ExactMatch { path, items, max_new_tokens, filter, ignored }))
+    let filter = options.filter.clone().map(|filter| Ok((regex(&file, &filter.regex)?, filter))).transpose()?;
+    let (max_new_tokens, ignored) = (options.max_new_tokens, Ignored::new(&file, &options)?);
+    Ok(Box::new(ExactMatch { path: rows.path, items, max_new_tokens, filter, ignored }))
 }
 
 /// `"18"`, `18`, or several of those.
@@ -108,8 +108,8 @@ impl Ignored {
     }
 }
 
-/// Python's `regex.findall(text)[select]`: a match without groups is itself, one with a group that group, of several the first
-/// that is not empty.
+/// Python's `regex.findall(text)[select]`: a match without groups is itself, one with a group that group, of several
+/// the first that is not empty.
 fn answer(regex: &Regex, filter: &Filter, text: &str) -> String {
     let found: Vec<String> = regex
         .captures_iter(text)
@@ -133,6 +133,10 @@ fn answer(regex: &Regex, filter: &Filter, text: &str) -> String {
 impl Kind for ExactMatch {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["exact_match"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

@@ -10,6 +10,7 @@ use crate::device::{Arena, Dry};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
+use crate::progress::say;
 use crate::references::Scorer;
 use crate::rollout::Completion;
 
@@ -67,6 +68,7 @@ impl<B: Backend> Examiner<'_, B> {
 
     fn tokens(&self, task: &Task, subject: &Subject) -> Result<Tokens> {
         let tokens = task.tokens(&Encoder::new(&subject.tokenizer, &subject.checkpoint, self.max_length)?)?;
+        tokens.report.iter().for_each(say);
         tokens.check(&subject.checkpoint)?;
         Ok(tokens)
     }
@@ -85,9 +87,7 @@ impl<B: Backend> Examiner<'_, B> {
     }
 
     fn completions(&self, subject: &Subject, tokens: &Tokens, done: Done) -> Result<Vec<Vec<Completion>>> {
-        let Some((writing, largest)) = tokens.writing.and_then(|w| Some((w, w.largest(&tokens.prompts)?))) else {
-            return Ok(Vec::new());
-        };
+        let (Some(writing), Some(largest)) = (tokens.writing, tokens.largest()) else { return Ok(Vec::new()) };
         let Subject { checkpoint, tokenizer } = subject;
         let options = Options::frozen(largest.prompt.len() + largest.max_new_tokens).with_adapters(checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);

@@ -131,6 +131,8 @@ pub struct Overrides {
 pub(super) struct Rows {
     /// Of the rows.
     pub path: PathBuf,
+    /// What says the options: a TOML file, or the rows themselves.
+    pub file: PathBuf,
     pub rows: Vec<(usize, Object)>,
     pub options: Options,
 }
@@ -160,6 +162,7 @@ pub(super) fn open(path: &Path, overrides: &Overrides) -> Result<Box<dyn Kind>> 
     }
     (entry.open)(Rows {
         path: options.data.clone(),
+        file: path.to_path_buf(),
         rows,
         options: Options { max_new_tokens, samples, seed, ..options },
     })

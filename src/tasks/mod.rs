@@ -1,6 +1,6 @@
-//! Tasks: what a model can do, measured on rows of a file. Each kind asks a model for log-probabilities of texts, or for
-//! completions of prompts, and turns the answers into metrics. Where lm-evaluation-harness has a kind, its numbers are
-//! these (version 0.4.13, backend `hf`): each file names the rule that it follows.
+//! Tasks: what a model can do, measured on rows of a file. Each kind asks a model for log-probabilities of texts, or
+//! for completions of prompts, and turns the answers into metrics. Where lm-evaluation-harness has a kind, its numbers
+//! are these (version 0.4.13, backend `hf`): each file names the rule that it follows.
 //!
 //! ```text
 //! FILE --Task::open--> Task --tokens--> Tokens --a model--> Said --outcome--> Outcome --Table--> text, JSON, figure
@@ -32,7 +32,7 @@ pub use table::{Examined, Table};
 
 use crate::data::{Example, Tokenizer};
 use crate::error::Result;
-use crate::rollout::Completion;
+use crate::rollout::{Completion, Request};
 
 /// A task, read and checked; no model has seen it yet.
 pub struct Task {
@@ -46,6 +46,9 @@ pub struct Task {
 trait Kind {
     /// As in a task's `kind`.
     fn name(&self) -> &'static str;
+
+    /// What its outcomes measure, the first stands for the task; some only where something else is asked, too.
+    fn metrics(&self) -> &'static [&'static str];
 
     /// What to ask, in the tokens of one model.
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens>;
@@ -62,7 +65,7 @@ pub struct Tokens {
     /// Texts to complete, and how.
     pub prompts: Vec<Prompt>,
     pub writing: Option<Writing>,
-    /// Rows that cannot be asked, as a line to say; none of most kinds.
+    /// What is to be said about rows that are not asked, and others; nothing of most kinds.
     pub report: Vec<String>,
 }
 
@@ -115,6 +118,11 @@ impl Task {
         self.kind.name()
     }
 
+    /// What its outcomes measure.
+    pub fn metrics(&self) -> &'static [&'static str] {
+        self.kind.metrics()
+    }
+
     /// What to ask a model, in its tokens.
     pub fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
         self.kind.tokens(encoder)
@@ -123,6 +131,13 @@ impl Task {
     /// What the answers to `tokens` come to.
     pub fn outcome(&self, tokenizer: &Tokenizer, tokens: &Tokens, said: &Said) -> Result<Outcome> {
         self.kind.outcome(tokenizer, tokens, said)
+    }
+}
+
+impl Tokens {
+    /// What is to be written, at most: the memory that it takes.
+    pub fn largest(&self) -> Option<Request<'_>> {
+        self.writing.and_then(|writing| writing.largest(&self.prompts))
     }
 }
 

@@ -6,8 +6,9 @@
 //! byte_perplexity = e^(-sum ll / bytes)            bits_per_byte = -sum ll / bytes / ln 2
 //! ```
 //!
-//! The last three are the harness's `loglikelihood_rolling`, sums over all texts before the division; they compare models of
-//! different tokenizers, the first two do not. Standard errors are those of a ratio over texts, where the harness resamples.
+//! The last three are the harness's `loglikelihood_rolling`, sums over all texts before the division; they compare
+//! models of different tokenizers, the first two do not. Standard errors are those of a ratio over texts, where the
+//! harness resamples.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -55,6 +56,10 @@ fn by_text(examples: &[Example]) -> impl Iterator<Item = Range<usize>> {
 impl Kind for Perplexity {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["perplexity", "nll", "word_perplexity", "byte_perplexity", "bits_per_byte"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

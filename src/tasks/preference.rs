@@ -1,5 +1,6 @@
-//! Preference: how often the chosen completion is likelier than the rejected one. With a reference, log-probabilities are those
-//! relative to it. Rows are encoded as for training (EOS behind each completion), not as the harness would; a tie counts half.
+//! Preference: how often the chosen completion is likelier than the rejected one. With a reference, log-probabilities
+//! are those relative to it. Rows are encoded as for training (EOS behind each completion), not as the harness would; a
+//! tie counts half.
 
 use std::path::PathBuf;
 
@@ -29,6 +30,10 @@ pub(super) fn open(rows: Rows) -> Result<Box<dyn Kind>> {
 impl Kind for Preference {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["accuracy", "margin"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

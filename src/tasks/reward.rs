@@ -8,8 +8,8 @@
 //! base_logp  nats a token that a base model gives to the completions, its own tokens, without an end
 //! ```
 //!
-//! The reward model reads prompt and completion as `cuvee score` does, with EOS behind them, also where a completion was cut at
-//! `max_new_tokens`. Samples are those of one seed, so that models differ and luck does not.
+//! The reward model reads prompt and completion as `cuvee score` does, with EOS behind them, also where a completion
+//! was cut at `max_new_tokens`. Samples are those of one seed, so that models differ and luck does not.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -45,7 +45,7 @@ struct Reward {
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
-    let source = Source::new(&rows.path, rows.options.prompt.take(), PROMPT)?;
+    let source = Source::new(&rows.file, rows.options.prompt.take(), PROMPT)?;
     let prompts = rows.items(|row| source.of(row))?;
     let writing = Writing {
         max_new_tokens: rows.options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
@@ -58,6 +58,10 @@ pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
 impl Kind for Reward {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["reward", "win_rate", "words", "distinct_2", "base_logp"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {

@@ -8,8 +8,8 @@ pub(super) fn mean(name: &'static str, values: &[f64]) -> Measure {
     ratio(name, values, &vec![1.0; values.len()])
 }
 
-/// `sum(values) / sum(sizes)`; standard error by linearization (Cochran, Sampling Techniques, 3rd ed., eq. 6.13), which is
-/// that of the mean where all sizes are 1.
+/// `sum(values) / sum(sizes)`; standard error by linearization (Cochran, Sampling Techniques, 3rd ed., eq. 6.13), which
+/// is that of the mean where all sizes are 1.
 pub(super) fn ratio(name: &'static str, values: &[f64], sizes: &[f64]) -> Measure {
     let (n, size) = (values.len() as f64, sizes.iter().sum::<f64>());
     let value = values.iter().sum::<f64>() / size;

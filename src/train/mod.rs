@@ -2,6 +2,7 @@
 
 mod drift;
 mod evaluate;
+mod exam;
 mod host;
 mod lineage;
 mod metrics;
@@ -22,6 +23,7 @@ mod tau;
 
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
+pub use exam::StopWhen;
 pub use metrics::evaluations;
 pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};
 pub use policy::{Blueprint, Extras, Policy};
@@ -30,4 +32,4 @@ pub use report::Report;
 pub use run::{Outcome, run};
 pub use settings::{Moving, References, Resume, Rollouts, Samples, Settings};
 pub use step::{Pass, Purpose, Rows, Sampled, StepResult, step};
-pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary};
+pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary, objective};

@@ -159,6 +159,8 @@ pub struct Workload<'a> {
     values: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
+    /// Of each task the texts to score, and the most that is to be written.
+    exams: Vec<(Vec<Extent>, Option<Request<'a>>)>,
     /// Completions under other prompts, those that go through the engine together in one list.
     mismatched: Vec<Vec<Extent>>,
     /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
@@ -195,7 +197,7 @@ struct RolloutWork<'a> {
 }
 
 impl<'a> RolloutWork<'a> {
-    fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
+    fn new(task: &'a Task) -> Option<Self> {
         let rewards = task.rewards.as_ref()?;
         let prompts = task.train.examples.iter().map(|example| &example.sequences[0]).map(|s| &s.ids[..s.first]);
         let prompt = prompts.max_by_key(|prompt| prompt.len())?;
@@ -261,12 +263,13 @@ impl<'a> Workload<'a> {
             mismatched: under_other_prompts(task, settings),
             train: packing.extents(trained),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
+            exams: task.exams.iter().map(|exam| (exam.extents(packing), exam.largest())).collect(),
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
             prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
             fresh: FreshWork::new(task, settings),
-            rollouts: RolloutWork::new(task, settings),
+            rollouts: RolloutWork::new(task),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
             alike: 1.0,
@@ -283,19 +286,25 @@ impl<'a> Workload<'a> {
         };
         let mismatched = self.mismatched.iter().map(|together| packing.largest(together));
         let fresh = self.fresh.as_ref().map_or(Extent::default(), |fresh| fresh.largest(packing));
-        mismatched.fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
+        let exams = self.exams.iter().map(|(texts, _)| packing.largest(texts));
+        mismatched.chain(exams).fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
     }
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
         let largest = self.largest(settings.packing, settings.batch_size);
         let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
+        let written = self.written().map(|request| request.prompt.len() + request.max_new_tokens).max().unwrap_or(0);
         Blueprint {
             checkpoint: self.checkpoint,
             method: self.method,
             hyper: settings.hyper,
             schedule: settings.schedule(self.max_steps.unwrap_or(1)),
             largest,
-            positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
+            positions: largest
+                .longest
+                .max(samples)
+                .max(written)
+                .max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
             lora: self.lora,
             extras: Extras {
@@ -344,6 +353,10 @@ impl<'a> Workload<'a> {
         if let Some(prompt) = self.prompt {
             let request = sample_request(settings, prompt);
             let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            phases.push(phase("sample", working, &[run, decoding]));
+        }
+        for request in self.written() {
+            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, request);
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
@@ -449,9 +462,15 @@ impl<'a> Workload<'a> {
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
     }
 
+    /// What tasks ask the policy to write.
+    fn written(&self) -> impl Iterator<Item = &Request<'a>> {
+        self.exams.iter().filter_map(|(_, request)| request.as_ref())
+    }
+
     /// From the longest example, below which no micro-batch can be, to the whole of the largest step.
     fn rows(&self, settings: &Settings) -> (usize, usize) {
-        let floor = self.train.iter().chain(&self.eval).map(|extent| extent.rows).max().unwrap_or(1);
+        let exams = self.exams.iter().flat_map(|(texts, _)| texts);
+        let floor = self.train.iter().chain(&self.eval).chain(exams).map(|extent| extent.rows).max().unwrap_or(1);
         let all = self.largest(Packing { budget: usize::MAX, ..settings.packing }, settings.batch_size);
         (floor, all.rows)
     }
@@ -552,6 +571,7 @@ impl Assumed {
             mismatched: Vec::new(),
             train: vec![extent; full],
             eval: Vec::new(),
+            exams: Vec::new(),
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],

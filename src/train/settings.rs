@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
@@ -25,7 +26,14 @@ pub struct Settings {
     pub anchor: Option<PathBuf>,
     /// Completions that an evaluation asks of the policy to see how far it has gone; 0 = none.
     pub kl_samples: usize,
-    /// Train on this many rows, chosen at random.
+    /// Tasks that evaluations give to the policy, by name.
+    pub eval_tasks: Vec<(String, PathBuf)>,
+    /// Any of these ends the run.
+    pub stop_when: Vec<StopWhen>,
+    /// Rows of the file that are left out at its start, and how many after those are looked at.
+    pub skip: usize,
+    pub take: Option<usize>,
+    /// Train on this many of these rows, chosen at random.
     pub limit: Option<usize>,
     pub dataset: PathBuf,
     pub eval_dataset: Option<PathBuf>,

@@ -1,10 +1,11 @@
 //! What a run needs before it touches a device: files read, names looked up, sizes known.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::exam::{self, Exam};
 use super::online::stand_in;
 use super::plan::sample_request;
 use super::references::{
@@ -60,6 +61,8 @@ pub struct Task {
     pub likelihood: Option<Box<dyn Objective>>,
     pub train: Dataset,
     pub eval: Option<Dataset>,
+    /// What evaluations ask the policy besides.
+    pub exams: Vec<Exam>,
     pub steps_per_epoch: u64,
     /// Steps on the same examples.
     pub iterations: u64,
@@ -177,9 +180,14 @@ pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Resu
     if !objective.needs().scores {
         return Checkpoint::open(&settings.model);
     }
-    for (flag, asked) in [("--samples", settings.samples.count), ("--kl-samples", settings.kl_samples)] {
+    let asked = [
+        ("--samples", settings.samples.count),
+        ("--kl-samples", settings.kl_samples),
+        ("--eval-task", settings.eval_tasks.len()),
+    ];
+    for (flag, asked) in asked {
         if asked > 0 {
-            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
+            let detail = format!("{} trains a reward model, which predicts no text; leave it out", objective.name());
             return Err(Error::option(flag, detail));
         }
     }
@@ -197,6 +205,7 @@ impl Task {
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
         let needs = objective.needs();
+        keep_part(&mut train, settings.skip, settings.take)?;
         if let Some(limit) = settings.limit {
             keep_some(&mut train, limit, settings.seed)?;
         }
@@ -212,6 +221,10 @@ impl Task {
             train.examples.iter().map(stand_in).collect()
         });
         let likelihood = needs.rewards.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
+        let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
+        let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
+        let known = exam::metrics(&exams, settings.kl_samples > 0);
+        settings.stop_when.iter().try_for_each(|stop| stop.check(&known))?;
         let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
         let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
         if let Some(checkpoint) = anchor.as_ref().and_then(Reference::checkpoint) {
@@ -244,6 +257,7 @@ impl Task {
             likelihood,
             train,
             eval,
+            exams,
             steps_per_epoch,
             iterations,
             max_steps,
@@ -462,11 +476,31 @@ fn load_dataset(
     Ok(dataset)
 }
 
+/// Leaves out the first `skip` rows of the file, and those after the `take` that follow. Rows that were dropped count.
+fn keep_part(train: &mut Dataset, skip: usize, take: Option<usize>) -> Result<()> {
+    let (rows, path) = (train.rows, train.path.display());
+    let end = skip + take.unwrap_or(0);
+    if end > rows {
+        let flag = if skip > rows { "--skip" } else { "--take" };
+        return Err(Error::option(flag, format!("reaches to row {end}, {path} has {rows}; give less, or drop it")));
+    }
+    let wanted = skip..take.map_or(rows, |_| end);
+    train.examples.retain(|example| wanted.contains(&example.row));
+    if train.examples.is_empty() {
+        let flag = if take.is_some() { "--take" } else { "--skip" };
+        return Err(Error::option(flag, format!("leaves nothing of the {rows} rows of {path} to train on")));
+    }
+    Ok(())
+}
+
 /// Keeps `limit` rows, chosen at random, in the order of the file. Of one seed, fewer rows are among more rows.
 fn keep_some(train: &mut Dataset, limit: usize, seed: u64) -> Result<()> {
     let rows = train.examples.len();
     if limit > rows {
-        let detail = format!("{limit} rows asked for, {} has {rows}; give fewer, or drop it", train.path.display());
+        let detail = format!(
+            "{limit} rows asked for, {rows} are there to choose from in {}; give fewer, or drop it",
+            train.path.display()
+        );
         return Err(Error::option("--limit", detail));
     }
     let random = Philox::named(seed, LIMIT);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::program::{Workspace, reviews};
+use crate::program::{Workspace, assert_same, results, reviews};
 
 const CHOICE: &str = r#"{"query": "Review: a", "choices": ["good film", "bad film"], "gold": 0}"#;
 
@@ -77,7 +77,7 @@ fn several_models_stand_beside_a_baseline() {
 fn rewards_are_compared_sample_by_sample() {
     let w = Workspace::with_reviews(16);
     let train = "train --model model --dataset train.jsonl --max-steps 3 --batch-size 4 --learning-rate 3e-3";
-    w.ok(&format!("{train} --objective bradley-terry --output-dir judge"));
+    w.ok(&format!("{train} --objective reward --output-dir judge"));
     w.ok(&format!("{train} --objective sft --output-dir sft"));
     w.write_lines("prompts.jsonl", &reviews("prompts-heldout")[..3]);
     let line =
@@ -201,7 +201,7 @@ fn awkward_questions_have_answers() {
     let one = tasks_of(&w, "--task one.jsonl");
     assert!(one["one"].get("perplexity_stderr").is_none());
     let narrow = tasks_of(&w, "--task one.jsonl --max-length 2");
-    assert!(narrow["one"]["nll"].as_f64() > one["one"]["nll"].as_f64());
+    assert_ne!(narrow["one"]["nll"], one["one"]["nll"]);
     // Bits that do not depend on what is beside a row, nor on how rows share their questions.
     let apart = tasks_of(&w, "--task x.jsonl --no-prefix-sharing --micro-batch-tokens 1");
     assert_eq!(apart["x"], done["x"]);
@@ -236,7 +236,7 @@ fn a_toml_file_says_what_rows_cannot() {
     refused("data = 'rows.jsonl'\nkind = 'choice'\nuntil = 'x'", &["until says nothing", "prompt, delimiter"]);
     refused("data = 'rows.jsonl'\nkind = 'choice'\nlimit = 3", &["limit says nothing"]);
     refused(
-        "data = 'rows.jsonl'\nkind = 'choice'\nprompt = '{{ none }}'",
+        "data = 'rows.jsonl'\nkind = 'choice'\nprompt = '{{ missing }}'",
         &["line 1", "cannot be filled in", "[q, options"],
     );
     refused("data = 'rows.jsonl'\nkind = 'choice'\nprompt = '{{ q'", &["x.toml", "template"]);
@@ -262,4 +262,81 @@ fn a_flag_that_says_nothing_is_an_error() {
     w.fails(2, "eval --model model --dataset x.jsonl --samples 2", &["--samples", "without --task"]);
     w.fails(2, "eval --model model --model model --dataset x.jsonl", &["--model", "without --task"]);
     w.fails(2, "eval --model model --model model --task x.jsonl --adapter a", &["--adapter", "one model"]);
+}
+
+const TRAIN: &str = "train --objective sigmoid --beta 0.1 --model model --dataset train.jsonl --eval-dataset heldout.jsonl \
+                     --batch-size 4 --max-steps 6 --learning-rate 3e-3 --eval-steps 2 --save-steps 2";
+const ASKED: &str = "--eval-task cloze.jsonl --eval-task text=base.jsonl --eval-task words.jsonl";
+
+fn with_tasks() -> Workspace {
+    let w = Workspace::with_reviews(24);
+    w.write_lines("cloze.jsonl", &reviews("cloze-heldout")[..8]);
+    w.write_lines("base.jsonl", &reviews("sentences-heldout")[..6]);
+    w.write_lines("words.jsonl", &[json!({"prompt": "Review: a", "target": "x", "until": "."})]);
+    w
+}
+
+#[test]
+fn a_run_is_asked_what_eval_asks() {
+    let w = with_tasks();
+    let done = w.ok(&format!("{TRAIN} {ASKED} --output-dir run"));
+    assert!(done.stdout.contains("cloze acc "), "{}", done.stdout);
+    assert!(w.text("run/curves.svg").contains("text perplexity"));
+    let lines = w.lines("run/evaluations.jsonl");
+    assert_eq!(lines.len(), 4);
+    let flags = "--task cloze.jsonl --task text=base.jsonl --task words.jsonl --json";
+    for (line, model) in [(&lines[0], "model"), (&lines[1], "run/checkpoint-2"), (&lines[3], "run")] {
+        let eval = parse(&w.ok(&format!("eval --model {model} {flags}")).stdout);
+        for (task, metric) in
+            [("cloze", "acc"), ("cloze", "acc_norm_stderr"), ("text", "bits_per_byte"), ("words", "exact_match")]
+        {
+            let (ours, theirs) = (&line[&format!("eval_{task}/{metric}")], &eval["models"][0]["tasks"][task][metric]);
+            assert_eq!(ours, theirs, "{model}: {task} {metric}");
+        }
+    }
+    // What is asked changes nothing of what is learned.
+    w.ok(&format!("{TRAIN} --output-dir plain"));
+    assert!(w.read("run/model.safetensors") == w.read("plain/model.safetensors"));
+}
+
+#[test]
+fn a_number_ends_a_run() {
+    let w = with_tasks();
+    w.ok(&format!("{TRAIN} {ASKED} --stop-at-step 4 --output-dir late"));
+    let measured = w.column("late/evaluations.jsonl", "eval_text/perplexity");
+    let (bound, side) = ((measured[1] + measured[2]) / 2.0, if measured[2] > measured[1] { '>' } else { '<' });
+    let stop = format!("--stop-when text/perplexity{side}{bound}");
+    let done = w.ok(&format!("{TRAIN} {ASKED} {stop} --output-dir early"));
+    assert!(done.stderr.contains("stopped after step 4 of 6: text/perplexity is"), "{}", done.stderr);
+    assert_eq!(w.lines("early/evaluations.jsonl").len(), 3);
+    assert_eq!(w.json("early/cuvee.json")["finished"], true);
+    assert!(w.read("early/model.safetensors") == w.read("early/checkpoint-4/model.safetensors"));
+    assert!(
+        w.ok(&format!("{TRAIN} {ASKED} {stop} --output-dir early --resume-from-checkpoint auto"))
+            .stdout
+            .contains("is finished")
+    );
+    // Killed between its last evaluation and its end, a run ends where it was to end.
+    let done = w.ok(&format!("{TRAIN} {ASKED} {stop} --output-dir late --resume-from-checkpoint auto"));
+    assert!(done.stderr.contains("stopped after step 4 of 6"), "{}", done.stderr);
+    assert_same("a resumed stop", &results(&w.path("early")), &results(&w.path("late")));
+
+    let refused = |code: i32, flags: &str, parts: &[&str]| {
+        w.fails(code, &format!("{TRAIN} --output-dir no {flags}"), parts);
+        assert!(!w.exists("no"));
+    };
+    refused(
+        1,
+        &format!("{ASKED} --stop-when text/acc>0.5"),
+        &["--stop-when", "no text/acc", "cloze/acc, cloze/acc_norm"],
+    );
+    refused(2, "--stop-when acc", &["--stop-when", "such as base/perplexity>50"]);
+    w.write_lines("prompts.jsonl", &reviews("prompts-heldout")[..2]);
+    refused(1, "--eval-task prompts.jsonl", &["--eval-task", "rewards"]);
+    refused(1, "--eval-task x=base.jsonl --eval-task x=cloze.jsonl", &["--eval-task", "two are named x"]);
+    w.fails(
+        2,
+        "train --objective sft --model model --dataset train.jsonl --output-dir no --eval-task base.jsonl",
+        &["--eval-task", "--eval-dataset"],
+    );
 }
