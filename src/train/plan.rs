@@ -164,8 +164,8 @@ pub struct Workload<'a> {
     used: Vec<usize>,
     /// The first steps' examples, whose arithmetic is counted.
     sampled: Vec<Vec<&'a Example>>,
-    /// The longest prompt that is sampled from.
-    prompt: Option<&'a [u32]>,
+    /// Those that are sampled from.
+    prompts: Vec<&'a [u32]>,
     fresh: Option<FreshWork<'a>>,
     host: Host,
     max_steps: Option<u64>,
@@ -184,19 +184,15 @@ struct FreshWork<'a> {
     samples: usize,
     /// Tokens of one with its prompt, at most.
     longest: usize,
-    /// The longest prompt, and how many completions are decoded at once.
-    prompt: &'a [u32],
-    together: usize,
+    prompts: Vec<drift::Prompt<'a>>,
     references: &'a [FreshReference],
 }
 
 impl<'a> FreshWork<'a> {
     fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
         let prompts = drift::prompts(task, settings.kl_samples);
-        let prompt = prompts.iter().map(|(prompt, ..)| *prompt).max_by_key(|prompt| prompt.len())?;
-        let together = prompts.iter().map(|(.., count)| *count).max()?.min(drift::TOGETHER);
-        let (samples, longest) = (settings.kl_samples, prompt.len() + settings.samples.max_new_tokens);
-        Some(Self { samples, longest, prompt, together, references: &task.fresh })
+        let longest = prompts.iter().map(|prompt| prompt.ids.len()).max()? + settings.samples.max_new_tokens;
+        Some(Self { samples: settings.kl_samples, longest, prompts, references: &task.fresh })
     }
 
     fn largest(&self, packing: Packing) -> Extent {
@@ -238,7 +234,7 @@ impl<'a> Workload<'a> {
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
-            prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
+            prompts: task.prompts(settings),
             fresh: FreshWork::new(task, settings),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
@@ -260,7 +256,8 @@ impl<'a> Workload<'a> {
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
         let largest = self.largest(settings.packing, settings.batch_size);
-        let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
+        let longest_prompt = self.prompts.iter().map(|prompt| prompt.len()).max();
+        let samples = longest_prompt.map_or(0, |longest| longest + settings.samples.max_new_tokens);
         Blueprint {
             checkpoint: self.checkpoint,
             method: self.method,
@@ -312,15 +309,15 @@ impl<'a> Workload<'a> {
         let loading = if self.method.merges() { 4 * tensor } else { tensor };
         phases.push(phase("load", working + loading, &[run]));
         phases.push(phase("train", working, &[run, pass]));
-        if let Some(prompt) = self.prompt {
-            let request = sample_request(settings, prompt);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+        let decoding =
+            |requests: &[Request]| rollout::plan(storage, &self.checkpoint.spec, rank, requests, rollout::MAX_RUNNING);
+        if !self.prompts.is_empty() {
+            let decoding = decoding(&sample_requests(settings, &self.prompts));
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
         if let Some(fresh) = &self.fresh {
-            let request = drift::request(settings, fresh.prompt, fresh.together);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            let decoding = decoding(&drift::requests(settings, &fresh.prompts));
             phases.push(phase("sample", working, &[run, decoding]));
             let largest = fresh.largest(settings.packing);
             for reference in fresh.references.iter().filter(|reference| !reference.is_policy) {
@@ -497,7 +494,7 @@ impl Assumed {
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],
-            prompt: None,
+            prompts: Vec::new(),
             fresh: None,
             host: Host::without_data(settings),
             max_steps: settings.max_steps,
@@ -575,15 +572,13 @@ pub fn warning(workload: &Workload, settings: &Settings, plan: &Plan, available:
     Ok(Some(format!("warning: this run takes {needed} of {memory} and {free} are available; {advice}")))
 }
 
-/// One sample of a prompt.
-pub fn sample_request<'a>(settings: &Settings, prompt: &'a [u32]) -> Request<'a> {
+/// One sample of each prompt, each from its own stream.
+pub fn sample_requests<'a>(settings: &Settings, prompts: &[&'a [u32]]) -> Vec<Request<'a>> {
     let s = settings.samples;
-    Request {
-        prompt,
-        samples: 1,
-        first_sample: 0,
-        max_new_tokens: s.max_new_tokens,
-        sampling: Sampling { temperature: s.temperature, top_p: s.top_p, seed: settings.seed },
-        eos: &[],
-    }
+    let sampling = Sampling { temperature: s.temperature, top_p: s.top_p, ..Sampling::plain(settings.seed) };
+    let request = |(first_sample, prompt): (u64, &&'a [u32])| Request {
+        first_sample,
+        ..Request::new(prompt, s.max_new_tokens, sampling)
+    };
+    (0..).zip(prompts).map(request).collect()
 }

@@ -17,6 +17,7 @@ mod peft;
 mod program;
 mod references;
 mod reward;
+mod rollout;
 mod step;
 mod tiny;
 mod token_kl;
