@@ -136,7 +136,12 @@ impl Job for &GenerateArgs {
         };
         let engine = Engine::new(device).with_tokenizer(&tokenizer).with_max_running(running);
         let rollouts = engine.run(&model, &requests, &mut show)?;
-        progress.into_iter().for_each(Progress::finish);
+        if let Some(progress) = progress {
+            progress.finish();
+            let (tokens, seconds) =
+                (rollouts.iter().map(|r| r.ids.len()).sum::<usize>(), started.elapsed().as_secs_f64());
+            say(format_args!("{tokens} tokens in {seconds:.2} s, {:.0} tokens/s", tokens as f64 / seconds));
+        }
         rollouts.iter().map(|rollout| line(args, &tokenizer, &prompts[rollout.prompt], rollout)).collect()
     }
 }

@@ -18,6 +18,8 @@ use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency};
 use crate::rollout::{Engine, Request, Rollout, Sampling};
 
+/// Samples that are decoded together: their keys and values should not take more than training does.
+pub const TOGETHER: usize = 32;
 /// Where its streams of random numbers begin, beyond those of `--samples`. Every evaluation draws the same ones, so that
 /// what changes between two is the policy.
 const STREAM: u64 = 1 << 40;
@@ -140,7 +142,8 @@ impl<'a, B: Backend> Drift<'a, B> {
     fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Rollout>> {
         let mut requests = requests(self.settings, &self.prompts);
         requests.iter_mut().for_each(|request| request.eos = self.task.tokenizer.stops());
-        Engine::new(device).run(&policy.model, &requests, &mut |so_far| done(so_far.completions))
+        let engine = Engine::new(device).with_max_running(TOGETHER);
+        engine.run(&policy.model, &requests, &mut |so_far| done(so_far.completions))
     }
 
     fn example(&self, sample: &Rollout) -> Example {

@@ -310,14 +310,14 @@ impl<'a> Workload<'a> {
         phases.push(phase("load", working + loading, &[run]));
         phases.push(phase("train", working, &[run, pass]));
         let decoding =
-            |requests: &[Request]| rollout::plan(storage, &self.checkpoint.spec, rank, requests, rollout::MAX_RUNNING);
+            |requests: &[Request], running| rollout::plan(storage, &self.checkpoint.spec, rank, requests, running);
         if !self.prompts.is_empty() {
-            let decoding = decoding(&sample_requests(settings, &self.prompts));
+            let decoding = decoding(&sample_requests(settings, &self.prompts), rollout::MAX_RUNNING);
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
         if let Some(fresh) = &self.fresh {
-            let decoding = decoding(&drift::requests(settings, &fresh.prompts));
+            let decoding = decoding(&drift::requests(settings, &fresh.prompts), drift::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
             let largest = fresh.largest(settings.packing);
             for reference in fresh.references.iter().filter(|reference| !reference.is_policy) {
