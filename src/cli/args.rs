@@ -13,12 +13,15 @@ use super::adapters::{AdapterArgs, LoraArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
+use super::tasks::{TaskArg, TaskArgs};
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
 use crate::optim;
 use crate::params::Params;
+use crate::rewards::RewardSpec;
+use crate::train::StopWhen;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -49,7 +52,7 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
-    /// Write the scores a reward model gives to texts
+    /// Write the scores a reward model gives to texts, or what rewards make of completions
     Score(ScoreArgs),
     /// Measure how often a model prefers the chosen completion to the rejected one
     Eval(EvalArgs),
@@ -454,6 +457,13 @@ pub struct SaveArgs {
     /// them how far it has gone from its references: KL, nats a completion; 0 = none
     #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
     pub kl_samples: usize,
+    /// Let every evaluation give the policy this task, as `cuvee eval --task` does, but for rewards; repeat the flag for several
+    #[arg(long, value_name = "[NAME=]FILE", value_parser = super::tasks::task)]
+    pub eval_task: Vec<TaskArg>,
+    /// End the run, finished and with a checkpoint, at the first of --eval-steps where a number of evaluations.jsonl lies beyond
+    /// this bound, such as base/perplexity>50 for what a task named base measures, or accuracy<0.5; repeat the flag for several
+    #[arg(long, value_name = "BOUND")]
+    pub stop_when: Vec<StopWhen>,
     /// Write a checkpoint every N steps as well [default: only at the end]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub save_steps: Option<u64>,
@@ -549,14 +559,52 @@ pub struct LogpsArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+With --reward, rows get what a run that trains on these rewards would see, before it is run: `reward` is their weighted sum,
+`rewards` each by its name, null where it says nothing; of pairs both completions are judged. The data's own completion is
+the answer that exact_match compares with. `cuvee list rewards` names all kinds with what they take.
+
+recipes/rewards/film.toml rates a film review by its words, and holds its length and repetitions in check:
+  [[reward]]
+  kind = \"lexicon\"
+  file = \"../../assets/film-reviews/lexicon.tsv\"
+  prior = 5
+
+  [[reward]]
+  kind = \"length\"
+  unit = \"words\"
+  min = 5
+  max = 30
+  slope = 0.1
+
 Examples:
   cuvee score --model runs/reward --dataset pairs.jsonl --out scores.jsonl
-  cuvee score --model runs/reward --text 'Review: a fine film.'"
+  cuvee score --model runs/reward --text 'Review: a fine film.'
+  cuvee score --reward recipes/rewards/film.toml --dataset assets/film-reviews/heldout.jsonl.gz --out scores.jsonl
+  cuvee score --reward recipes/rewards/film.toml --reward runs/reward=0.5 --text 'a fine film.'"
 )]
 pub struct ScoreArgs {
     /// Reward model: a Hugging Face folder of a ..ForSequenceClassification with one label
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    #[arg(
+        long,
+        alias = "model-name-or-path",
+        value_name = "DIR",
+        required_unless_present = "reward",
+        help_heading = "Files"
+    )]
+    pub model: Option<PathBuf>,
+    /// Score completions by this instead: a TOML file of [[reward]] tables, or a reward model's folder that judges as in
+    /// training; and what it counts. Repeat the flag for several [default weight: 1]
+    #[arg(
+        long,
+        value_name = "WHAT[=WEIGHT]",
+        value_parser = RewardSpec::parse,
+        conflicts_with_all = ["model", "adapter", "max_length", "on_overflow"],
+        help_heading = "Files"
+    )]
+    pub reward: Vec<RewardSpec>,
+    /// Folder of the model whose tokens are counted, for rewards in units of tokens
+    #[arg(long, value_name = "DIR", requires = "reward", help_heading = "Files")]
+    pub tokenizer: Option<PathBuf>,
     /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]
     pub dataset: Option<PathBuf>,
@@ -582,20 +630,56 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+A task is a file of rows, .jsonl or .jsonl.gz; their columns say what is asked:
+
+  choice       question (or query, context, prompt), choices, gold (or answer, label: an index from 0, a letter, a text)
+               log-likelihood of each choice behind the question: acc, acc_norm (by characters)
+  perplexity   text
+               perplexity and nll (per token of the model), word_perplexity, byte_perplexity, bits_per_byte
+  exact_match  prompt (or question), target (or answer; several in a list), until
+               the likeliest text, up to a stop string: exact_match
+  preference   prompt, chosen, rejected
+               log-probabilities, with --ref-model relative to it: accuracy (a tie is a half), margin
+  reward       prompt, and no answer; needs --reward-model
+               sampled completions: reward, win_rate against the baseline's, words, distinct_2, base_logp (--base-model)
+
+choice, perplexity and exact_match are those of lm-evaluation-harness and give its numbers. What rows cannot say is said
+by a TOML file in their place, such as gsm8k.toml:
+
+  data = \"gsm8k.jsonl.gz\"                 # seen from this file; kind = \"..\" where columns do not tell
+  prompt = \"Question: {{question}}\\nAnswer:\"  # Jinja over the columns; so is target
+  until = [\"Question:\", \"</s>\"]
+  filter = { regex = '#### (\\-?[0-9\\.\\,]+)', group_select = 0 }
+  ignore_case = true                        # also ignore_punctuation, ignore_numbers
+  regexes_to_ignore = [',', '\\$', '(?s).*#### ', '\\.$']
+
+Other keys: max_new_tokens, samples (reward), delimiter (choice).
+
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
-  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json"
+  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json
+  cuvee eval --model runs/first --task cloze.jsonl.gz --task base=sentences.jsonl.gz
+  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz --task prompts.jsonl.gz \\
+    --reward-model runs/reward --plot front.svg"
 )]
 pub struct EvalArgs {
-    /// Model: a Hugging Face folder
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    /// Model: a Hugging Face folder. With --task repeat the flag for several, which are loaded one after the other
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", required = true, help_heading = "Files")]
+    pub model: Vec<PathBuf>,
     /// Compare log-probabilities relative to this model [default: compare them as they are]
     #[arg(long, value_name = "DIR", help_heading = "Files")]
     pub ref_model: Option<PathBuf>,
     /// Held-out pairs: .jsonl or .jsonl.gz
-    #[arg(long, value_name = "FILE", help_heading = "Files")]
-    pub dataset: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "task",
+        conflicts_with = "task",
+        help_heading = "Files"
+    )]
+    pub dataset: Option<PathBuf>,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -851,6 +935,7 @@ pub enum Registry {
     Modifiers,
     Optimizers,
     Merges,
+    Rewards,
     Architectures,
 }
 
@@ -978,6 +1063,7 @@ impl TrainArgs {
         run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
         run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
         run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
+        run.save.eval_task.iter_mut().for_each(|task| task.path = relative(&task.path));
         run.cache_dir = self.run.cache_dir.as_ref().map(relative);
         if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
             *path = relative(path);
@@ -992,6 +1078,8 @@ impl RunArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
+        needs(flags, "eval_task", "eval_dataset", "evaluations are of held-out rows first")?;
+        needs(flags, "stop_when", "eval_steps", "say how often to look")?;
         needs(flags, "eval_anchor", "eval_dataset", "give the held-out pairs to compare on")?;
         if self.save.kl_samples > 0 {
             needs(flags, "kl_samples", "eval_dataset", "its prompts are what the policy completes")?;
@@ -1078,6 +1166,25 @@ impl CompareArgs {
 impl LimitArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "on_overflow", "max_length", "no pair is too long for no limit")
+    }
+}
+
+impl EvalArgs {
+    /// What no single flag can know.
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        let of_tasks =
+            ["baseline", "reward_model", "base_model", "samples", "max_new_tokens", "seed", "log_samples", "plot"];
+        of_tasks.into_iter().try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
+        needs(flags, "base_model", "reward_model", "it is asked about the completions that are judged")?;
+        needs(flags, "on_overflow", "dataset", "tasks have rules of their own for what is too long")?;
+        if self.model.len() > 1 {
+            needs(flags, "model", "task", "--dataset is for one model; give the file as a task")?;
+            if !self.adapters.adapter.is_empty() {
+                return Err(Error::option("--adapter", "belongs to one model, and several are given; drop it or them"));
+            }
+        }
+        self.limits.check(flags)?;
+        self.engine.check()
     }
 }
 

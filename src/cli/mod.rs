@@ -19,6 +19,7 @@ mod preview;
 mod recipe;
 mod references;
 mod score;
+mod tasks;
 mod train;
 
 use std::ffi::OsString;
@@ -138,7 +139,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Compare(args) => args.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
-        Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Eval(args) => args.check(flags)?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
@@ -255,7 +256,17 @@ mod tests {
         assert_eq!((schedule.num_train_epochs, schedule.max_steps, schedule.seed), (1.0, None, 42));
         assert_eq!((data.per_device_train_batch_size, data.gradient_accumulation_steps), (8, 1));
         assert_eq!((data.max_length, data.on_overflow, data.no_shuffle), (1024, OnOverflow::Drop, false));
-        assert_eq!(*save, SaveArgs { eval_steps: None, eval_anchor: None, kl_samples: 0, save_steps: None });
+        assert_eq!(
+            *save,
+            SaveArgs {
+                eval_steps: None,
+                eval_anchor: None,
+                kl_samples: 0,
+                eval_task: vec![],
+                stop_when: vec![],
+                save_steps: None
+            }
+        );
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
         assert_eq!(
@@ -468,6 +479,8 @@ mod tests {
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
+        eval_task = ['n=t.jsonl', '../t.toml']
+        stop_when = ['n/acc>0.5']
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
         kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
         base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true\n adapter = ['a=0.5']\n lora_rank = 4

@@ -12,6 +12,7 @@ use toml::Value;
 use super::adapters::AdapterArg;
 use super::args::{Cli, Resume};
 use super::is_given;
+use super::tasks::{TaskArg, split};
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -129,7 +130,11 @@ fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result
     let is_path = holds(&[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>()])
         || holds(&[TypeId::of::<Resume>()]) && text != "auto";
     let mut flag = OsString::from(format!("--{}=", arg.get_long().expect("a key is the name of a flag")));
-    if is_path {
+    if holds(&[TypeId::of::<TaskArg>()]) {
+        let (name, path) = split(&text);
+        name.iter().for_each(|name| flag.push(format!("{name}=")));
+        flag.push(clean(&folder.join(path)));
+    } else if is_path {
         flag.push(clean(&folder.join(text)));
     } else {
         flag.push(text);

@@ -326,7 +326,7 @@ fn finish<B: Backend>(engine: &Engine<B>, request: &Request, ids: &[u32]) -> Res
     }
     if let (Some(tokenizer), false) = (engine.tokenizer, request.stop.is_empty()) {
         let text = tokenizer.decode_all(ids)?;
-        if request.stop.iter().any(|stop| text.contains(stop.as_str())) {
+        if request.stop.iter().any(|stop| !stop.is_empty() && text.contains(stop.as_str())) {
             return Ok(Some(Finish::Stop));
         }
     }

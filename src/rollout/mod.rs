@@ -94,7 +94,8 @@ impl<'a> Request<'a> {
         }
     }
 
-    fn longest(&self) -> usize {
+    /// Positions of its longest sequence.
+    pub fn longest(&self) -> usize {
         self.prompt.len() + self.max_new_tokens
     }
 
@@ -168,9 +169,9 @@ pub struct Done {
     pub tokens: usize,
 }
 
-/// `text` up to the first place where one of `stop` begins.
+/// `text` up to the first place where one of `stop` begins; an empty one stops nothing.
 pub fn before_stop<'t>(text: &'t str, stop: &[String]) -> &'t str {
-    let first = stop.iter().filter_map(|stop| text.find(stop.as_str())).min();
+    let first = stop.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| text.find(stop.as_str())).min();
     &text[..first.unwrap_or(text.len())]
 }
 

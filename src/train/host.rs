@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::settings::Settings;
 use super::task::Task;
-use crate::data::Extent;
+use crate::data::{Extent, Sequence};
 use crate::device::cuda::STAGING_BYTES;
 use crate::model::Spec;
 use crate::ops::{self, logprob_head};
@@ -64,10 +64,13 @@ impl Host {
             + sequences().count() * SAID_PER_SEQUENCE
             + if by_token { scored * size_of::<f32>() } else { 0 };
         let others = task.references.iter().filter(|reference| reference.own.is_some());
+        let asked = || task.exams.iter().flat_map(|exam| &exam.tokens.examples);
+        let texts = || asked().flat_map(|example| &example.sequences);
+        let tokens = |sequence: &Sequence| sequence.ids.len();
         Self {
-            tokens: sequences().map(|sequence| sequence.ids.len()).sum::<usize>() + own_tokens,
-            examples: examples().count(),
-            sequences: sequences().count(),
+            tokens: sequences().chain(texts()).map(tokens).sum::<usize>() + own_tokens,
+            examples: examples().chain(asked()).count(),
+            sequences: sequences().chain(texts()).count(),
             said: task.references.len().saturating_sub(1) * said + usize::from(by_token) * said,
             other_tokenizer_bytes: others.map(|other| tokenizer_bytes(other.reference.path())).max().unwrap_or(0),
             ..Self::without_data(settings)

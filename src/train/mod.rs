@@ -2,6 +2,7 @@
 
 mod drift;
 mod evaluate;
+mod exam;
 mod host;
 mod lineage;
 mod metrics;
@@ -21,6 +22,7 @@ mod tau;
 
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
+pub use exam::StopWhen;
 pub use host::Host;
 pub use metrics::evaluations;
 pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};

@@ -18,6 +18,7 @@ use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Mo
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
 use crate::rollout::{self, Request, Sampling};
+use crate::tasks;
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -156,6 +157,8 @@ pub struct Workload<'a> {
     ln_sum_p2: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
+    /// Of each task the texts to score, and what is to be written.
+    exams: Vec<(Vec<Extent>, Vec<Request<'a>>)>,
     /// Completions under other prompts, those that go through the engine together in one list.
     mismatched: Vec<Vec<Extent>>,
     /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
@@ -231,6 +234,7 @@ impl<'a> Workload<'a> {
             mismatched: under_other_prompts(task, settings),
             train: packing.extents(&task.train.examples),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
+            exams: task.exams.iter().map(|exam| (exam.extents(packing), exam.requests())).collect(),
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
@@ -251,20 +255,26 @@ impl<'a> Workload<'a> {
         };
         let mismatched = self.mismatched.iter().map(|together| packing.largest(together));
         let fresh = self.fresh.as_ref().map_or(Extent::default(), |fresh| fresh.largest(packing));
-        mismatched.fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
+        let exams = self.exams.iter().map(|(texts, _)| packing.largest(texts));
+        mismatched.chain(exams).fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
     }
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
         let largest = self.largest(settings.packing, settings.batch_size);
         let longest_prompt = self.prompts.iter().map(|prompt| prompt.len()).max();
         let samples = longest_prompt.map_or(0, |longest| longest + settings.samples.max_new_tokens);
+        let written = self.exams.iter().flat_map(|(_, requests)| requests).map(Request::longest).max().unwrap_or(0);
         Blueprint {
             checkpoint: self.checkpoint,
             method: self.method,
             hyper: settings.hyper,
             schedule: settings.schedule(self.max_steps.unwrap_or(1)),
             largest,
-            positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
+            positions: largest
+                .longest
+                .max(samples)
+                .max(written)
+                .max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
             lora: self.lora,
             extras: Extras {
@@ -313,6 +323,10 @@ impl<'a> Workload<'a> {
             |requests: &[Request], running| rollout::plan(storage, &self.checkpoint.spec, rank, requests, running);
         if !self.prompts.is_empty() {
             let decoding = decoding(&sample_requests(settings, &self.prompts), rollout::MAX_RUNNING);
+            phases.push(phase("sample", working, &[run, decoding]));
+        }
+        for (_, requests) in self.exams.iter().filter(|(_, requests)| !requests.is_empty()) {
+            let decoding = decoding(requests, tasks::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
@@ -390,10 +404,10 @@ impl<'a> Workload<'a> {
         }
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
     }
-
     /// From the longest example, below which no micro-batch can be, to the whole of the largest step.
     fn rows(&self, settings: &Settings) -> (usize, usize) {
-        let floor = self.train.iter().chain(&self.eval).map(|extent| extent.rows).max().unwrap_or(1);
+        let exams = self.exams.iter().flat_map(|(texts, _)| texts);
+        let floor = self.train.iter().chain(&self.eval).chain(exams).map(|extent| extent.rows).max().unwrap_or(1);
         let all = self.largest(Packing { budget: usize::MAX, ..settings.packing }, settings.batch_size);
         (floor, all.rows)
     }
@@ -491,6 +505,7 @@ impl Assumed {
             mismatched: Vec::new(),
             train: vec![extent; full],
             eval: Vec::new(),
+            exams: Vec::new(),
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],

@@ -33,6 +33,7 @@ use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
 use crate::rollout::Engine;
+use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
@@ -90,6 +91,9 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     };
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
+    // A run that was to end here was perhaps killed before it did.
+    let last = super::evaluations(&settings.output_dir)?.pop().unwrap_or_default();
+    let evaluated = last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && *step > 0);
     let mut session = Session {
         device,
         settings,
@@ -102,6 +106,8 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         state: start.state,
         steps: Steps::new(&task, settings),
         drift,
+        evaluated,
+        stopped: evaluated.and_then(|_| settings.stop_when.iter().find_map(|stop| stop.met(&last))),
         metrics,
         evaluations,
         samples,
@@ -273,6 +279,10 @@ struct Session<'a, B: Backend> {
     saved: Option<u64>,
     steps: Steps<'a>,
     drift: Option<Drift<'a, B>>,
+    /// The step of the last line of evaluations.jsonl.
+    evaluated: Option<u64>,
+    /// What ends the run before its last step.
+    stopped: Option<String>,
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
@@ -288,7 +298,7 @@ impl<B: Backend> Session<'_, B> {
         }
         let max_steps = self.task.max_steps;
         let mut progress = Progress::new("training", max_steps, "steps").starting_at(self.state.step);
-        while self.state.step < max_steps {
+        while self.state.step < max_steps && self.stopped.is_none() {
             if stop() {
                 let detail = match self.state.step {
                     0 => "before the first step".to_string(),
@@ -307,6 +317,9 @@ impl<B: Backend> Session<'_, B> {
             self.after_step(&mut progress)?;
         }
         progress.finish();
+        if let Some(why) = &self.stopped {
+            say(format_args!("stopped after step {} of {max_steps}: {why}", self.state.step));
+        }
         self.finish().map(Outcome::Finished)
     }
 
@@ -369,10 +382,12 @@ impl<B: Backend> Session<'_, B> {
         let due = |every: Option<u64>| every.is_some_and(|every| self.state.step.is_multiple_of(every));
         let (eval, save) = (due(self.settings.eval_steps), due(self.settings.save_steps));
         if eval && self.state.step < self.task.max_steps {
-            let line = self.evaluate(Some(progress))?.map(|e| describe(&e));
-            line.iter().for_each(|line| progress.say(line));
+            let evaluation = self.evaluate(Some(progress))?;
+            evaluation.iter().for_each(|evaluation| progress.say(&describe(evaluation)));
+            let line = evaluation.map(|evaluation| evaluation.to_json()).unwrap_or_default();
+            self.stopped = self.settings.stop_when.iter().find_map(|stop| stop.met(&line));
         }
-        if save {
+        if save || self.stopped.is_some() {
             self.save_checkpoint()?;
         }
         Ok(())
@@ -406,6 +421,13 @@ impl<B: Backend> Session<'_, B> {
             }
             None => Vec::new(),
         };
+        let (device, tokenizer) = (self.device, &self.task.tokenizer);
+        let mut exams = Vec::new();
+        for exam in &self.task.exams {
+            let mut done = |done, all| show(&exam.task.name, done, all);
+            let outcome = exam.take(device, &mut self.policy, tokenizer, packing, step, &mut done)?;
+            exams.push((exam.task.name.clone(), outcome));
+        }
         own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
@@ -414,10 +436,12 @@ impl<B: Backend> Session<'_, B> {
             loss: measured.loss,
             summary: measured.summary,
             metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
+            exams,
             drift,
             runtime: started.elapsed().as_secs_f64(),
         };
         self.evaluations.append(&evaluation.to_json())?;
+        self.evaluated = Some(step);
         Ok(Some(evaluation))
     }
 
@@ -484,7 +508,9 @@ impl<B: Backend> Session<'_, B> {
 
     fn finish(&mut self) -> Result<Report> {
         self.check_weights()?;
-        self.evaluate(None)?;
+        if self.evaluated != Some(self.state.step) {
+            self.evaluate(None)?;
+        }
         self.sample()?;
         self.policy.rest();
         let output: &Path = &self.settings.output_dir;
@@ -493,7 +519,7 @@ impl<B: Backend> Session<'_, B> {
             self.lineage.write(output)?;
         }
         self.trainer_state().write(output, output)?;
-        let report = Report::read(output, self.task.objective.name())?;
+        let report = Report::read(output, self.task.objective.name())?.with_tasks(&self.task.exams);
         report.write_plot()?;
         finish(output)?;
         say_what_it_needs(self.settings);
@@ -518,5 +544,10 @@ fn describe(e: &Evaluation) -> String {
     let accuracy = e.summary.accuracy.map_or(String::new(), |a| format!(", pair accuracy {:.1} %", 100.0 * a));
     let drift = e.drift.first().map_or(String::new(), |kl| format!(", KL {:.2}", kl.mean));
     let perplexity = e.summary.perplexity.map_or(String::new(), |perplexity| format!(", perplexity {perplexity:.2}"));
-    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}", e.step, e.loss)
+    let exam = |(name, outcome): &(String, tasks::Outcome)| {
+        let headline = outcome.headline();
+        format!(", {name} {} {:.4}", headline.name, headline.value)
+    };
+    let exams: String = e.exams.iter().map(exam).collect();
+    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}{exams}", e.step, e.loss)
 }

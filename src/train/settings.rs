@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
@@ -24,6 +25,10 @@ pub struct Settings {
     pub anchor: Option<PathBuf>,
     /// Completions that an evaluation asks of the policy to see how far it has gone; 0 = none.
     pub kl_samples: usize,
+    /// Tasks that evaluations give to the policy, by name.
+    pub eval_tasks: Vec<(String, PathBuf)>,
+    /// Any of these ends the run.
+    pub stop_when: Vec<StopWhen>,
     /// Train on this many rows, chosen at random.
     pub limit: Option<usize>,
     pub dataset: PathBuf,

@@ -1,10 +1,11 @@
 //! What a run needs before it touches a device: files read, names looked up, sizes known.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::exam::{self, Exam};
 use super::plan::sample_requests;
 use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, task_references,
@@ -49,6 +50,8 @@ pub struct Task {
     pub fresh: Vec<FreshReference>,
     pub train: Dataset,
     pub eval: Option<Dataset>,
+    /// What evaluations ask the policy besides.
+    pub exams: Vec<Exam>,
     pub steps_per_epoch: u64,
     pub max_steps: u64,
 }
@@ -126,9 +129,14 @@ pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Resu
     if !objective.needs().scores {
         return Checkpoint::open(&settings.model);
     }
-    for (flag, asked) in [("--samples", settings.samples.count), ("--kl-samples", settings.kl_samples)] {
+    let asked = [
+        ("--samples", settings.samples.count),
+        ("--kl-samples", settings.kl_samples),
+        ("--eval-task", settings.eval_tasks.len()),
+    ];
+    for (flag, asked) in asked {
         if asked > 0 {
-            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
+            let detail = format!("{} trains a reward model, which predicts no text; leave it out", objective.name());
             return Err(Error::option(flag, detail));
         }
     }
@@ -154,6 +162,10 @@ impl Task {
             train.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
         }
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
+        let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
+        let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
+        let known = exam::metrics(&exams, settings.kl_samples > 0);
+        settings.stop_when.iter().try_for_each(|stop| stop.check(&known))?;
         let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
         let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
         if let Some(checkpoint) = anchor.as_ref().and_then(Reference::checkpoint) {
@@ -180,6 +192,7 @@ impl Task {
             fresh,
             train,
             eval,
+            exams,
             steps_per_epoch,
             max_steps,
         };

@@ -4,6 +4,7 @@
 
 mod losses;
 mod merge;
+mod metrics;
 mod optimizers;
 mod references;
 mod soups;
@@ -32,7 +33,7 @@ const FILES: &[(&str, Result<Check, &str>)] = &[
     ("kl_estimators", Ok(references::kl_estimators)),
     ("kto_bco", Ok(losses::kto_bco)),
     ("merge", Ok(merge::merge)),
-    ("metrics", Err("agreement metrics are not built yet")),
+    ("metrics", Ok(metrics::metrics)),
     ("mrpo", Ok(references::mrpo)),
     ("mrpo_token_level", Ok(references::mrpo_token_level)),
     ("multi_ref_theory", Ok(references::multi_ref_theory)),
