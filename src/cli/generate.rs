@@ -70,18 +70,22 @@ impl GenerateArgs {
         (0..).zip(prompts).map(request).collect()
     }
 
-    /// How many completions run at a time, and the memory that this takes in all.
+    /// How many completions run at a time, and the most memory that the command takes, with the bytes of its weights and the
+    /// elements of the largest.
     fn sizes<B: Backend>(
         &self,
         device: &B,
         model: &Model<B>,
-        weights: usize,
+        [weights, tensor]: [usize; 2],
         requests: &[Request],
     ) -> Result<(usize, usize)> {
         let (spec, rank, storage) = (&model.spec, model.widest_rank(), device.storage());
         let threads = self.engine.threads.unwrap_or_else(|| rayon::current_num_threads());
-        let host = Host::of_model(&self.model, threads, B::APART).generating(spec, rank, requests);
-        let host_alone = if B::APART { 0 } else { host };
+        let host = Host::of_model(&self.model, threads, B::APART);
+        let [loading, host_alone] = match B::APART {
+            true => [0, 0],
+            false => [host.loading(tensor), host.generating(spec, rank, requests)],
+        };
         let (fixed, given) = (weights + host_alone, self.ram);
         let left = match (given, device.available_bytes()?) {
             (Some(given), _) => Some(given.saturating_sub(fixed)),
@@ -94,7 +98,7 @@ impl GenerateArgs {
             (None, Some(left)) => max_running(storage, spec, rank, requests, left)?,
             (None, None) => crate::rollout::MAX_RUNNING,
         };
-        let needed = fixed + plan(storage, spec, rank, requests, running).total();
+        let needed = (fixed + plan(storage, spec, rank, requests, running).total()).max(weights + loading);
         match given {
             Some(given) if needed > given => Err(Error::option(
                 "--ram",
@@ -122,7 +126,8 @@ impl Job for &GenerateArgs {
         Init::Checkpoint.fill(device, &checkpoint, &mut model)?;
         let requests = args.requests(&prompts, tokenizer.stops());
         requests.iter().try_for_each(|request| request.check(spec))?;
-        let (running, needed) = args.sizes(device, &model, ledger.total(), &requests)?;
+        let tensor = model.params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0);
+        let (running, needed) = args.sizes(device, &model, [ledger.total(), tensor], &requests)?;
         let all = prompts.len() * args.samples;
         let mut progress = args.prompts.is_some().then(|| {
             say(format_args!("{} in all, up to {} completions at a time", human(needed), running.min(all)));

@@ -128,6 +128,11 @@ impl Host {
 }
 
 impl Host {
+    /// While a model is read whose largest tensor has so many elements.
+    pub fn loading(&self, tensor: usize) -> usize {
+        self.program() + self.resting() + tensor * size_of::<f32>()
+    }
+
     /// While these requests are generated, with as many completions at a time as may be.
     pub fn generating(&self, spec: &Spec, rank: usize, requests: &[Request]) -> usize {
         let size = Size::of(spec, requests, rollout::MAX_RUNNING).extent;
