@@ -23,7 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("rollout", &["device", "ops", "model", "data"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
     ("rewards", &["device", "ops", "model", "data", "progress"]),
-    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references"]),
+    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references", "progress"]),
     (
         "train",
         &[

@@ -10,6 +10,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::compare::{Compare, Grid, grid, only_here};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
@@ -45,16 +46,16 @@ pub enum Command {
     Train(TrainArgs),
     /// Print what a training run will cost in memory and arithmetic, without running it
     Plan(PlanArgs),
-    /// Train one recipe with each of several references and with their blends, over several seeds, and tabulate what they
-    /// are worth
-    Compare(CompareArgs),
+    /// Run many variants of a recipe over several seeds and tabulate what they are worth: any that it lists, or each of
+    /// several references and their blends
+    Compare(Compare),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
     /// Write the scores a reward model gives to texts, or what rewards make of completions
     Score(ScoreArgs),
-    /// Measure how often a model prefers the chosen completion to the rejected one
+    /// Measure models: preferences on held-out pairs, or tasks: multiple choice, perplexity, exact match, reward
     Eval(EvalArgs),
     /// Complete a prompt with a model
     Generate(GenerateArgs),
@@ -133,7 +134,16 @@ pub struct PlanArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-Runs the recipe with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
+A recipe that lists runs as [[arm]] is an experiment: its keys at the top are the defaults of every run, [[prepare]] are runs
+that arms start from, @name is what another run made, [arm.grid] has a list of values for each key, merge = { .. } in
+place of training takes what `cuvee merge` takes, and [measure] says what `cuvee eval` is told about each (tasks,
+reward_model, baseline = @name) and which metrics are the two axes: reward and ability, TASK/METRIC.
+recipes/alignment-tax.toml is one. Every run is a process; one that fails stops only what starts from it; the same
+command goes on after an interruption, and runs again what changed. OUTPUT_DIR gets compare.txt, .md, .json and .svg.
+
+How to choose a parameter, as merge_weight: cuvee compare RECIPE --arms ondare --grid merge_weight=1e-7,1e-5,1e-3
+
+Any other recipe is run with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
 (harmonic, arwc weights, clipped: as released) of all, on several numbers of pairs and seeds. Everything is
 measured against one anchor, the first reference: after --max-steps, and where the policies have gone equally far from
 it (KL on completions of their own). OUTPUT_DIR gets compare.txt, compare.json, compare.svg and the runs' logs, no
@@ -161,6 +171,16 @@ pub struct CompareArgs {
     /// Only these: folder names of references, geometric, harmonic, arithmetic, multi-dpo, mrpo [default: all]
     #[arg(long, value_name = "NAME,NAME..", value_delimiter = ',', help_heading = "Comparison")]
     pub arms: Vec<String>,
+    /// Of a recipe with arms: run every arm that takes KEY with each of these values, as merge_weight=1e-7,1e-5,1e-3; repeat
+    /// the flag for every combination
+    #[arg(long, value_name = "KEY=V,V..", value_parser = grid, help_heading = "Comparison")]
+    pub grid: Vec<Grid>,
+    /// Of a recipe with arms: processes at a time, which share the cores [default: 1]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Comparison")]
+    pub jobs: Option<usize>,
+    /// Of a recipe with arms: print the result as JSON
+    #[arg(long, help_heading = "Comparison")]
+    pub json: bool,
 }
 
 /// What `train`, `plan` and `compare` share.
@@ -435,7 +455,13 @@ pub struct DataArgs {
     /// What to do with a pair that is longer than --max-length
     #[arg(long, value_name = "WHAT", default_value = "drop")]
     pub on_overflow: OnOverflow,
-    /// Train on N rows of the data, chosen at random by --seed [default: all]
+    /// Leave out the first N rows of the data set: with --take, runs that must not share rows can have their own
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
+    pub skip: usize,
+    /// Train on the first N rows of the data set, after those that are skipped [default: all]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub take: Option<usize>,
+    /// Train on N rows of those, chosen at random by --seed [default: all]
     #[arg(long, value_name = "N", value_parser = count)]
     pub limit: Option<usize>,
     /// Keep the order of the file instead of shuffling it every epoch
@@ -630,37 +656,41 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-A task is a file of rows, .jsonl or .jsonl.gz; their columns say what is asked:
+A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
 
-  choice       question (or query, context, prompt), choices, gold (or answer, label: an index from 0, a letter, a text)
-               log-likelihood of each choice behind the question: acc, acc_norm (by characters)
+  choice       question (or query, context, prompt), choices, gold (or answer, label)
+               how likely each choice is behind the question: acc, acc_norm (by characters)
+               gold is an index from 0, a letter or the choice itself
   perplexity   text
-               perplexity and nll (per token of the model), word_perplexity, byte_perplexity, bits_per_byte
-  exact_match  prompt (or question), target (or answer; several in a list), until
-               the likeliest text, up to a stop string: exact_match
+               perplexity, nll (per token), word_perplexity, byte_perplexity, bits_per_byte
+  exact_match  prompt (or question), target (or answer; a list of several), until
+               the likeliest text up to a stop string: exact_match
   preference   prompt, chosen, rejected
-               log-probabilities, with --ref-model relative to it: accuracy (a tie is a half), margin
+               accuracy (a tie is a half) and margin, relative to --ref-model if given
   reward       prompt, and no answer; needs --reward-model
-               sampled completions: reward, win_rate against the baseline's, words, distinct_2, base_logp (--base-model)
+               sampled completions: reward, win_rate against the baseline's, words,
+               distinct_2, base_logp (of --base-model)
 
-choice, perplexity and exact_match are those of lm-evaluation-harness and give its numbers. What rows cannot say is said
-by a TOML file in their place, such as gsm8k.toml:
+choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
+texts that are too long are cut as it cuts them: to what config.json says that the model
+reads at once, or to --max-length. A TOML file in place of the rows says what they cannot:
 
-  data = \"gsm8k.jsonl.gz\"                 # seen from this file; kind = \"..\" where columns do not tell
-  prompt = \"Question: {{question}}\\nAnswer:\"  # Jinja over the columns; so is target
+  data = \"gsm8k.jsonl.gz\"             # seen from this file
+  kind = \"exact_match\"                # where columns do not tell
+  prompt = \"Question: {{question}}\\nAnswer:\"    # Jinja over the columns, as is target
   until = [\"Question:\", \"</s>\"]
   filter = { regex = '#### (\\-?[0-9\\.\\,]+)', group_select = 0 }
-  ignore_case = true                        # also ignore_punctuation, ignore_numbers
+  ignore_case = true                    # also ignore_punctuation, ignore_numbers
   regexes_to_ignore = [',', '\\$', '(?s).*#### ', '\\.$']
 
-Other keys: max_new_tokens, samples (reward), delimiter (choice).
+Further keys are max_new_tokens, samples (of reward) and delimiter (of choice).
 
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
   cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json
   cuvee eval --model runs/first --task cloze.jsonl.gz --task base=sentences.jsonl.gz
-  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz --task prompts.jsonl.gz \\
-    --reward-model runs/reward --plot front.svg"
+  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz \\
+    --task prompts.jsonl.gz --reward-model runs/reward --plot front.svg"
 )]
 pub struct EvalArgs {
     /// Model: a Hugging Face folder. With --task repeat the flag for several, which are loaded one after the other
@@ -1053,22 +1083,8 @@ impl TrainArgs {
     /// Relative paths are written relative to that folder, so a project can be moved or shared as a
     /// whole (absolute ones, or all if that folder is absolute, stay absolute). What was left to the machine (threads, cache folder) stays left to the machine.
     pub fn to_toml(&self) -> String {
-        let relative = |path: &PathBuf| recipe::relative(path, &self.output_dir);
-        let mut saved = self.clone();
-        saved.dataset = relative(&self.dataset);
-        saved.output_dir = relative(&self.output_dir);
-        let run = &mut saved.run;
-        run.model = relative(&self.run.model);
-        run.adapters.adapter.iter_mut().for_each(|adapter| adapter.dir = relative(&adapter.dir));
-        run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
-        run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
-        run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
-        run.save.eval_task.iter_mut().for_each(|task| task.path = relative(&task.path));
-        run.cache_dir = self.run.cache_dir.as_ref().map(relative);
-        if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
-            *path = relative(path);
-        }
-        let body = toml::to_string(&saved).expect("flags are strings, numbers, booleans and lists of strings");
+        let table = toml::Table::try_from(self).expect("flags are strings, numbers, booleans and lists of strings");
+        let body = recipe::as_seen_from(&self.output_dir, &table);
         let version = env!("CARGO_PKG_VERSION");
         format!("# Every value of this run, as cuvee {version} resolved it. Again: cuvee train THIS_FILE\n\n{body}")
     }
@@ -1144,6 +1160,10 @@ impl EngineArgs {
 impl CompareArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         self.run.check(flags)?;
+        if let Some(flag) = only_here(flags) {
+            let detail = "needs a recipe that lists its runs as [[arm]]; see `cuvee compare --help`";
+            return Err(Error::option(format!("--{flag}"), detail));
+        }
         if self.run.refs.ref_model.len() < 2 {
             return Err(Error::option("--ref-model", "there is nothing to compare; give two references or more"));
         }

@@ -10,6 +10,7 @@ use crate::device::{Arena, Dry};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
+use crate::progress::say;
 use crate::references::Scorer;
 use crate::rollout::{Request, Rollout};
 
@@ -67,6 +68,7 @@ impl<B: Backend> Examiner<'_, B> {
 
     fn tokens(&self, task: &Task, subject: &Subject) -> Result<Tokens> {
         let tokens = task.tokens(&Encoder::new(&subject.tokenizer, &subject.checkpoint, self.max_length)?)?;
+        tokens.report.iter().for_each(say);
         tokens.check(&subject.checkpoint)?;
         Ok(tokens)
     }

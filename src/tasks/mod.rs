@@ -65,7 +65,7 @@ pub struct Tokens {
     /// Texts to complete, and how.
     pub prompts: Vec<Prompt>,
     pub writing: Option<Writing>,
-    /// Rows that cannot be asked, as a line to say; none of most kinds.
+    /// What is to be said about rows that are not asked, and others; nothing of most kinds.
     pub report: Vec<String>,
 }
 

@@ -11,6 +11,7 @@ use crate::data::{Example, Extent, Packing, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::Checkpoint;
 use crate::ops::Backend;
+use crate::progress::say;
 use crate::rollout::Request;
 use crate::tasks::{self, Encoder, Outcome, Overrides, Said, Tokens, complete};
 
@@ -32,6 +33,7 @@ impl Exam {
             return Err(Error::option("--eval-task", detail));
         }
         let tokens = task.tokens(&Encoder::new(tokenizer, checkpoint, None)?)?;
+        tokens.report.iter().for_each(say);
         tokens.check(checkpoint)?;
         tokens.requests().iter().try_for_each(|request| request.check(&checkpoint.spec))?;
         Ok(Self { task, tokens })

@@ -32,4 +32,4 @@ pub use report::Report;
 pub use run::{Outcome, run};
 pub use settings::{Moving, References, Resume, Samples, Settings};
 pub use step::{Pass, Purpose, Rows, StepResult, step};
-pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary};
+pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary, objective};

@@ -5,6 +5,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod experiment;
 mod lineage;
 mod lora;
 mod merge;
