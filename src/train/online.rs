@@ -16,12 +16,12 @@ use crate::checkpoint::run_dir::LineLog;
 use crate::data::{Content, Example, Extent, Packing, Parts, Row, Sequence, read_rows};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::Metric;
 use crate::objectives::advantages::weighted;
+use crate::objectives::{Metric, Stats};
 use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency, Scored};
 use crate::rewards::{Jury, Rewards, Sample};
-use crate::rollout::{self, Completion, Request, Sampling};
+use crate::rollout::{Engine, Request, Sampling};
 
 /// What was sampled, one line a completion.
 pub const ROLLOUTS: &str = "rollouts.jsonl";
@@ -79,8 +79,8 @@ pub fn stand_in(example: &Example, rollouts: &Rollouts, answers: bool, pairs: bo
 /// What is asked of the policy for one prompt.
 pub fn request<'a>(settings: &Settings, rollouts: &Rollouts, prompt: &'a [u32]) -> Request<'a> {
     let Rollouts { samples, max_new_tokens, temperature, top_p, .. } = *rollouts;
-    let sampling = Sampling { temperature, top_p, seed: settings.seed };
-    Request { prompt, samples, first_sample: 0, max_new_tokens, sampling, eos: &[] }
+    let sampling = Sampling { temperature, top_p, ..Sampling::plain(settings.seed) };
+    Request { samples, ..Request::new(prompt, max_new_tokens, sampling) }
 }
 
 /// The largest micro-batch of a step of `batch_size` prompts. Completions are as long as they may be, or shorter: then more of them
@@ -134,19 +134,20 @@ impl<'a, B: Backend> Online<'a, B> {
         self.log.sync()
     }
 
-    /// Completes the prompts of these training examples; `number` counts such batches from 1.
+    /// Completes the prompts of these training examples; `number` counts such batches from 1, `show` is told how far it is.
     pub fn sample(
         &mut self,
         device: &B,
         policy: &mut Policy<B>,
         (number, prompts): (u64, &[usize]),
         (ref_weights, state): (&[f64], &[f64]),
+        show: &mut dyn FnMut(&str),
     ) -> Result<Batch> {
         let _range = range(c"rollouts");
         policy.rest();
-        let data: Vec<&Example> = prompts.iter().map(|i| &self.task.train.examples[*i]).collect();
+        let data: Vec<&'a Example> = prompts.iter().map(|i| &self.task.train.examples[*i]).collect();
         let needs = self.task.objective.needs();
-        let (each, written) = self.complete(device, policy, number, &data, needs.answers)?;
+        let (each, written, sampled_logps) = self.complete(device, policy, (number, &data), needs.answers, show)?;
         let rewards = self.judge(&written)?;
         let weights = self.rewards.weights();
         let total = weighted(&rewards, &weights);
@@ -174,7 +175,8 @@ impl<'a, B: Backend> Online<'a, B> {
         if needs.old_token_logps || needs.values {
             let (scored, values) = scored(device, policy, self.settings.packing, &examples)?;
             (stats.old_token_logps, stats.values) = (exact(&scored).1, values);
-            stats.sampled_token_logps = stats.old_token_logps.clone();
+            stats.sampled_token_logps = sampled_logps;
+            metrics.extend(mismatch(stats));
         }
         (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(exact).unzip();
         stats.ref_weights = ref_weights.to_vec();
@@ -185,37 +187,48 @@ impl<'a, B: Backend> Online<'a, B> {
         Ok(Batch { examples, refs, sampled: Some(sampled), metrics, state: credit.state, tokens })
     }
 
-    /// As many completions of each prompt, one prompt after the other; last, if wanted, the data's own.
+    /// As many completions of each prompt, one prompt after the other; last, if wanted, the data's own. Then what the sampler said of
+    /// each token, in that order, 0 of those that it did not sample.
     fn complete(
         &self,
         device: &B,
         policy: &Policy<B>,
-        number: u64,
-        data: &[&Example],
+        (number, data): (u64, &[&'a Example]),
         answers: bool,
-    ) -> Result<(usize, Vec<Written>)> {
+        show: &mut dyn FnMut(&str),
+    ) -> Result<(usize, Vec<Written>, Vec<f64>)> {
         let (samples, batch) = (self.rollouts.samples, self.settings.batch_size as u64);
-        let mut written = Vec::new();
-        for (at, example) in data.iter().enumerate() {
-            let (prompt, own) = example.sequences[0].ids.split_at(example.sequences[0].first);
-            let first_sample = STREAM + ((number - 1) * batch + at as u64) * samples as u64;
-            let eos = self.task.tokenizer.stops();
-            let request = Request { first_sample, eos, ..request(self.settings, self.rollouts, prompt) };
-            let answer = written_text(self.task, prompt, own, true)?;
-            let source = prompt_of(&self.rows[example.row])?;
-            let one = |ids: Vec<u32>, finished: bool| {
-                let text = written_text(self.task, prompt, &ids, finished)?;
+        let split = |example: &'a Example| example.sequences[0].ids.split_at(example.sequences[0].first);
+        let request = |(at, example): (usize, &&'a Example)| Request {
+            first_sample: STREAM + ((number - 1) * batch + at as u64) * samples as u64,
+            eos: self.task.tokenizer.stops(),
+            ..request(self.settings, self.rollouts, split(example).0)
+        };
+        let requests: Vec<Request> = data.iter().enumerate().map(request).collect();
+        let all = data.len() * samples;
+        let rollouts = Engine::new(device).run(&policy.model, &requests, &mut |done| {
+            show(&format!("sampling {}/{all}, {} tokens", done.completions, done.tokens));
+        })?;
+        let (mut written, mut logps) = (Vec::new(), Vec::new());
+        for (example, rollouts) in data.iter().zip(rollouts.chunks(samples)) {
+            let (prompt, own) = split(example);
+            let (answer, source) = (written_text(self.task, prompt, own, true)?, prompt_of(&self.rows[example.row])?);
+            let mut one = |ids: &[u32], finished: bool| {
+                let text = written_text(self.task, prompt, ids, finished)?;
                 let (source, prompt, answer) = (source.clone(), prompt.to_vec(), Some(answer.clone()));
-                Ok(Written { source, prompt, row: example.row, ids, text, finished, answer })
+                written.push(Written { source, prompt, row: example.row, ids: ids.to_vec(), text, finished, answer });
+                Result::Ok(())
             };
-            for Completion { ids, finished } in rollout::generate(device, &policy.model, &request)? {
-                written.push(one(ids, finished)?);
+            for rollout in rollouts {
+                one(&rollout.ids, rollout.finished())?;
+                logps.extend(rollout.logps.iter().map(|x| f64::from(*x)));
             }
             if answers {
-                written.push(one(own.to_vec(), true)?);
+                one(own, true)?;
+                logps.resize(logps.len() + own.len(), 0.0);
             }
         }
-        Ok((samples + usize::from(answers), written))
+        Ok((samples + usize::from(answers), written, logps))
     }
 
     /// `[R][completions]`
@@ -342,6 +355,15 @@ fn exact(scored: &Vec<Scored>) -> (Vec<f64>, Vec<f64>) {
 fn sequence(written: &Written) -> Sequence {
     let Written { prompt, ids, .. } = written;
     Sequence { ids: [&prompt[..], ids].concat(), first: prompt.len() }
+}
+
+/// How far what was scored is from what was sampled, nats a token: nothing in f32 on one device.
+fn mismatch(stats: &Stats) -> [Metric; 2] {
+    let differences =
+        stats.old_token_logps.iter().zip(&stats.sampled_token_logps).map(|(old, said)| (old - said).abs());
+    let (sum, most) = differences.fold((0.0, 0.0_f64), |(sum, most), x| (sum + x, most.max(x)));
+    let tokens = stats.old_token_logps.len().max(1) as f64;
+    [("sampling/logp_difference_mean".into(), sum / tokens), ("sampling/logp_difference_max".into(), most)]
 }
 
 /// Pairs of those prompts whose completions, `each` of them, differ in what they are worth; the first of equals.

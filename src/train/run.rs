@@ -12,7 +12,7 @@ use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::online::{self, Online, ROLLOUTS};
 use super::panel::Panel;
-use super::plan::{Plan, Workload, sample_request, warning};
+use super::plan::{Plan, Workload, sample_requests, warning};
 use super::policy::{Policy, trained};
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
@@ -33,7 +33,7 @@ use crate::objectives::{Metric, Objective};
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
-use crate::rollout::{self, Request};
+use crate::rollout::Engine;
 use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
@@ -340,7 +340,7 @@ impl<B: Backend> Session<'_, B> {
                 return Ok(Outcome::Stopped(self.save_checkpoint()?));
             }
             self.profile(true)?;
-            let message = self.step()?;
+            let message = self.step(&mut progress)?;
             self.profile(false)?;
             progress.at(self.state.step, &message);
             self.after_step(&mut progress)?;
@@ -359,9 +359,9 @@ impl<B: Backend> Session<'_, B> {
     }
 
     /// One optimizer step and its line; returns what the progress bar says.
-    fn step(&mut self) -> Result<String> {
+    fn step(&mut self, progress: &mut Progress) -> Result<String> {
         let (number, started) = (self.state.step + 1, Instant::now());
-        let mut metrics = self.sample_batch(number)?;
+        let mut metrics = self.sample_batch(number, progress)?;
         let ref_weights = self.ref_weights.weights();
         let gathered = match &self.batch {
             Some(batch) => batch.gathered(),
@@ -408,7 +408,7 @@ impl<B: Backend> Session<'_, B> {
     }
 
     /// Lets the policy write what step `number` trains on, where it is due; what is to be said about it.
-    fn sample_batch(&mut self, number: u64) -> Result<Vec<Metric>> {
+    fn sample_batch(&mut self, number: u64, progress: &mut Progress) -> Result<Vec<Metric>> {
         let Some(online) = &mut self.online else { return Ok(Vec::new()) };
         let iterations = self.task.iterations;
         let first = (number - 1).is_multiple_of(iterations);
@@ -417,7 +417,8 @@ impl<B: Backend> Session<'_, B> {
             let weights = self.ref_weights.weights();
             let known = (&weights[..], &self.state.objective[..]);
             let place = ((number - 1) / iterations + 1, &prompts[..]);
-            let mut batch = online.sample(self.device, &mut self.policy, place, known)?;
+            let mut show = |how_far: &str| progress.at(number - 1, how_far);
+            let mut batch = online.sample(self.device, &mut self.policy, place, known, &mut show)?;
             if !batch.state.is_empty() {
                 self.state.objective = std::mem::take(&mut batch.state);
             }
@@ -516,15 +517,16 @@ impl<B: Backend> Session<'_, B> {
     /// One completion for each sample prompt, each from its own random stream.
     fn sample(&mut self) -> Result<()> {
         self.policy.rest();
-        let eos = self.task.tokenizer.stops();
-        for (i, prompt) in self.task.prompts(self.settings).into_iter().enumerate() {
-            let request = Request { first_sample: i as u64, eos, ..sample_request(self.settings, prompt) };
-            let completion = rollout::generate(self.device, &self.policy.model, &request)?.remove(0);
+        let (prompts, eos) = (self.task.prompts(self.settings), self.task.tokenizer.stops());
+        let mut requests = sample_requests(self.settings, &prompts);
+        requests.iter_mut().for_each(|request| request.eos = eos);
+        let completions = Engine::new(self.device).run(&self.policy.model, &requests, &mut |_| ())?;
+        for (prompt, completion) in prompts.into_iter().zip(completions) {
             self.samples.append(&json!({
                 "step": self.state.step,
                 "prompt": self.task.tokenizer.decode(prompt)?,
                 "completion": self.task.tokenizer.decode(&completion.ids)?,
-                "finished": completion.finished,
+                "finished": completion.finished(),
             }))?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::exam::{self, Exam};
 use super::online::stand_in;
-use super::plan::sample_request;
+use super::plan::sample_requests;
 use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
     task_references,
@@ -262,8 +262,8 @@ impl Task {
             iterations,
             max_steps,
         };
-        let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
-        longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
+        let requests = sample_requests(settings, &task.prompts(settings));
+        requests.iter().try_for_each(|request| request.check(&task.checkpoint.spec))?;
         Ok(task)
     }
 

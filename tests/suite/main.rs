@@ -20,6 +20,7 @@ mod program;
 mod references;
 mod reward;
 mod rewards;
+mod rollout;
 mod step;
 mod tasks;
 mod tiny;
