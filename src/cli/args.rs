@@ -744,6 +744,7 @@ pub struct LimitArgs {
 Examples:
   cuvee generate --model runs/first --prompt 'The film was'
   cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8
+  cuvee generate --model runs/first --prompts questions.jsonl --samples 8 --out answers.jsonl
   cuvee generate --model runs/chat --chat --prompt 'Which film should I see?'"
 )]
 pub struct GenerateArgs {
@@ -751,26 +752,56 @@ pub struct GenerateArgs {
     #[arg(long, alias = "model-name-or-path", value_name = "DIR")]
     pub model: PathBuf,
     /// Text to continue; write --prompt=TEXT if it starts with a dash
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+    pub prompt: Option<String>,
+    /// Rows with a prompt each, text or messages: .jsonl or .jsonl.gz; other columns are left alone
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "chat"], requires = "out")]
+    pub prompts: Option<PathBuf>,
+    /// Where the completions of --prompts go, a line each: text, tokens, why it ended, log-probabilities
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    pub out: Option<PathBuf>,
     /// Take the prompt as a user's message, put it into the model's chat template and print the answer
     #[arg(long)]
     pub chat: bool,
-    /// Completions to write
+    /// Completions to write of each prompt
     #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
     pub samples: usize,
     /// Length limit of a completion, in tokens
-    #[arg(long, value_name = "N", default_value = "64", value_parser = count)]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count, help_heading = "Length")]
     pub max_new_tokens: usize,
+    /// Tokens before which no completion ends by an end-of-text token
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Length")]
+    pub min_new_tokens: usize,
+    /// Text that ends a completion, which is printed without it; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = some_text, help_heading = "Length")]
+    pub stop: Vec<String>,
     /// Randomness; 0 = always the likeliest token
-    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more, help_heading = "Sampling")]
     pub temperature: f64,
+    /// Sample from so many of the likeliest tokens; 0 = from all
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Sampling")]
+    pub top_k: usize,
     /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
-    #[arg(long, value_name = "F", default_value = "1.0", value_parser = above_zero_to_one)]
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = above_zero_to_one, help_heading = "Sampling")]
     pub top_p: f64,
+    /// Sample from tokens with this share of the likeliest one's probability, 0 to 1
+    #[arg(long, value_name = "F", default_value = "0.0", value_parser = zero_to_one, help_heading = "Sampling")]
+    pub min_p: f64,
+    /// Divide the logits of tokens that came before by this, and multiply negative ones; 1 = change nothing
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = positive, help_heading = "Sampling")]
+    pub repetition_penalty: f64,
+    /// Let so many tokens in a row come once only, prompt included; 0 = allow all
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Sampling")]
+    pub no_repeat_ngram_size: usize,
     /// Seed of the samples
-    #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
+    #[arg(long, value_name = "N", default_value = "42", value_parser = seed, help_heading = "Sampling")]
     pub seed: u64,
+    /// Completions that run at a time, at most; default: as many as memory allows, up to 256. Texts do not depend on it
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Memory")]
+    pub max_running: Option<usize>,
+    /// Memory to stay within: such as 8GiB; default: what this machine, or the GPU, has available
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Memory")]
+    pub ram: Option<usize>,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -778,7 +809,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub precision: PrecisionArgs,
     /// Print the result as JSON
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, help_heading = "Output", conflicts_with = "prompts")]
     pub json: bool,
 }
 
@@ -1180,14 +1211,19 @@ impl EvalArgs {
 impl GenerateArgs {
     pub(super) fn check(&self) -> Result<()> {
         self.engine.check()?;
-        if self.temperature == 0.0 && self.samples > 1 {
-            return Err(Error::option(
-                "--samples",
-                "at --temperature 0 every sample is the same; raise one or drop one",
-            ));
+        if self.temperature == 0.0 {
+            if self.samples > 1 {
+                let detail = "at --temperature 0 every sample is the same; raise one or drop one";
+                return Err(Error::option("--samples", detail));
+            }
+            let idle = [("--top-p", self.top_p < 1.0), ("--top-k", self.top_k > 0), ("--min-p", self.min_p > 0.0)];
+            if let Some((option, _)) = idle.into_iter().find(|(_, given)| *given) {
+                return Err(Error::option(option, "does nothing at --temperature 0; raise the temperature or drop it"));
+            }
         }
-        if self.temperature == 0.0 && self.top_p < 1.0 {
-            return Err(Error::option("--top-p", "does nothing at --temperature 0; raise the temperature or drop it"));
+        if self.min_new_tokens > self.max_new_tokens {
+            let detail = format!("{} is more than --max-new-tokens {}", self.min_new_tokens, self.max_new_tokens);
+            return Err(Error::option("--min-new-tokens", detail));
         }
         Ok(())
     }
@@ -1251,6 +1287,10 @@ pub(super) fn seed(text: &str) -> Result<u64, String> {
 
 pub(super) fn steps(text: &str) -> Result<u64, String> {
     whole(text, 1)
+}
+
+fn some_text(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("an empty text ends everything".into()) } else { Ok(text.to_string()) }
 }
 
 fn zero_or_count(text: &str) -> Result<usize, String> {

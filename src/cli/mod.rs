@@ -315,7 +315,7 @@ mod tests {
         let Command::Generate(args) = run(&["generate", "--model", "m", "--prompt=--a_b"]).unwrap().command else {
             panic!()
         };
-        assert_eq!(args.prompt, "--a_b");
+        assert_eq!(args.prompt.as_deref(), Some("--a_b"));
         let after = dashes_for_underscores(["--a_b", "c_d", "--", "--e_f"].map(OsString::from));
         assert_eq!(after, ["--a-b", "c_d", "--", "--e_f"]);
     }

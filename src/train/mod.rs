@@ -23,6 +23,7 @@ mod tau;
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
 pub use exam::StopWhen;
+pub use host::Host;
 pub use metrics::evaluations;
 pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};
 pub use policy::{Blueprint, Extras, Policy};

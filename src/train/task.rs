@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::exam::{self, Exam};
-use super::plan::sample_request;
+use super::plan::sample_requests;
 use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, task_references,
 };
@@ -197,8 +197,8 @@ impl Task {
             steps_per_epoch,
             max_steps,
         };
-        let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
-        longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
+        let requests = sample_requests(settings, &task.prompts(settings));
+        requests.iter().try_for_each(|request| request.check(&task.checkpoint.spec))?;
         Ok(task)
     }
 

@@ -19,6 +19,7 @@ mod program;
 mod references;
 mod reward;
 mod rewards;
+mod rollout;
 mod step;
 mod tasks;
 mod tiny;
