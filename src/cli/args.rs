@@ -633,7 +633,7 @@ pub struct ScoreArgs {
     )]
     pub reward: Vec<RewardSpec>,
     /// Folder of the model whose tokens are counted, for rewards in units of tokens
-    #[arg(long, value_name = "DIR", requires = "reward", help_heading = "Files")]
+    #[arg(long, value_name = "DIR", conflicts_with = "model", help_heading = "Files")]
     pub tokenizer: Option<PathBuf>,
     /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]

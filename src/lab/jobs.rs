@@ -232,8 +232,15 @@ impl Work<'_> {
         command.args(args).stdin(Stdio::null()).stdout(stdout).stderr(both(&log)?).process_group(0);
         let child = command.spawn().at(self.runner.program)?;
         self.running.push(Running { job, step, child, since, output });
-        self.progress.at(self.done() as u64, &self.jobs[job].name);
+        self.show();
         Ok(())
+    }
+
+    /// How far it is, and what is at work.
+    fn show(&mut self) {
+        let names: Vec<&str> = self.running.iter().map(|running| self.jobs[running.job].name.as_str()).collect();
+        let (done, names) = (self.done() as u64, names.join("; "));
+        self.progress.at(done, &names);
     }
 
     /// The job's log, to be appended to. A process that an earlier, killed program left behind is waited for.
@@ -284,17 +291,17 @@ impl Work<'_> {
     }
 
     fn close(&mut self, job: usize, outcome: Outcome, what: &str) {
-        self.outcomes[job] = Some(outcome);
-        let (done, all) = (self.done(), self.jobs.len());
-        let left = match self.ran {
-            (0, _) => String::new(),
-            (ran, time) => {
+        let (done, all) = (self.done() + 1, self.jobs.len());
+        let left = match (&outcome, self.ran) {
+            (Outcome::Failed(_) | Outcome::Skipped(_), _) | (_, (0, _)) => String::new(),
+            (Outcome::Done, (ran, time)) => {
                 let seconds = time.as_secs_f64() / ran as f64 * (all - done) as f64 / self.runner.jobs as f64;
                 format!("; {} left", duration(seconds))
             }
         };
+        self.outcomes[job] = Some(outcome);
         self.progress.say(&format!("{done}/{all} {}: {what}{left}", self.jobs[job].name));
-        self.progress.at(done as u64, "");
+        self.show();
     }
 
     /// Asks every process for a checkpoint and its end, and waits for it.

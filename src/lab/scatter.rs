@@ -42,10 +42,10 @@ const LINE: f64 = 12.0;
 const MORE_STYLE: &str = "
 .plot .bar { stroke: currentColor; stroke-width: 1; opacity: 0.55; } .plot .path { fill: none; stroke: currentColor; stroke-width: 1.2; opacity: 0.55; }
 .plot .front { fill: none; stroke: #6b7280; stroke-width: 1.5; stroke-dasharray: 5 4; }
-.plot text.label { fill: currentColor; }
+.plot text.label { fill: currentColor; stroke: #ffffff; stroke-width: 3px; paint-order: stroke; }
 .plot .zero { stroke: #9ca3af; stroke-dasharray: 2 3; }
 .plot .shape { fill: currentColor; stroke: #ffffff; stroke-width: 1; }
-@media (prefers-color-scheme: dark) { .plot .front { stroke: #aab2bf; } .plot .zero { stroke: #5b6472; } .plot .shape { stroke: #14171c; } }";
+@media (prefers-color-scheme: dark) { .plot .front { stroke: #aab2bf; } .plot .zero { stroke: #5b6472; } .plot .shape, .plot text.label { stroke: #14171c; } }";
 
 /// A rectangle that is taken: left, top, right, bottom.
 type Area = [f64; 4];
@@ -218,9 +218,10 @@ fn labels(scatter: &Scatter, methods: &[&str], x: &Scale, y: &Scale) -> String {
         let words: Vec<&str> = label.split(' ').map(|word| word.rsplit('=').next().unwrap_or(word)).collect();
         let label = if alone { label.to_string() } else { words.join(" ") };
         let wide = LETTER * label.chars().count() as f64;
-        let corners =
-            [(8.0, 4.0), (-8.0 - wide, 4.0), (-wide / 2.0, -9.0), (-wide / 2.0, 18.0), (7.0, -6.0), (7.0, 14.0)];
-        let corners = corners.into_iter().chain([(-7.0 - wide, -6.0), (-7.0 - wide, 14.0)]);
+        // Beside the error bars first.
+        let (left, middle) = (-7.0 - wide, -wide / 2.0);
+        let corners = [(7.0, -5.0), (7.0, 13.0), (left, -5.0), (left, 13.0), (middle, -10.0), (middle, 19.0)];
+        let corners = corners.into_iter().chain([(8.0, 4.0), (left - 1.0, 4.0)]);
         let area = |(dx, dy): (f64, f64)| [px + dx, py + dy - 0.8 * LINE, px + dx + wide, py + dy + 0.2 * LINE];
         let inside = |a: &Area| a[0] > LEFT && a[2] < RIGHT && a[1] > TOP && a[3] < BOTTOM;
         let free = corners.map(|corner| (corner, area(corner)));
