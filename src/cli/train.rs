@@ -107,11 +107,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             seed: run.schedule.seed,
         },
         learning_rate: run.optim.learning_rate,
-        decay: match run.optim.lr_scheduler_type {
-            args::LrSchedulerType::Constant => Decay::Constant,
-            args::LrSchedulerType::Linear => Decay::Linear,
-            args::LrSchedulerType::Cosine => Decay::Cosine,
-        },
+        decay: decay(run.optim.lr_scheduler_type),
         warmup_ratio: run.optim.warmup_ratio,
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
@@ -145,4 +141,12 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         rollouts: run.rollouts.rollouts(),
         recipe: String::new(),
     })
+}
+
+fn decay(kind: args::LrSchedulerType) -> Decay {
+    match kind {
+        args::LrSchedulerType::Constant => Decay::Constant,
+        args::LrSchedulerType::Linear => Decay::Linear,
+        args::LrSchedulerType::Cosine => Decay::Cosine,
+    }
 }

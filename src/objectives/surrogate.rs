@@ -294,7 +294,8 @@ impl Surrogate {
     ) {
         let tokens = stats.offsets[s]..stats.offsets[s + 1];
         let len = tokens.len() as f64;
-        let difference = |t: usize| stats.token_logps[t] - stats.old_token_logps[t];
+        // A score has no ratio, and perhaps nobody said what it would be to.
+        let difference = |t: usize| stats.old_token_logps.get(t).map_or(0.0, |old| stats.token_logps[t] - old);
         let total: f64 = tokens.clone().map(difference).sum();
         let whole = Ratio::of(if self.level == Level::Mean { total / len } else { total });
         let weight = self.normalizer.weight(len, totals);

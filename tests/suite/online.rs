@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use crate::program::{Line, Workspace, results};
 
-const TRAIN: &str = "train --learning-rate 3e-3 --model model --dataset train.jsonl --batch-size 4 --max-steps 4 --threads 2 \
-    --num-generations 4 --max-completion-length 6 --reward rules.toml";
+const TRAIN: &str = "train --learning-rate 3e-3 --model model --dataset train.jsonl --batch-size 4 --max-completion-length 6 \
+    --reward rules.toml";
+const FOUR: &str = "--max-steps 4 --num-generations 4";
 
 /// Short completions of ordinary words are worth most.
 fn workspace() -> Workspace {
@@ -18,7 +19,7 @@ fn workspace() -> Workspace {
 }
 
 fn train(w: &Workspace, run: &str, flags: &str) -> String {
-    w.ok(&format!("{TRAIN} --output-dir {run} {flags}")).stderr
+    w.ok(&format!("{TRAIN} {FOUR} --output-dir {run} {flags}")).stderr
 }
 
 /// metrics.jsonl without times.
@@ -53,7 +54,7 @@ fn every_objective_on_samples_trains() {
         "--objective ppo --beta 0.05 --num-iterations 2 --whiten-rewards --kl-target 3",
         "--objective sigmoid --beta 0.1",
     ] {
-        let run = flags.replace([' ', '.'], "_");
+        let run = flags.trim_start_matches("--").replace([' ', '.'], "_");
         train(&w, &run, &format!("{flags} --eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5"));
         let lines = steps(&w, &run);
         assert_eq!(lines.len(), 4, "{flags}");
@@ -92,7 +93,7 @@ fn the_first_step_on_samples_is_on_policy() {
 #[test]
 fn rewards_rise() {
     let w = workspace();
-    train(&w, "run", "--objective grpo --max-steps 30 --num-generations 8");
+    w.ok(&format!("{TRAIN} --max-steps 30 --num-generations 8 --output-dir run --objective grpo"));
     let rewards = w.column("run/metrics.jsonl", "rewards/length/mean");
     let mean = |rewards: &[f64]| rewards.iter().sum::<f64>() / rewards.len() as f64;
     let (before, after) = (mean(&rewards[..5]), mean(&rewards[25..]));
@@ -110,7 +111,7 @@ fn a_stopped_run_continues_to_the_same_bits_and_threads_change_nothing() {
         ("online-dpo", "--objective sigmoid --beta 0.1"),
     ] {
         let [whole, run] = ["whole", "run"].map(|part| format!("{name}-{part}"));
-        train(&w, &whole, &format!("{flags} --save-steps 4"));
+        train(&w, &whole, &format!("{flags} --threads 2 --save-steps 4"));
         train(&w, &run, &format!("{flags} --stop-at-step 2 --threads 1"));
         train(&w, &run, &format!("{flags} --save-steps 4 --resume-from-checkpoint auto --threads 1"));
         assert_eq!(steps(&w, &whole), steps(&w, &run), "{name}");
@@ -135,17 +136,17 @@ fn adapters_learn_from_samples() {
 #[test]
 fn what_cannot_be_sampled_or_rewarded_is_refused() {
     let w = workspace();
-    let base = TRAIN.replace(" --reward rules.toml", "");
-    w.fails(2, &format!("{base} --objective grpo --output-dir x"), &["--num-generations", "--reward"]);
+    let base = TRAIN.replace("--reward rules.toml", "");
+    w.fails(2, &format!("{base} --objective grpo --output-dir x"), &["--max-completion-length", "--reward"]);
     let plain = "train --model model --dataset train.jsonl --max-steps 2 --output-dir x --objective";
-    w.fails(2, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
-    w.fails(2, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
-    w.fails(2, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
-    w.fails(2, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
-    w.fails(2, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
-    w.fails(2, &format!("{plain} grpo --reward rules.toml --num-iterations 4"), &["--max-steps", "multiple of"]);
-    w.fails(2, &format!("{plain} grpo --reward rules.toml --kl-penalty 0.1"), &["--kl-penalty", "--beta"]);
+    w.fails(1, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
+    w.fails(1, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
+    w.fails(1, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --num-iterations 4"), &["--max-steps", "multiple of"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --kl-penalty 0.1"), &["--kl-penalty", "--beta"]);
     w.write_lines("texts.jsonl", &[serde_json::json!({"text": "A film."})]);
     let texts = plain.replace("train.jsonl", "texts.jsonl");
-    w.fails(2, &format!("{texts} grpo --reward rules.toml"), &["whole texts"]);
+    w.fails(1, &format!("{texts} grpo --reward rules.toml"), &["whole texts"]);
 }
