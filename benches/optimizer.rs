@@ -122,19 +122,29 @@ impl Trained {
     }
 }
 
-/// Of a model with these weights: seconds of each step.
-fn steps(cpu: &Cpu, weights: &[(String, [usize; 2])], measured: &Measured, count: u64) -> Vec<f64> {
+/// Of a model with these weights: seconds of each step by each rule, which take turns.
+fn steps<const N: usize>(
+    cpu: &Cpu,
+    weights: &[(String, [usize; 2])],
+    rules: [&Measured; N],
+    count: u64,
+) -> [Vec<f64>; N] {
     let largest = weights.iter().map(|(_, [rows, cols])| rows * cols).max().expect("weights");
-    let scratch_len = measured.rule.scratch(largest).max(1);
+    let scratch_len = rules.map(|measured| measured.rule.scratch(largest)).into_iter().max().unwrap_or(0).max(1);
     let bytes = Arena::<Cpu>::bytes_of(DType::F32, scratch_len, 1);
     let mut scratch = Arena::with_bytes(cpu, bytes).expect("memory").floats(Kind::States, scratch_len, 1);
-    let mut trained: Vec<_> = weights.iter().map(|(name, shape)| Trained::new(cpu, name, *shape, measured)).collect();
-    let mut one = |step| {
-        let start = Instant::now();
-        trained.iter_mut().for_each(|weight| weight.update(cpu, measured, step, &mut scratch));
-        start.elapsed().as_secs_f64()
-    };
-    (1..=count).map(&mut one).collect()
+    let trained =
+        |measured| weights.iter().map(|(name, shape)| Trained::new(cpu, name, *shape, measured)).collect::<Vec<_>>();
+    let mut models = rules.map(trained);
+    let mut seconds = [const { Vec::new() }; N];
+    for step in 1..=count {
+        for ((model, measured), seconds) in models.iter_mut().zip(rules).zip(&mut seconds) {
+            let start = Instant::now();
+            model.iter_mut().for_each(|weight| weight.update(cpu, measured, step, &mut scratch));
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    seconds
 }
 
 /// Bytes read and written by a copy, a second.
@@ -173,14 +183,15 @@ fn main() {
         let measured =
             all().into_iter().find(|m| m.name == rule).expect("adamw, ondare, ondare-rescale, ondare-paper, onties");
         let count = count.parse().expect("a number of steps");
-        steps(&cpu, &smollm2(), &measured, count).iter().for_each(|seconds| println!("{seconds:.4}"));
+        let [seconds] = steps(&cpu, &smollm2(), [&measured], count);
+        seconds.iter().for_each(|seconds| println!("{seconds:.4}"));
         return;
     }
     println!("{} threads, {:?}", cpu.threads(), cpu.isa());
     for len in [10_000_000, 49_152 * 576] {
         for measured in all() {
             let before = copy_rate(&cpu, len);
-            let seconds = median(steps(&cpu, &[("weight".to_string(), [1, len])], &measured, 9));
+            let [seconds] = steps(&cpu, &[("weight".to_string(), [1, len])], [&measured], 9).map(median);
             let copy = (before + copy_rate(&cpu, len)) / 2.0;
             let rate = (measured.bytes * len) as f64 / seconds;
             let (share, ms) = (100.0 * rate / copy, 1e3 * seconds);
@@ -189,8 +200,10 @@ fn main() {
             println!("{name:<15} {len:>9} elements {ms:>7.1} ms {rate:>6.1} GB/s, {share:.0} % of a copy's {copy:.1}");
         }
     }
+    let ondare = all().into_iter().find(|m| m.name == "ondare").expect("it is measured");
     for measured in all() {
-        let seconds = median(steps(&cpu, &smollm2(), &measured, 5));
-        println!("{:<15} SmolLM2-135M {:>7.1} ms a step", measured.name, 1e3 * seconds);
+        let [seconds, beside] = steps(&cpu, &smollm2(), [&measured, &ondare], 9).map(median);
+        let (name, ratio) = (measured.name, seconds / beside);
+        println!("{name:<15} SmolLM2-135M {:>7.1} ms a step, {ratio:.2} of ondare's in turns", 1e3 * seconds);
     }
 }

@@ -63,7 +63,10 @@ def cloze(texts):
 
 both = ["chosen", "rejected"]
 train, heldout = read("train"), sentences(read("heldout"), both)
+write("sentences-train", [{"text": text} for text in sentences(train, both)])
 write("sentences-heldout", [{"text": text} for text in heldout])
 write("prompts-train", prompts(sentences(train, ["chosen"])))
-write("prompts-heldout", each_prompt_once(prompts(heldout)))
+each = each_prompt_once(prompts(heldout))
+write("prompts-heldout", each)
+write("prompts-heldout-every-8th", each[::8])
 write("cloze-heldout", cloze(heldout))

@@ -57,6 +57,19 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// What failed, on one line and without its head, for a message that says where.
+    fn into_text(self) -> String {
+        let text = match self {
+            Self::Error(error) => return error.to_string(),
+            Self::Clap(error) => error.to_string(),
+        };
+        let lines = text.strip_prefix("error: ").unwrap_or(&text).lines().map(str::trim);
+        let lines: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+        lines.join("; ")
+    }
+}
+
 impl From<clap::Error> for Failure {
     fn from(error: clap::Error) -> Self {
         Self::Clap(error)
@@ -120,9 +133,14 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     let command = recipe::TAKEN_BY.iter().fold(Cli::command(), |c, name| c.mut_subcommand(name, recipe::accept));
     let mut matches = command.clone().try_get_matches_from(&argv)?;
 
-    if let Some((_, flags)) = matches.subcommand()
+    if let Some((name, flags)) = matches.subcommand()
         && let Ok(Some(path)) = flags.try_get_one::<PathBuf>(recipe::ARG)
     {
+        if name == "compare"
+            && let Some(compare) = compare::Compare::read(path, flags)?
+        {
+            return Ok(Cli { command: Command::Compare(compare) });
+        }
         // A recipe is its own flags, put behind `cuvee train`.
         argv.splice(2..2, recipe::to_flags(path, flags)?);
         matches = command.try_get_matches_from(&argv)?;
@@ -297,7 +315,7 @@ mod tests {
         let Command::Generate(args) = run(&["generate", "--model", "m", "--prompt=--a_b"]).unwrap().command else {
             panic!()
         };
-        assert_eq!(args.prompt, "--a_b");
+        assert_eq!(args.prompt.as_deref(), Some("--a_b"));
         let after = dashes_for_underscores(["--a_b", "c_d", "--", "--e_f"].map(OsString::from));
         assert_eq!(after, ["--a-b", "c_d", "--", "--e_f"]);
     }
@@ -482,7 +500,7 @@ mod tests {
         eval_task = ['n=t.jsonl', '../t.toml']
         stop_when = ['n/acc>0.5']
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
-        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
+        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000\n skip = 5\n take = 2000
         base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true\n adapter = ['a=0.5']\n lora_rank = 4
         lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']";
 
@@ -520,6 +538,18 @@ mod tests {
             let id = arg.get_id().as_str();
             assert!(most.contains_key(id) || rest.contains_key(id), "{id} is not in to_toml()");
         }
+    }
+
+    /// Whichever flag names it, a path in a saved recipe leads where it led from here.
+    #[test]
+    fn saved_paths_start_at_the_output_folder() {
+        let line = ["--optimizer", "ondare", "--base-model", "models/b", "--tau-model", "t", "--eval-dataset", "../e"];
+        let saved: toml::Table = train(&with(&line)).to_toml().parse().unwrap();
+        let paths = ["model", "dataset", "output_dir", "base_model", "tau_model", "eval_dataset"];
+        let found = paths.map(|key| saved[key].as_str().unwrap());
+        assert_eq!(found, ["../../m", "../../d.jsonl", ".", "../../models/b", "../../t", "../../../e"]);
+        let saved: toml::Table = train(&with(&["--lora-start", "l", "--adapter", "a=0.5"])).to_toml().parse().unwrap();
+        assert_eq!((saved["lora_start"].as_str(), &saved["adapter"][0]), (Some("../../l"), &"../../a=0.5".into()));
     }
 
     #[test]
@@ -566,6 +596,12 @@ mod tests {
             assert_eq!(args.run.schedule.max_steps, Some(100));
             assert!(args.output_dir.ends_with(format!("runs/{name}")));
         }
+        let path = format!("{}/recipes/alignment-tax.toml", env!("CARGO_MANIFEST_DIR"));
+        let Command::Compare(compare::Compare::Experiment(experiment)) = run(&["compare", &path]).unwrap().command
+        else {
+            panic!("it lists its runs")
+        };
+        assert_eq!((experiment.seeds, experiment.variants[0].name.as_str()), (3, "base"));
     }
 
     #[test]

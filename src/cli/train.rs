@@ -83,6 +83,8 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         kl_penalty: run.refs.kl_penalty(),
         anchor: run.save.eval_anchor.clone(),
         kl_samples: run.save.kl_samples,
+        skip: run.data.skip,
+        take: run.data.take,
         eval_tasks: super::tasks::named(&run.save.eval_task)?,
         stop_when: run.save.stop_when.clone(),
         limit: run.data.limit,

@@ -277,7 +277,7 @@ fn text(column: &str, text: Content, is_text: bool) -> Result<Parts, String> {
     }
 }
 
-fn variables(object: &mut Object) -> Result<Object, String> {
+pub(super) fn variables(object: &mut Object) -> Result<Object, String> {
     let mut variables = match object.remove("chat_template_kwargs") {
         Some(Value::Object(given)) => given,
         None | Some(Value::Null) => Object::new(),

@@ -15,6 +15,7 @@ mod lint;
 mod mismatch;
 mod order;
 mod packing;
+mod prompts;
 mod tokenizer;
 
 pub use batch::{Batch, Extent, Read, Segment, Sharing, extent_of, pack, rows_of};
@@ -27,4 +28,5 @@ pub use lint::Lint;
 pub use mismatch::mismatched;
 pub use order::epoch_order;
 pub use packing::Packing;
+pub use prompts::{Prompt, read_prompts};
 pub use tokenizer::{Piece, Tokenizer};

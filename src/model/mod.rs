@@ -28,7 +28,7 @@ pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 pub use token_kl::{KlActs, KlTerm, RefHeads};
 
-use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
+use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor, View};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
@@ -183,6 +183,23 @@ impl<B: Backend> Model<B> {
         let weight = self.vocabulary().view();
         let (x, y) = (acts.top.normed.top(read), logits.top_mut(read));
         device.linear(linear::Forward { x, weight, bias: None, residual: None, y })
+    }
+
+    /// Log-probabilities of `targets` `[rows read, 1]` in the `logits` that `decode` left, into `acts.top.logp`: those that
+    /// `forward` gives, bit for bit where products have one order.
+    pub fn decoded_logps(&self, device: &B, targets: View<B>, acts: &mut Acts<B>, logits: &Tensor<B>) -> Result<()> {
+        let (read, top) = (targets.rows(), &mut acts.top);
+        let head = logprob_head::Forward {
+            h: top.normed.top(read),
+            weight: self.vocabulary().view(),
+            target: targets,
+            scratch: top.tile.view_mut(),
+            logp: top.logp.top_mut(read),
+            lse: top.lse.top_mut(read),
+            entropy: None,
+            ln_sum_p2: None,
+        };
+        device.logprob_head_known(logits.top(read), head)
     }
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.

@@ -1,6 +1,6 @@
 //! What a costly reward said of a completion, for as long as a run lasts: equal completions are asked about once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::jury::Judge;
 use super::{Sample, Verdict};
@@ -38,19 +38,12 @@ impl<J: Judge> Cached<J> {
 impl<J: Judge> Judge for Cached<J> {
     fn judge(&mut self, samples: &[&Sample]) -> Result<Vec<Verdict>> {
         let keys: Vec<Key> = samples.iter().map(|sample| key(sample)).collect();
-        let mut known: HashMap<Key, Verdict> = HashMap::new();
-        let mut asked: Vec<(Key, &Sample)> = Vec::new();
-        for (key, sample) in keys.iter().zip(samples) {
-            if let Some(verdict) = self.find(key) {
-                known.insert(*key, verdict);
-            } else if !asked.iter().any(|(other, _)| other == key) {
-                asked.push((*key, sample));
-            }
-        }
+        let mut known: HashMap<Key, Verdict> = keys.iter().filter_map(|key| Some((*key, self.find(key)?))).collect();
+        let mut seen = HashSet::new();
+        let new = keys.iter().zip(samples).filter(|(key, _)| !known.contains_key(*key) && seen.insert(**key));
+        let (new, asked): (Vec<Key>, Vec<&Sample>) = new.map(|(key, sample)| (*key, *sample)).unzip();
         if !asked.is_empty() {
-            let unknown: Vec<&Sample> = asked.iter().map(|(_, sample)| *sample).collect();
-            let verdicts = self.judge.judge(&unknown)?;
-            known.extend(asked.iter().map(|(key, _)| *key).zip(verdicts));
+            known.extend(new.into_iter().zip(self.judge.judge(&asked)?));
         }
         known.iter().for_each(|(key, verdict)| self.keep(*key, *verdict));
         Ok(keys.iter().map(|key| known[key]).collect())

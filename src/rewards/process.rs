@@ -68,6 +68,9 @@ const LAST_LINES: usize = 10;
 const LONGEST_LINE: usize = 400;
 /// For a program that is no longer needed to end by itself.
 const GRACE: Duration = Duration::from_secs(1);
+/// For an answer that nobody asked for to show, once for all requests of a step.
+const SETTLE: Duration = Duration::from_millis(20);
+const TWICE: &str = "answered more than one line to a request";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -159,6 +162,17 @@ impl<'a> Worker<'a> {
     }
 }
 
+impl Worker<'_> {
+    /// Behind the last of some requests: one answer too many has put all that follow out of step.
+    fn settle(&mut self) -> Result<()> {
+        let Some(Ok(unasked)) = self.running.as_ref().map(|running| running.answers.recv_timeout(SETTLE)) else {
+            return Ok(());
+        };
+        let errors = self.running.take().map(|running| running.end(Duration::ZERO)).unwrap_or_default();
+        Err(Error::file(&self.program.program, format!("{}{errors}", unasked.err().unwrap_or(TWICE.into()))))
+    }
+}
+
 impl Drop for Worker<'_> {
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
@@ -175,7 +189,9 @@ impl Judge for Worker<'_> {
                 |detail| Error::file(&self.program.program, format!("{detail} (a completion of row {})", sample.row));
             reward(&answer).map(Verdict::of).map_err(of_row)
         };
-        samples.iter().map(one).collect()
+        let verdicts = samples.iter().map(one).collect::<Result<_>>()?;
+        self.settle()?;
+        Ok(verdicts)
     }
 }
 
@@ -279,26 +295,21 @@ fn read_errors(stderr: impl Read, last: &Mutex<VecDeque<String>>) {
 
 impl Running {
     fn ask(&mut self, request: &str, timeout: Duration) -> Result<String, Failure> {
-        let twice = "answered more than one line to a request";
         if let Ok(unasked) = self.answers.try_recv() {
-            return Err(Failure::Wrong(unasked.err().unwrap_or(twice.into())));
+            return Err(Failure::Wrong(unasked.err().unwrap_or(TWICE.into())));
         }
         let requests = self.requests.as_ref().expect("it is there until the end");
         // Where the writer is gone, so is the program: nothing will come.
         let _ = requests.send(request.to_string());
-        let answer = match self.answers.recv_timeout(timeout) {
-            Ok(answer) => answer.map_err(Failure::Wrong)?,
+        match self.answers.recv_timeout(timeout) {
+            Ok(answer) => answer.map_err(Failure::Wrong),
             Err(RecvTimeoutError::Timeout) => {
-                return Err(Failure::Gone(format!("did not answer within {} s", timeout.as_secs_f64())));
+                Err(Failure::Gone(format!("did not answer within {} s", timeout.as_secs_f64())))
             }
             Err(RecvTimeoutError::Disconnected) => {
                 let ended = self.ended_within(GRACE);
-                return Err(Failure::Gone(if ended { "ended before it answered" } else { "closed its stdout" }.into()));
+                Err(Failure::Gone(if ended { "ended before it answered" } else { "closed its stdout" }.into()))
             }
-        };
-        match self.answers.try_recv() {
-            Ok(unasked) => Err(Failure::Wrong(unasked.err().unwrap_or(twice.into()))),
-            Err(_) => Ok(answer),
         }
     }
 

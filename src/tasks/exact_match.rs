@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use fancy_regex::Regex;
 use serde_json::{Value, json};
 
-use super::complete::{Prompt, Writing, cut_at};
+use super::complete::{Prompt, Writing};
 use super::encode::{Encoder, is_space};
 use super::file::{self, Filter, Options, PROMPT, Rows, Source, TARGET, Texts};
 use super::stats::mean;
 use super::{Kind, Outcome, Said, Tokens};
 use crate::data::{Object, Tokenizer};
 use crate::error::{At, Result};
+use crate::rollout::before_stop;
 
 pub(super) const NAME: &str = "exact_match";
 const MAX_NEW_TOKENS: usize = 256;
@@ -153,7 +154,7 @@ impl Kind for ExactMatch {
         let (mut right, mut log) = (Vec::new(), Vec::new());
         for ((_, item), completions) in self.items.iter().zip(&said.completions) {
             let text = tokenizer.decode(&completions[0].ids)?;
-            let written = cut_at(&text, &item.until);
+            let written = before_stop(&text, &item.until);
             let answer = match &self.filter {
                 Some((regex, filter)) => answer(regex, filter, written),
                 None => written.to_string(),

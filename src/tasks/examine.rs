@@ -12,7 +12,7 @@ use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
 use crate::progress::say;
 use crate::references::Scorer;
-use crate::rollout::Completion;
+use crate::rollout::{Request, Rollout};
 
 /// A model with its tokenizer.
 pub struct Subject {
@@ -86,10 +86,11 @@ impl<B: Backend> Examiner<'_, B> {
         scorer.score(&examples, packing, &mut |finished| done(what, finished, examples.len()))
     }
 
-    fn completions(&self, subject: &Subject, tokens: &Tokens, done: Done) -> Result<Vec<Vec<Completion>>> {
-        let (Some(writing), Some(largest)) = (tokens.writing, tokens.largest()) else { return Ok(Vec::new()) };
+    fn completions(&self, subject: &Subject, tokens: &Tokens, done: Done) -> Result<Vec<Vec<Rollout>>> {
+        let longest = tokens.requests().iter().map(Request::longest).max();
+        let (Some(writing), Some(longest)) = (tokens.writing, longest) else { return Ok(Vec::new()) };
         let Subject { checkpoint, tokenizer } = subject;
-        let options = Options::frozen(largest.prompt.len() + largest.max_new_tokens).with_adapters(checkpoint);
+        let options = Options::frozen(longest).with_adapters(checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
         let mut arena = Arena::new(self.device, &Model::<Dry>::plan(self.device.storage(), spec, naming, options))?;
         let mut model = Model::new(&mut arena, spec, naming, options);
@@ -104,7 +105,7 @@ impl<B: Backend> Examiner<'_, B> {
         &self,
         subject: &Subject,
         tokens: &Tokens,
-        completions: &[Vec<Completion>],
+        completions: &[Vec<Rollout>],
         done: Done,
     ) -> Result<Vec<Vec<Judged>>> {
         let Some(reward_model) = self.reward_model else { return Ok(Vec::new()) };

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-pub use complete::{Prompt, Writing, complete};
+pub use complete::{Prompt, TOGETHER, Writing, complete};
 pub use encode::Encoder;
 pub use examine::{Done, Examiner, Subject};
 pub use file::Overrides;
@@ -32,7 +32,7 @@ pub use table::{Examined, Table};
 
 use crate::data::{Example, Tokenizer};
 use crate::error::Result;
-use crate::rollout::{Completion, Request};
+use crate::rollout::{Request, Rollout};
 
 /// A task, read and checked; no model has seen it yet.
 pub struct Task {
@@ -77,7 +77,7 @@ pub struct Said {
     /// The same of a reference, where log-ratios are wanted.
     pub ref_logps: Option<Vec<Vec<Vec<f32>>>>,
     /// `[prompts][samples]`
-    pub completions: Vec<Vec<Completion>>,
+    pub completions: Vec<Vec<Rollout>>,
     /// `[prompts][samples]` what others say of those completions; empty where nobody was asked.
     pub judged: Vec<Vec<Judged>>,
 }
@@ -135,9 +135,9 @@ impl Task {
 }
 
 impl Tokens {
-    /// What is to be written, at most: the memory that it takes.
-    pub fn largest(&self) -> Option<Request<'_>> {
-        self.writing.and_then(|writing| writing.largest(&self.prompts))
+    /// What is to be written.
+    pub fn requests(&self) -> Vec<Request<'_>> {
+        self.writing.map(|writing| writing.requests(&self.prompts)).unwrap_or_default()
     }
 }
 

@@ -50,7 +50,7 @@ pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
     let writing = Writing {
         max_new_tokens: rows.options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
         samples: rows.options.samples.unwrap_or(SAMPLES),
-        sampling: Sampling { temperature: 1.0, top_p: 1.0, seed: rows.options.seed },
+        sampling: Sampling::plain(rows.options.seed),
     };
     Ok(Box::new(Reward { path: rows.path, prompts, writing }))
 }

@@ -35,9 +35,7 @@ impl Exam {
         let tokens = task.tokens(&Encoder::new(tokenizer, checkpoint, None)?)?;
         tokens.report.iter().for_each(say);
         tokens.check(checkpoint)?;
-        if let Some(request) = tokens.largest() {
-            request.check(&checkpoint.spec)?;
-        }
+        tokens.requests().iter().try_for_each(|request| request.check(&checkpoint.spec))?;
         Ok(Self { task, tokens })
     }
 
@@ -46,9 +44,9 @@ impl Exam {
         packing.extents(&self.tokens.examples)
     }
 
-    /// What it asks to be written, at most.
-    pub fn largest(&self) -> Option<Request<'_>> {
-        self.tokens.largest()
+    /// What it asks to be written.
+    pub fn requests(&self) -> Vec<Request<'_>> {
+        self.tokens.requests()
     }
 
     /// What the policy comes to. `done` is told how many items are finished, and of how many.

@@ -10,6 +10,7 @@ use crate::data::{Extent, Sequence};
 use crate::device::cuda::STAGING_BYTES;
 use crate::model::Spec;
 use crate::ops::{self, logprob_head};
+use crate::rollout::{self, Request, Size};
 
 /// Pages of the program and its libraries, stacks, file buffers: a run of a tiny model without data has 8 MiB resident.
 const PROGRAM: usize = 9 << 20;
@@ -77,10 +78,15 @@ impl Host {
     }
 
     pub fn without_data(settings: &Settings) -> Self {
+        Self::of_model(&settings.model, settings.threads, settings.gpu)
+    }
+
+    /// Of a command that runs the model of a folder on no data set.
+    pub fn of_model(model: &Path, threads: usize, gpu: bool) -> Self {
         Self {
-            threads: settings.threads,
-            gpu: settings.gpu,
-            tokenizer_bytes: tokenizer_bytes(&settings.model),
+            threads,
+            gpu,
+            tokenizer_bytes: tokenizer_bytes(model),
             other_tokenizer_bytes: 0,
             tokens: 0,
             examples: 0,
@@ -118,6 +124,20 @@ impl Host {
             false => packed(spec, largest, rank) + self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>(),
         };
         self.program() + self.resting() + arithmetic + largest.rows * PER_ROW
+    }
+}
+
+impl Host {
+    /// While a model is read whose largest tensor has so many elements.
+    pub fn loading(&self, tensor: usize) -> usize {
+        self.program() + self.resting() + tensor * size_of::<f32>()
+    }
+
+    /// While these requests are generated, with as many completions at a time as may be.
+    pub fn generating(&self, spec: &Spec, rank: usize, requests: &[Request]) -> usize {
+        let size = Size::of(spec, requests, rollout::MAX_RUNNING).extent;
+        let sampling = if self.gpu { 0 } else { self.threads * ops::sample::scratch_bytes(spec.vocab) };
+        self.working(spec, &size, rank) + sampling
     }
 }
 

@@ -18,6 +18,7 @@ use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Mo
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
 use crate::rollout::{self, Request, Sampling};
+use crate::tasks;
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -156,8 +157,8 @@ pub struct Workload<'a> {
     ln_sum_p2: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
-    /// Of each task the texts to score, and the most that is to be written.
-    exams: Vec<(Vec<Extent>, Option<Request<'a>>)>,
+    /// Of each task the texts to score, and what is to be written.
+    exams: Vec<(Vec<Extent>, Vec<Request<'a>>)>,
     /// Completions under other prompts, those that go through the engine together in one list.
     mismatched: Vec<Vec<Extent>>,
     /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
@@ -166,8 +167,8 @@ pub struct Workload<'a> {
     used: Vec<usize>,
     /// The first steps' examples, whose arithmetic is counted.
     sampled: Vec<Vec<&'a Example>>,
-    /// The longest prompt that is sampled from.
-    prompt: Option<&'a [u32]>,
+    /// Those that are sampled from.
+    prompts: Vec<&'a [u32]>,
     fresh: Option<FreshWork<'a>>,
     host: Host,
     max_steps: Option<u64>,
@@ -186,19 +187,15 @@ struct FreshWork<'a> {
     samples: usize,
     /// Tokens of one with its prompt, at most.
     longest: usize,
-    /// The longest prompt, and how many completions are decoded at once.
-    prompt: &'a [u32],
-    together: usize,
+    prompts: Vec<drift::Prompt<'a>>,
     references: &'a [FreshReference],
 }
 
 impl<'a> FreshWork<'a> {
     fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
         let prompts = drift::prompts(task, settings.kl_samples);
-        let prompt = prompts.iter().map(|(prompt, ..)| *prompt).max_by_key(|prompt| prompt.len())?;
-        let together = prompts.iter().map(|(.., count)| *count).max()?.min(drift::TOGETHER);
-        let (samples, longest) = (settings.kl_samples, prompt.len() + settings.samples.max_new_tokens);
-        Some(Self { samples, longest, prompt, together, references: &task.fresh })
+        let longest = prompts.iter().map(|prompt| prompt.ids.len()).max()? + settings.samples.max_new_tokens;
+        Some(Self { samples: settings.kl_samples, longest, prompts, references: &task.fresh })
     }
 
     fn largest(&self, packing: Packing) -> Extent {
@@ -237,11 +234,11 @@ impl<'a> Workload<'a> {
             mismatched: under_other_prompts(task, settings),
             train: packing.extents(&task.train.examples),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
-            exams: task.exams.iter().map(|exam| (exam.extents(packing), exam.largest())).collect(),
+            exams: task.exams.iter().map(|exam| (exam.extents(packing), exam.requests())).collect(),
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
-            prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
+            prompts: task.prompts(settings),
             fresh: FreshWork::new(task, settings),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
@@ -264,8 +261,9 @@ impl<'a> Workload<'a> {
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
         let largest = self.largest(settings.packing, settings.batch_size);
-        let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
-        let written = self.written().map(|request| request.prompt.len() + request.max_new_tokens).max().unwrap_or(0);
+        let longest_prompt = self.prompts.iter().map(|prompt| prompt.len()).max();
+        let samples = longest_prompt.map_or(0, |longest| longest + settings.samples.max_new_tokens);
+        let written = self.exams.iter().flat_map(|(_, requests)| requests).map(Request::longest).max().unwrap_or(0);
         Blueprint {
             checkpoint: self.checkpoint,
             method: self.method,
@@ -321,19 +319,19 @@ impl<'a> Workload<'a> {
         let loading = if self.method.merges() { 4 * tensor } else { tensor };
         phases.push(phase("load", working + loading, &[run]));
         phases.push(phase("train", working, &[run, pass]));
-        if let Some(prompt) = self.prompt {
-            let request = sample_request(settings, prompt);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+        let decoding =
+            |requests: &[Request], running| rollout::plan(storage, &self.checkpoint.spec, rank, requests, running);
+        if !self.prompts.is_empty() {
+            let decoding = decoding(&sample_requests(settings, &self.prompts), rollout::MAX_RUNNING);
             phases.push(phase("sample", working, &[run, decoding]));
         }
-        for request in self.written() {
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, request);
+        for (_, requests) in self.exams.iter().filter(|(_, requests)| !requests.is_empty()) {
+            let decoding = decoding(requests, tasks::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
         if let Some(fresh) = &self.fresh {
-            let request = drift::request(settings, fresh.prompt, fresh.together);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            let decoding = decoding(&drift::requests(settings, &fresh.prompts), drift::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
             let largest = fresh.largest(settings.packing);
             for reference in fresh.references.iter().filter(|reference| !reference.is_policy) {
@@ -406,12 +404,6 @@ impl<'a> Workload<'a> {
         }
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
     }
-
-    /// What tasks ask the policy to write.
-    fn written(&self) -> impl Iterator<Item = &Request<'a>> {
-        self.exams.iter().filter_map(|(_, request)| request.as_ref())
-    }
-
     /// From the longest example, below which no micro-batch can be, to the whole of the largest step.
     fn rows(&self, settings: &Settings) -> (usize, usize) {
         let exams = self.exams.iter().flat_map(|(texts, _)| texts);
@@ -517,7 +509,7 @@ impl Assumed {
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],
-            prompt: None,
+            prompts: Vec::new(),
             fresh: None,
             host: Host::without_data(settings),
             max_steps: settings.max_steps,
@@ -595,15 +587,13 @@ pub fn warning(workload: &Workload, settings: &Settings, plan: &Plan, available:
     Ok(Some(format!("warning: this run takes {needed} of {memory} and {free} are available; {advice}")))
 }
 
-/// One sample of a prompt.
-pub fn sample_request<'a>(settings: &Settings, prompt: &'a [u32]) -> Request<'a> {
+/// One sample of each prompt, each from its own stream.
+pub fn sample_requests<'a>(settings: &Settings, prompts: &[&'a [u32]]) -> Vec<Request<'a>> {
     let s = settings.samples;
-    Request {
-        prompt,
-        samples: 1,
-        first_sample: 0,
-        max_new_tokens: s.max_new_tokens,
-        sampling: Sampling { temperature: s.temperature, top_p: s.top_p, seed: settings.seed },
-        eos: &[],
-    }
+    let sampling = Sampling { temperature: s.temperature, top_p: s.top_p, ..Sampling::plain(settings.seed) };
+    let request = |(first_sample, prompt): (u64, &&'a [u32])| Request {
+        first_sample,
+        ..Request::new(prompt, s.max_new_tokens, sampling)
+    };
+    (0..).zip(prompts).map(request).collect()
 }

@@ -11,7 +11,7 @@ use super::evaluate::{Evaluation, evaluate};
 use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::panel::Panel;
-use super::plan::{Plan, Workload, sample_request, warning};
+use super::plan::{Plan, Workload, sample_requests, warning};
 use super::policy::Policy;
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
@@ -32,7 +32,7 @@ use crate::objectives::ref_weights::RefWeights;
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
-use crate::rollout::{self, Request};
+use crate::rollout::Engine;
 use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
@@ -448,15 +448,16 @@ impl<B: Backend> Session<'_, B> {
     /// One completion for each sample prompt, each from its own random stream.
     fn sample(&mut self) -> Result<()> {
         self.policy.rest();
-        let eos = self.task.tokenizer.stops();
-        for (i, prompt) in self.task.prompts(self.settings).into_iter().enumerate() {
-            let request = Request { first_sample: i as u64, eos, ..sample_request(self.settings, prompt) };
-            let completion = rollout::generate(self.device, &self.policy.model, &request)?.remove(0);
+        let (prompts, eos) = (self.task.prompts(self.settings), self.task.tokenizer.stops());
+        let mut requests = sample_requests(self.settings, &prompts);
+        requests.iter_mut().for_each(|request| request.eos = eos);
+        let completions = Engine::new(self.device).run(&self.policy.model, &requests, &mut |_| ())?;
+        for (prompt, completion) in prompts.into_iter().zip(completions) {
             self.samples.append(&json!({
                 "step": self.state.step,
                 "prompt": self.task.tokenizer.decode(prompt)?,
                 "completion": self.task.tokenizer.decode(&completion.ids)?,
-                "finished": completion.finished,
+                "finished": completion.finished(),
             }))?;
         }
         Ok(())

@@ -29,7 +29,10 @@ pub struct Settings {
     pub eval_tasks: Vec<(String, PathBuf)>,
     /// Any of these ends the run.
     pub stop_when: Vec<StopWhen>,
-    /// Train on this many rows, chosen at random.
+    /// Rows of the file that are left out at its start, and how many after those are looked at.
+    pub skip: usize,
+    pub take: Option<usize>,
+    /// Train on this many of these rows, chosen at random.
     pub limit: Option<usize>,
     pub dataset: PathBuf,
     pub eval_dataset: Option<PathBuf>,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::exam::{self, Exam};
-use super::plan::sample_request;
+use super::plan::sample_requests;
 use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, task_references,
 };
@@ -154,6 +154,7 @@ impl Task {
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
         let needs = objective.needs();
+        keep_part(&mut train, settings.skip, settings.take)?;
         if let Some(limit) = settings.limit {
             keep_some(&mut train, limit, settings.seed)?;
         }
@@ -196,8 +197,8 @@ impl Task {
             steps_per_epoch,
             max_steps,
         };
-        let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
-        longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
+        let requests = sample_requests(settings, &task.prompts(settings));
+        requests.iter().try_for_each(|request| request.check(&task.checkpoint.spec))?;
         Ok(task)
     }
 
@@ -394,11 +395,31 @@ fn load_dataset(
     Ok(dataset)
 }
 
+/// Leaves out the first `skip` rows of the file, and those after the `take` that follow. Rows that were dropped count.
+fn keep_part(train: &mut Dataset, skip: usize, take: Option<usize>) -> Result<()> {
+    let (rows, path) = (train.rows, train.path.display());
+    let end = skip + take.unwrap_or(0);
+    if end > rows {
+        let flag = if skip > rows { "--skip" } else { "--take" };
+        return Err(Error::option(flag, format!("reaches to row {end}, {path} has {rows}; give less, or drop it")));
+    }
+    let wanted = skip..take.map_or(rows, |_| end);
+    train.examples.retain(|example| wanted.contains(&example.row));
+    if train.examples.is_empty() {
+        let flag = if take.is_some() { "--take" } else { "--skip" };
+        return Err(Error::option(flag, format!("leaves nothing of the {rows} rows of {path} to train on")));
+    }
+    Ok(())
+}
+
 /// Keeps `limit` rows, chosen at random, in the order of the file. Of one seed, fewer rows are among more rows.
 fn keep_some(train: &mut Dataset, limit: usize, seed: u64) -> Result<()> {
     let rows = train.examples.len();
     if limit > rows {
-        let detail = format!("{limit} rows asked for, {} has {rows}; give fewer, or drop it", train.path.display());
+        let detail = format!(
+            "{limit} rows asked for, {rows} are there to choose from in {}; give fewer, or drop it",
+            train.path.display()
+        );
         return Err(Error::option("--limit", detail));
     }
     let random = Philox::named(seed, LIMIT);

@@ -5,6 +5,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod exactness;
+mod experiment;
 mod lineage;
 mod lora;
 mod merge;
@@ -18,6 +19,7 @@ mod program;
 mod references;
 mod reward;
 mod rewards;
+mod rollout;
 mod step;
 mod tasks;
 mod tiny;

@@ -136,8 +136,8 @@ fn what_cannot_judge_is_refused() {
     w.fails(1, &format!("score --reward nothing {score}"), &["nothing: there is no such file or folder"]);
     w.fails(2, &format!("score {score}"), &["--model"]);
     w.fails(2, &format!("score --reward a --model b {score}"), &["--reward", "--model"]);
-    w.fails(2, &format!("score --reward = {score}"), &["expected a reward model's folder or a TOML file"]);
-    w.fails(2, &format!("score --model b --tokenizer model {score}"), &["--reward"]);
+    w.fails(2, &format!("score --reward =1 {score}"), &["expected a reward model's folder or a TOML file"]);
+    w.fails(2, &format!("score --model b --tokenizer model {score}"), &["--tokenizer", "--model"]);
 
     // A model of another vocabulary than its tokenizer's.
     w.copy_model("other");

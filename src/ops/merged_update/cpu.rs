@@ -11,11 +11,6 @@ const TASK: usize = 1 << 14;
 /// Elements that go through all stages of a pass while they are in the first cache.
 const BLOCK: usize = 512;
 
-/// Bits of a magnitude that each of the two histograms of OnTIES counts: a bin of the first is 0.4 % wide, so few elements are
-/// left for the second.
-const HIGH_BITS: u32 = 16;
-const LOW_BITS: u32 = 31 - HIGH_BITS;
-
 impl MergedUpdate for Cpu {
     fn merged_update(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
@@ -101,6 +96,7 @@ struct Tensors<'a> {
 }
 
 /// Some elements of each.
+#[derive(Default)]
 struct Part<'a> {
     /// The first.
     at: usize,
@@ -179,6 +175,38 @@ impl<'a> Tensors<'a> {
     }
 }
 
+impl Tensors<'_> {
+    /// Of each task, in their order.
+    fn sums<S: Send>(&self, sum: impl Fn(Part) -> S + Sync) -> Vec<S> {
+        (0..self.tasks()).into_par_iter().map(|i| sum(self.part(i))).collect()
+    }
+
+    /// What tasks count together.
+    fn count(&self, count: impl Fn(usize, &mut [u32]) + Sync) -> Bins {
+        let task = |mut bins: Bins, i: usize| {
+            count(i, &mut bins.0);
+            bins
+        };
+        (0..self.tasks()).into_par_iter().fold(Bins::new, task).reduce(Bins::new, Bins::add)
+    }
+
+    /// Magnitudes of the updates from here on, of which nothing is kept.
+    fn sample(&self, isa: Isa, s: &Scalars, at: usize, out: &mut [u32]) {
+        fn copy(x: &Shared<f32>, at: usize) -> [f32; LANES] {
+            let mut copy = [0.0; LANES];
+            if !x.is_empty() {
+                // SAFETY: no task has begun.
+                copy.copy_from_slice(unsafe { x.slice(at, LANES) });
+            }
+            copy
+        }
+        let (mut m, mut v, mut since_merge) = (copy(&self.m, at), copy(&self.v, at), copy(&self.since_merge, at));
+        let grad = &self.grad[at..at + LANES];
+        let part = Part { at, grad, m: &mut m, v: &mut v, since_merge: &mut since_merge, ..Part::default() };
+        sample_task(isa, s, part, out);
+    }
+}
+
 impl Part<'_> {
     #[inline(always)]
     fn blocks(&self) -> usize {
@@ -227,13 +255,45 @@ enum Way {
     Second(Cut),
 }
 
-/// Counts of magnitudes by some of their bits; zeros, which can be most of an embedding's, are left out. A count of integers is
-/// the same in any order.
+/// Magnitudes by their bits, which are in their order, in bins of one width. Zeros, which can be most of an embedding's, are
+/// in none.
+#[derive(Clone, Copy)]
+struct Range {
+    start: u32,
+    /// One behind the last.
+    end: u32,
+    /// A bin is 2^shift wide.
+    shift: u32,
+}
+
+impl Range {
+    /// All from this on.
+    fn from(start: u32) -> Self {
+        Self { start, end: 1 << 31, shift: 20 }
+    }
+
+    /// One bin, in smaller ones; `None` where it is one number.
+    fn within(&self, bin: usize) -> Option<Self> {
+        let start = self.start + ((bin as u32) << self.shift);
+        let end = start + (1 << self.shift);
+        (self.shift > 0).then(|| Self { start, end, shift: self.shift - 10 })
+    }
+
+    #[inline(always)]
+    fn has(&self, bits: u32) -> bool {
+        bits.wrapping_sub(self.start.max(1)) < self.end - self.start.max(1)
+    }
+}
+
+/// How many magnitudes of a range are in each bin. A count of integers is the same in any order.
 struct Bins(Vec<u32>);
 
 impl Bins {
-    fn new(bits: u32) -> Self {
-        Self(vec![0; 1 << bits])
+    /// So few that they stay in the first cache, and clearing them takes no time beside the smallest weight.
+    const LEN: usize = 1 << 11;
+
+    fn new() -> Self {
+        Self(vec![0; Self::LEN])
     }
 
     fn add(mut self, other: Self) -> Self {
@@ -241,67 +301,88 @@ impl Bins {
         self
     }
 
-    /// The bin of the `count`-th largest, and which of that bin it is. What is not counted is in the first.
-    fn find(&self, mut count: usize) -> (usize, usize) {
+    /// The bin of the `count`-th largest, and which of that bin it is.
+    fn find(&self, mut count: usize) -> Option<(usize, usize)> {
         for (bin, members) in self.0.iter().enumerate().rev() {
             if count <= *members as usize {
-                return (bin, count);
+                return Some((bin, count));
             }
             count -= *members as usize;
         }
-        (0, count)
+        None
     }
 }
 
 /// Makes the update and leaves it in the scratch; says how it is to be cut.
 fn first_pass(isa: Isa, s: &Scalars, step: &Step, tensors: &Tensors) -> Cut {
-    let mut sums = vec![[0.0; 2]; tensors.tasks()];
-    let shared = Shared::new(&mut sums);
-    let trims = s.folded.merge != Merge::Drop;
-    let task = |mut bins: Bins, i: usize| {
-        // SAFETY: each task has its own.
-        let own = unsafe { shared.slice(i, 1) };
-        own[0] = update_task(isa, s, tensors.part(i), &mut bins.0);
-        bins
-    };
-    let none = || Bins::new(if trims { HIGH_BITS } else { 0 });
-    let bins = (0..tensors.tasks()).into_par_iter().fold(none, task).reduce(none, Bins::add);
-    // One after the other, in the order of the tasks.
-    let total = |sums: &[[f64; 2]], which: usize| sums.iter().map(|sums| sums[which]).sum::<f64>();
-    let (before, after) = (total(&sums, 0), total(&sums, 1));
-    let rescales = s.folded.rescale && before >= LEAST_SUM;
-    if !trims {
-        let whole = Cut { threshold: 0, factor: 1.0, bound: f32::INFINITY };
+    let whole = Cut { threshold: 0, factor: 1.0, bound: f32::INFINITY };
+    let add = |a: [f64; 2], b: [f64; 2]| [a[0] + b[0], a[1] + b[1]];
+    if s.folded.merge == Merge::Drop {
+        let sums = tensors.sums(|part| update_task(isa, s, part, Range::from(0), &mut []));
+        let [before, after] = sums.into_iter().fold([0.0; 2], add);
         let factor = (before / (after + step.adam.eps)) as f32;
+        let rescales = s.folded.rescale && before >= LEAST_SUM;
         return if rescales { Cut { factor, bound: s.folded.bound as f32, ..whole } } else { whole };
     }
     let count = kept(step.rule.reserve_rate(), tensors.grad.len()).expect("trimming has a second pass");
-    let (threshold, after) = threshold(isa, tensors, &bins, count);
-    Cut { threshold, factor: if rescales { (before / after) as f32 } else { 1.0 }, bound: f32::INFINITY }
-}
-
-/// The `count`-th largest magnitude of the scratch by its bits, and the sum of those that are not smaller.
-fn threshold(isa: Isa, tensors: &Tensors, high: &Bins, count: usize) -> (u32, f64) {
-    let (high, count) = high.find(count);
-    let mut sums = vec![0.0; tensors.tasks()];
+    let range = Range::from(likely_below(isa, s, tensors, count));
+    let mut sums = vec![[0.0; 2]; tensors.tasks()];
     let shared = Shared::new(&mut sums);
-    let task = |mut bins: Bins, i: usize| {
+    let bins = tensors.count(|i, bins| {
         // SAFETY: each task has its own.
         let own = unsafe { shared.slice(i, 1) };
-        own[0] = refine_task(isa, tensors.part(i).scratch, high as u32, &mut bins.0);
-        bins
-    };
-    let none = || Bins::new(LOW_BITS);
-    let bins = (0..tensors.tasks()).into_par_iter().fold(none, task).reduce(none, Bins::add);
-    let (low, _) = bins.find(count);
-    // These bins are one number wide.
-    let of_bin = |(low, members): (usize, &u32)| f64::from(*members) * f64::from(magnitude(high, low));
-    let of_bins: f64 = bins.0.iter().enumerate().skip(low).map(of_bin).sum();
-    (magnitude(high, low).to_bits(), sums.iter().sum::<f64>() + of_bins)
+        own[0] = update_task(isa, s, tensors.part(i), range, bins);
+    });
+    let threshold = threshold(isa, tensors, range, bins, count);
+    let [before, _] = sums.into_iter().fold([0.0; 2], add);
+    if !s.folded.rescale || before < LEAST_SUM {
+        return Cut { threshold, ..whole };
+    }
+    let after: f64 = tensors.sums(|part| sum_task(isa, part.scratch, threshold)).into_iter().sum();
+    Cut { threshold, factor: (before / after) as f32, ..whole }
 }
 
-fn magnitude(high: usize, low: usize) -> f32 {
-    f32::from_bits((high as u32) << LOW_BITS | low as u32)
+/// A magnitude that few of a sample's are above, but more than of the whole are kept: where that is so, only those need be
+/// counted.
+fn likely_below(isa: Isa, s: &Scalars, tensors: &Tensors, count: usize) -> u32 {
+    const RUNS: usize = 64;
+    let len = tensors.grad.len();
+    if len < 64 * RUNS * LANES {
+        return 0;
+    }
+    let mut sample = [0; RUNS * LANES];
+    for (i, sample) in sample.chunks_exact_mut(LANES).enumerate() {
+        // Multiples of the golden ratio lie evenly, and on no column of a matrix.
+        let share = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let at = (share as usize * (len / LANES) >> 32) * LANES;
+        tensors.sample(isa, s, at, sample);
+    }
+    let rank = 2 * count * sample.len() / len + LANES;
+    if rank > sample.len() / 2 {
+        return 0;
+    }
+    *sample.select_nth_unstable_by(rank, |a, b| b.cmp(a)).1
+}
+
+/// The `count`-th largest magnitude of the scratch by its bits, 0 where fewer are not 0, given the bins of a range that it is
+/// likely to be in.
+fn threshold(isa: Isa, tensors: &Tensors, mut range: Range, mut bins: Bins, mut count: usize) -> u32 {
+    let bins_of = |range| tensors.count(|i, bins| count_task(isa, tensors.part(i).scratch, range, bins));
+    loop {
+        let Some((bin, left)) = bins.find(count) else {
+            if range.start == 0 {
+                return 0;
+            }
+            range = Range::from(0);
+            bins = bins_of(range);
+            continue;
+        };
+        let Some(within) = range.within(bin) else {
+            return range.start + bin as u32;
+        };
+        (range, count) = (within, left);
+        bins = bins_of(range);
+    }
 }
 
 /// Memory of a block between its stages.
@@ -329,9 +410,9 @@ impl Buffers {
 }
 
 dispatched! {
-    /// Makes the update that is to be sparsified, with sums of magnitudes before and after random elements were dropped; counts
-    /// magnitudes where there are bins for them.
-    fn update_task(s: &Scalars, part: Part, bins: &mut [u32]) -> [f64; 2] {
+    /// Makes the update that is to be sparsified, with sums of magnitudes before and after random elements were dropped; where
+    /// none are, counts magnitudes of a range.
+    fn update_task(s: &Scalars, part: Part, range: Range, bins: &mut [u32]) -> [f64; 2] {
         let (mut part, mut buffers, mut sums) = (part, Buffers::new(), [0.0; 2]);
         for i in 0..part.blocks() {
             let mut block = part.block(i);
@@ -342,8 +423,7 @@ dispatched! {
                 drop_elements(s, Purpose::Update, s.folded.update, block.at, update, &mut buffers.words);
                 sums[1] += sum_of_magnitudes(update);
             } else {
-                let magnitudes = update.iter().map(|x| bits_of_magnitude(*x)).filter(|bits| *bits != 0);
-                magnitudes.for_each(|bits| bins[(bits >> LOW_BITS) as usize] += 1);
+                count_magnitudes(update, range, bins);
             }
             block.scratch.copy_from_slice(update);
         }
@@ -352,27 +432,34 @@ dispatched! {
 }
 
 dispatched! {
-    /// Counts what has these upper bits by its lower ones; returns the sum of what has larger ones.
-    fn refine_task(x: &[f32], high: u32, bins: &mut [u32]) -> f64 {
+    fn count_task(x: &[f32], range: Range, bins: &mut [u32]) {
+        count_magnitudes(x, range, bins);
+    }
+}
+
+dispatched! {
+    /// The sum of magnitudes that are not below the threshold.
+    fn sum_task(x: &[f32], threshold: u32) -> f64 {
         let mut sum = 0.0;
         for block in x.chunks(BLOCK) {
-            let mut above = [0.0f32; LANES];
+            let mut lanes = [0.0f32; LANES];
             for run in block.chunks(LANES) {
-                let mut members = 0;
-                for (above, x) in above.iter_mut().zip(run) {
-                    let bits = bits_of_magnitude(*x);
-                    *above += if bits >> LOW_BITS > high { f32::from_bits(bits) } else { 0.0 };
-                    members |= u32::from(bits >> LOW_BITS == high);
-                }
-                if members != 0 {
-                    let bits = run.iter().map(|x| bits_of_magnitude(*x));
-                    let of_bin = bits.filter(|bits| *bits != 0 && bits >> LOW_BITS == high);
-                    of_bin.for_each(|bits| bins[(bits & ((1 << LOW_BITS) - 1)) as usize] += 1);
+                for (lane, x) in lanes.iter_mut().zip(run) {
+                    *lane += if bits_of_magnitude(*x) >= threshold { x.abs() } else { 0.0 };
                 }
             }
-            sum += f64::from(sum_lanes(above));
+            sum += f64::from(sum_lanes(lanes));
         }
         sum
+    }
+}
+
+dispatched! {
+    /// Magnitudes of the updates that a part would make.
+    fn sample_task(s: &Scalars, part: Part, out: &mut [u32]) {
+        let (mut part, mut buffers) = (part, Buffers::new());
+        make_update(s, &mut part, &mut buffers);
+        out.iter_mut().zip(&buffers.update).for_each(|(out, x)| *out = bits_of_magnitude(*x));
     }
 }
 
@@ -474,6 +561,23 @@ fn make_update(s: &Scalars, block: &mut Part, buffers: &mut Buffers) {
 #[inline(always)]
 fn bits_of_magnitude(x: f32) -> u32 {
     x.to_bits() & 0x7fff_ffff
+}
+
+/// Adds to the bins of a range. Where it is narrow most runs have none of it: what the lanes have to say is made one
+/// number, a byte for each.
+#[inline(always)]
+fn count_magnitudes(x: &[f32], range: Range, bins: &mut [u32]) {
+    let (runs, rest) = x.as_chunks::<LANES>();
+    let mut last = [0.0; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    for run in runs.iter().chain([&last]) {
+        let mut members = u128::from_le_bytes(run.map(|x| range.has(bits_of_magnitude(x)).into()));
+        while members != 0 {
+            let bits = bits_of_magnitude(run[members.trailing_zeros() as usize / 8]);
+            bins[((bits - range.start) >> range.shift) as usize % Bins::LEN] += 1;
+            members &= members - 1;
+        }
+    }
 }
 
 #[inline(always)]

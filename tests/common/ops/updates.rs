@@ -463,8 +463,11 @@ pub fn masks_are_those_of_philox<D: Backend>(device: &D) {
 
 /// Exactly the k largest, with all that equal the smallest of them.
 pub fn on_ties_keeps_the_largest<D: Backend>(device: &D) {
-    const LEN: usize = 40_003;
+    const LEN: usize = 80_003;
     let random = Philox::named(5, "magnitudes");
+    // Where the CPU looks for a sample.
+    let sampled = |run: u64| ((run.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) * (LEN as u64 / 16)) >> 32;
+    let sampled: Vec<usize> = (0..64).map(|run| sampled(run) as usize).collect();
     let of = |f: fn(u64) -> f64| -> Vec<f64> { (0..LEN).map(|i| f(random.u64(i as u64))).collect() };
     let contents = [
         ("different", normals("different", LEN)),
@@ -473,6 +476,10 @@ pub fn on_ties_keeps_the_largest<D: Backend>(device: &D) {
         ("all equal", of(|x| if x.is_multiple_of(2) { 0.25 } else { -0.25 })),
         ("all zero", vec![0.0; LEN]),
         ("close", of(|x| f64::from(f32::from_bits(0x3f80_0000 + (x % 5) as u32)))),
+        (
+            "misleading",
+            (0..LEN).map(|i| if sampled.contains(&(i / 16)) { 2.0 + (i % 97) as f64 } else { 1.0 }).collect(),
+        ),
         ("from small to large", of(|x| f64::from(f32::from_bits((x % 0x7f00_0000) as u32)))),
     ];
     let least = 1.0 / LEN as f64;
