@@ -187,7 +187,7 @@ pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Resu
     ];
     for (flag, asked) in asked {
         if asked > 0 {
-            let detail = format!("{} trains a reward model, which predicts no text; leave it out", objective.name());
+            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
             return Err(Error::option(flag, detail));
         }
     }

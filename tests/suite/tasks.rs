@@ -213,8 +213,10 @@ fn a_model_of_nan_is_no_model() {
     broken(&w);
     w.write("choice.jsonl", CHOICE);
     w.write("write.jsonl", r#"{"prompt": "Review:", "target": "a"}"#);
-    w.fails(1, "eval --model broken --task choice.jsonl", &["broken", "not finite"]);
-    w.fails(1, "eval --model broken --task write.jsonl", &["NaN", "sound"]);
+    for task in ["choice", "write"] {
+        let line = format!("eval --model broken --task {task}.jsonl");
+        w.fails(1, &line, &["broken/model.safetensors", "NaN", "unusable"]);
+    }
 }
 
 #[test]
