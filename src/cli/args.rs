@@ -1216,6 +1216,10 @@ impl EvalArgs {
 impl GenerateArgs {
     pub(super) fn check(&self) -> Result<()> {
         self.engine.check()?;
+        // clap does not ask for what --prompt excludes.
+        if self.out.is_some() && self.prompts.is_none() {
+            return Err(Error::option("--out", "does nothing without --prompts; drop it, or give a file of prompts"));
+        }
         if self.temperature == 0.0 {
             if self.samples > 1 {
                 let detail = "at --temperature 0 every sample is the same; raise one or drop one";

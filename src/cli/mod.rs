@@ -407,7 +407,7 @@ mod tests {
     #[test]
     fn numbers_keep_to_their_ranges() {
         let wrong = [
-            ("--beta", ["0", "-0.1", "inf", "high"]),
+            ("--beta", ["-1", "-0.1", "inf", "high"]),
             ("--label-smoothing", ["0.5", "-0.1", "nan", ""]),
             ("--learning-rate", ["0", "-1", "1e999", "1e-6x"]),
             ("--warmup-ratio", ["1.1", "-1", "nan", "1%"]),

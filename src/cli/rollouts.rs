@@ -17,21 +17,21 @@ pub struct RolloutArgs {
     /// grpo and grao learn from all of a prompt's completions, those on pairs from the best and the worst (online DPO)
     #[arg(long, alias = "reward-funcs", value_name = "WHAT[=F]", value_parser = RewardSpec::parse)]
     pub reward: Vec<RewardSpec>,
-    /// Completions of each prompt
-    #[arg(long, alias = "group-size", value_name = "N", default_value = "8", value_parser = count)]
-    pub num_generations: usize,
-    /// Optimizer steps on the same completions
-    #[arg(long, value_name = "N", default_value = "1", value_parser = steps)]
-    pub num_iterations: u64,
-    /// Length limit of a completion that is trained on, in tokens
-    #[arg(long, value_name = "N", default_value = "256", value_parser = count)]
-    pub max_completion_length: usize,
-    /// Randomness of such a completion; log-probabilities are those at 1 whatever it is
-    #[arg(long, value_name = "F", default_value = "1", value_parser = zero_or_more)]
-    pub rollout_temperature: f64,
-    /// Sample such a completion from the likeliest tokens that hold this share of the probability, above 0 to 1
-    #[arg(long, value_name = "F", default_value = "1", value_parser = above_zero_to_one)]
-    pub rollout_top_p: f64,
+    /// Completions of each prompt [default: 8]
+    #[arg(long, alias = "group-size", value_name = "N", value_parser = count)]
+    pub num_generations: Option<usize>,
+    /// Optimizer steps on the same completions [default: 1]
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub num_iterations: Option<u64>,
+    /// Length limit of a completion that is trained on, in tokens [default: 256]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub max_completion_length: Option<usize>,
+    /// Randomness of such a completion; log-probabilities are those at 1 whatever it is [default: 1]
+    #[arg(long, value_name = "F", value_parser = zero_or_more)]
+    pub rollout_temperature: Option<f64>,
+    /// Sample such a completion from the likeliest tokens that hold this share of the probability, above 0 to 1 [default: 1]
+    #[arg(long, value_name = "F", value_parser = above_zero_to_one)]
+    pub rollout_top_p: Option<f64>,
 }
 
 impl RolloutArgs {
@@ -46,11 +46,11 @@ impl RolloutArgs {
     pub fn rollouts(&self) -> Option<Rollouts> {
         (!self.reward.is_empty()).then(|| Rollouts {
             rewards: self.reward.clone(),
-            samples: self.num_generations,
-            iterations: self.num_iterations,
-            max_new_tokens: self.max_completion_length,
-            temperature: self.rollout_temperature,
-            top_p: self.rollout_top_p,
+            samples: self.num_generations.unwrap_or(8),
+            iterations: self.num_iterations.unwrap_or(1),
+            max_new_tokens: self.max_completion_length.unwrap_or(256),
+            temperature: self.rollout_temperature.unwrap_or(1.0),
+            top_p: self.rollout_top_p.unwrap_or(1.0),
         })
     }
 }
