@@ -80,7 +80,7 @@ impl GenerateArgs {
         requests: &[Request],
     ) -> Result<(usize, usize)> {
         let (spec, rank, storage) = (&model.spec, model.widest_rank(), device.storage());
-        let threads = self.engine.threads.unwrap_or_else(|| rayon::current_num_threads());
+        let threads = self.engine.threads.unwrap_or_else(rayon::current_num_threads);
         let host = Host::of_model(&self.model, threads, B::APART);
         let [loading, host_alone] = match B::APART {
             true => [0, 0],

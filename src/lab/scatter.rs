@@ -246,7 +246,7 @@ fn legend(scatter: &Scatter, methods: &[&str], x: &Scale, y: &Scale) -> String {
         keys.dedup();
         let keys = if keys.is_empty() { String::new() } else { format!(": {}", keys.join(", ")) };
         let _ =
-            write!(svg, "<g class=\"c{}\">{}</g>\n", index % COLOURS, shape(index, (left, at - 4.0), false).trim_end());
+            writeln!(svg, "<g class=\"c{}\">{}</g>", index % COLOURS, shape(index, (left, at - 4.0), false).trim_end());
         svg += &text("key", (left + 12.0, at), "start", 12, &escape(&format!("{method}{keys}")));
         at += 18.0;
         for dot in dots.iter().filter(|dot| !x.shows(dot.at.0) || !y.shows(dot.at.1)) {

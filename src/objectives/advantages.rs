@@ -179,7 +179,7 @@ mod tests {
             assert_eq!(by_group.advantages(&[rewards.to_vec()], &[1.0], &groups), [0.0; 6], "{scale:?}");
         }
         assert_eq!(leave_one_out(&rewards, &groups), [0.0; 6]);
-        assert_eq!(leave_one_out(&[1.0, 3.0], &[0..2]), [-2.0, 2.0]);
+        assert_eq!(leave_one_out(&[1.0, 3.0, 2.0], &[0..2, 2..3]), [-2.0, 2.0, 0.0]);
     }
 
     /// With lambda 1 and gamma 1 an advantage is what is still to come, less the value.

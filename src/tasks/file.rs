@@ -225,14 +225,14 @@ pub(super) fn text(row: &Object, spellings: &[&str]) -> Result<String, String> {
 
 /// What a template makes of rows, or the column where there is none.
 pub(super) enum Source {
-    Template(Template),
+    Template(Box<Template>),
     Column(&'static [&'static str]),
 }
 
 impl Source {
     pub fn new(path: &Path, template: Option<String>, column: &'static [&'static str]) -> Result<Self> {
         Ok(match template {
-            Some(template) => Self::Template(Template::new(path, template)?),
+            Some(template) => Self::Template(Box::new(Template::new(path, template)?)),
             None => Self::Column(column),
         })
     }

@@ -20,6 +20,9 @@ pub struct Table {
     models: Vec<Examined>,
 }
 
+/// A name, and where it stands in a figure.
+pub type Point = (String, (f64, f64));
+
 impl Table {
     /// `baseline` is an index of `models`.
     pub fn new(tasks: Vec<String>, mut models: Vec<Examined>, baseline: usize) -> Self {
@@ -55,7 +58,7 @@ impl Table {
     }
 
     /// What a figure of both shows: the first metric of two tasks, as labels, then a point for each model.
-    pub fn points(&self, x: usize, y: usize) -> ([String; 2], Vec<(String, (f64, f64))>) {
+    pub fn points(&self, x: usize, y: usize) -> ([String; 2], Vec<Point>) {
         let label = |t: usize| format!("{} {}", self.tasks[t], self.models[0].outcomes[t].headline().name);
         let point = |model: &Examined| {
             let at = |t: usize| model.outcomes[t].headline().value;

@@ -178,7 +178,7 @@ impl<'a, B: Backend> Online<'a, B> {
             stats.sampled_token_logps = sampled_logps;
             metrics.extend(mismatch(stats));
         }
-        (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(exact).unzip();
+        (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(|said| exact(said)).unzip();
         stats.ref_weights = ref_weights.to_vec();
         let credit = self.task.objective.credit(stats);
         (stats.advantages, stats.token_advantages) = (credit.advantages, credit.token_advantages);
@@ -347,7 +347,7 @@ pub fn written_text(task: &Task, prompt: &[u32], ids: &[u32], finished: bool) ->
 }
 
 /// Sums and tokens of what a reference said.
-fn exact(scored: &Vec<Scored>) -> (Vec<f64>, Vec<f64>) {
+fn exact(scored: &[Scored]) -> (Vec<f64>, Vec<f64>) {
     let tokens = scored.iter().flat_map(|s| &s.tokens).flatten().map(|x| f64::from(*x)).collect();
     (scored.iter().flat_map(|s| &s.sums).copied().collect(), tokens)
 }

@@ -162,9 +162,12 @@ fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, 
     let Some(tau) = &task.tau else { return Ok(()) };
     let size = tau.read(&task.checkpoint, |read| {
         // No model had a value head that fine-tuning could have changed.
-        let read = &mut |param: &Param<B>, out: &mut [f32]| match param.name == VALUE_HEAD {
-            true => Ok(out.fill(0.0)),
-            false => read(param, out),
+        let read = &mut |param: &Param<B>, out: &mut [f32]| {
+            if param.name == VALUE_HEAD {
+                out.fill(0.0);
+                return Ok(());
+            }
+            read(param, out)
         };
         optimizer.set_tau_ref(device, &params, read)
     })?;

@@ -551,7 +551,7 @@ fn graos_third_term_only_rescales_the_other_two() {
     let mut stats = Stats {
         logps: random.vec(9, -50.0..-1.0),
         lens: (1..=9).map(f64::from).collect(),
-        groups: vec![0..8],
+        groups: std::iter::once(0..8).collect(),
         answers: vec![8],
         rewards: vec![random.vec(9, -1.0..1.0)],
         reward_weights: vec![1.0],

@@ -125,9 +125,8 @@ impl Experiment {
             return Ok(None);
         }
         let in_file = |detail: String| Error::file(path, detail);
-        for flag in ["pairs"].into_iter().filter(|flag| is_given(flags, flag)) {
-            let detail = "is for comparing references; here, arms with `limit` do it";
-            return Err(Error::option(format!("--{flag}"), detail));
+        if is_given(flags, "pairs") {
+            return Err(Error::option("--pairs", "is for comparing references; here, arms with `limit` do it"));
         }
         let folder = path.parent().unwrap_or(Path::new(""));
         let train = recipe::train();

@@ -17,7 +17,7 @@ pub use experiment::{Experiment, Grid, grid, only_here};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Compare {
     References(Box<CompareArgs>),
-    Experiment(Experiment),
+    Experiment(Box<Experiment>),
 }
 
 impl Args for Compare {
@@ -44,7 +44,7 @@ impl FromArgMatches for Compare {
 impl Compare {
     /// The experiment that a recipe lists; none where the recipe is one of `cuvee train`.
     pub fn read(recipe: &Path, flags: &ArgMatches) -> Result<Option<Self>> {
-        Ok(Experiment::read(recipe, flags)?.map(Self::Experiment))
+        Ok(Experiment::read(recipe, flags)?.map(|experiment| Self::Experiment(Box::new(experiment))))
     }
 
     /// What no single flag can know.

@@ -327,7 +327,7 @@ pub fn grao(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
         let mut stats = Stats {
             logps: [samples.sums(&tokens), answer.sums(&answer_tokens)].concat(),
             lens: [samples.lens(), answer.lens()].concat(),
-            groups: vec![0..group],
+            groups: std::iter::once(0..group).collect(),
             answers: vec![group],
             rewards: vec![rewards],
             reward_weights: vec![1.0],
