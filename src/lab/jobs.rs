@@ -307,8 +307,9 @@ impl Work<'_> {
     /// Asks every process for a checkpoint and its end, and waits for it.
     fn interrupt(&mut self) {
         for running in &self.running {
+            // Not SIGINT: who is started in the background of a shell, as by nohup, ignores that, and so do its children.
             // SAFETY: a signal to a process that was started here and that nobody has waited for.
-            unsafe { libc::kill(running.child.id() as libc::pid_t, libc::SIGINT) };
+            unsafe { libc::kill(running.child.id() as libc::pid_t, libc::SIGTERM) };
         }
         self.running.iter_mut().for_each(|running| drop(running.child.wait()));
     }
@@ -406,7 +407,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ready = folder.path().join("ready");
         let script =
-            format!("trap 'echo stopping >&2; exit 9' INT; touch '{}'; while :; do sleep 0.02; done", ready.display());
+            format!("trap 'echo stopping >&2; exit 9' TERM; touch '{}'; while :; do sleep 0.02; done", ready.display());
         let jobs = [job(folder.path(), "endless", &[], &script)];
         let runner = Runner { program: Path::new("sh"), jobs: 1, stop: &|| ready.exists() };
         let error = runner.run(&jobs).unwrap_err();
