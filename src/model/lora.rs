@@ -293,10 +293,11 @@ impl<B: Backend> LowRank<B> {
         if !self.on {
             return Ok(());
         }
-        let blend = room.blend.as_ref().zip(self.owner.as_ref()).map(|(shares, owner)| low_rank::Blend {
-            weights: shares.weights.top(shares.rows),
-            owner: owner.view(),
-        });
+        let blend = room
+            .blend
+            .as_ref()
+            .zip(self.owner.as_ref())
+            .map(|(shares, owner)| low_rank::Blend { weights: shares.weights.top(shares.rows), owner: owner.view() });
         let (rows, rank) = (x.rows(), self.rank());
         let scratch = room.scratch.top_mut(rows * rank).reshape(rows, rank);
         let (a, b, scale) = (self.a.view(), self.b.view(), self.scale);
@@ -304,14 +305,7 @@ impl<B: Backend> LowRank<B> {
     }
 
     /// Adds to the gradients and to `dx`.
-    pub fn backward(
-        &mut self,
-        device: &B,
-        dy: View<B>,
-        x: View<B>,
-        room: &mut Room<B>,
-        dx: ViewMut<B>,
-    ) -> Result<()> {
+    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, room: &mut Room<B>, dx: ViewMut<B>) -> Result<()> {
         if !self.on {
             return Ok(());
         }

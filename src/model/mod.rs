@@ -106,7 +106,18 @@ impl<D: Device> Model<D> {
         };
         let ranks = blocks.iter_mut().flat_map(Block::linears_mut).flat_map(|linear| linear.ranks());
         let widest_rank = ranks.max().unwrap_or(0);
-        Self { spec: spec.clone(), embed, positions, blocks, norm, head, score, rope, widest_rank, adapters: adapters.len() }
+        Self {
+            spec: spec.clone(),
+            embed,
+            positions,
+            blocks,
+            norm,
+            head,
+            score,
+            rope,
+            widest_rank,
+            adapters: adapters.len(),
+        }
     }
 
     /// Memory that `new` will take on a device that stores `storage`.
@@ -193,13 +204,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// The same of other rows of the pass that `decode` ran, which the batch reads now.
-    pub fn decode_more(
-        &self,
-        device: &B,
-        batch: &Batch<B>,
-        acts: &mut Acts<B>,
-        logits: &mut Tensor<B>,
-    ) -> Result<()> {
+    pub fn decode_more(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, logits: &mut Tensor<B>) -> Result<()> {
         self.read_hidden(device, batch, acts)?;
         self.logits(device, batch, acts, logits)
     }

@@ -32,7 +32,8 @@ fn scale_by(cpu: &Cpu, scale: f32, x: &mut [f32]) {
 /// Gives each column of `t`, `[rows, rank]`, its adapter's weight in that row.
 fn blend_by(cpu: &Cpu, Blend { weights, owner }: Blend<Cpu>, rank: usize, t: &mut [f32]) {
     let (adapters, weights, owner) = (weights.cols(), weights.f32s(), owner.u32s());
-    let rows = t.par_chunks_exact_mut(rank.max(1)).zip(weights.par_chunks_exact(adapters.max(1))).with_min_len(ROWS_PER_TASK);
+    let rows =
+        t.par_chunks_exact_mut(rank.max(1)).zip(weights.par_chunks_exact(adapters.max(1))).with_min_len(ROWS_PER_TASK);
     cpu.run(|| {
         rows.for_each(|(t, weights)| t.iter_mut().zip(owner).for_each(|(t, owner)| *t *= weights[*owner as usize]));
     });

@@ -195,8 +195,10 @@ pub fn forward<V: Visitor>(v: &mut V) {
     v.twice(&LowRank { shape: [47, 31, 123, 4], scale: 2.0 });
     v.nan(&LowRank { shape: [14, 31, 35, 4], scale: 2.0 });
     v.shapes(&LowRank { shape: [3, 5, 4, 2], scale: 2.0 });
-    for (shape, adapters) in [([1, 31, 123, 1], 1), ([8, 123, 507, 24], 3), ([252, 123, 33, 5], 2), ([530, 31, 33, 16], 4)] {
+    for (shape, adapters) in [([1, 31, 123, 1], 1), ([8, 123, 507, 24], 3), ([252, 123, 33, 5], 2)] {
         v.close(&Blended { shape, adapters });
+    }
+    for (shape, adapters) in PROMISES.into_iter().zip([3, 4]) {
         v.repeatable(&Blended { shape, adapters });
         v.rows(&Blended { shape, adapters });
     }
