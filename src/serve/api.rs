@@ -192,7 +192,7 @@ impl App {
     }
 
     fn read(&self, shape: Shape, body: &[u8]) -> Result<Wanted, Refusal> {
-        let seed = mixed(self.entropy, self.count.fetch_add(1, Relaxed)) >> 1;
+        let seed = mixed(self.entropy, self.count.fetch_add(1, Relaxed)) >> 32;
         let reader =
             Reader { tokenizer: &self.tokenizer, template: &self.template, soups: &self.soups, most: self.most, seed };
         match shape {

@@ -8,6 +8,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cuvee::data::Tokenizer;
 use cuvee::model::Checkpoint;
 use serde_json::{Value, json};
 
@@ -92,7 +93,7 @@ impl Server {
         thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 if let Some(at) = line.split("listening on http://").nth(1) {
-                    drop(said.send(at.rsplit(':').next().unwrap().parse().unwrap()));
+                    let _ = said.send(at.rsplit(':').next().unwrap().parse().unwrap());
                 }
             }
         });
@@ -303,21 +304,18 @@ fn echoed_prompts_are_scored_as_logps_scores_them() {
     let likeliest = last.as_object().unwrap().values().map(|logp| logp.as_f64().unwrap()).fold(f64::MIN, f64::max);
     assert_eq!(told(&more)[tokens].as_f64().unwrap(), likeliest, "temperature 0 takes it");
 
-    // The same tokens, each as a completion of one.
-    server.workspace.write_lines(
-        "rows.jsonl",
-        &[json!({"prompt": "The film was", "chosen": " good, and the actors were", "rejected": " bad"})],
-    );
+    // What `cuvee logps` says of it as a completion, which ends with the end-of-text token.
+    let tokenizer = Tokenizer::load(&server.workspace.path("model")).unwrap();
+    let row = json!({"prompt": "The film was", "chosen": " good, and the actors were", "rejected": " bad"});
+    server.workspace.write_lines("rows.jsonl", &[row]);
     server.workspace.ok("logps --model model --dataset rows.jsonl --out logps.jsonl");
     let expected = &server.workspace.lines("logps.jsonl")[0];
-    let start = server.complete(json!({"prompt": "The film was", "max_tokens": 0, "echo": true})).ok();
-    let start = start["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
-    let sum: f64 = told(&scored)[start..].iter().map(|logp| logp.as_f64().unwrap()).sum();
-    let chosen = expected.values().find_map(|value| value.as_f64()).map(|_| expected);
-    let near = chosen.unwrap().iter().any(|(name, value)| {
-        name.contains("chosen") && value.as_f64().is_some_and(|value| (value - sum).abs() < 1.0 + sum.abs())
-    });
-    assert!(near, "{sum} beside {expected:?}");
+    let ended = format!("{prompt}{}", tokenizer.eos().unwrap().1);
+    let asked = json!({"prompt": ended, "max_tokens": 0, "echo": true, "logprobs": 0});
+    let (told, count) = (told(&server.complete(asked).ok()), expected["tokens_chosen"].as_u64().unwrap() as usize);
+    let sum: f64 = told[told.len() - count..].iter().map(|logp| logp.as_f64().unwrap()).sum();
+    let expected = expected["logps_chosen"].as_f64().unwrap();
+    assert!((sum - expected).abs() < 1e-4, "{sum}, and {expected} of logps");
 }
 
 #[test]
