@@ -57,11 +57,32 @@ pub struct Cut {
 }
 
 impl Cut {
-    pub fn counts<T: Real>(&self, value: T, index: usize) -> bool {
-        let key = value.key();
-        let beyond = if self.end == End::Largest { key > self.key } else { key < self.key };
-        beyond || (key == self.key && index < self.ties_before)
+    /// Zeroes those of a run of elements that are not counted.
+    pub fn keep<T: Real>(&self, start: usize, values: &mut [T]) {
+        self.zero(start, values, false);
     }
+
+    /// Zeroes those that are counted.
+    pub fn drop<T: Real>(&self, start: usize, values: &mut [T]) {
+        self.zero(start, values, true);
+    }
+
+    fn zero<T: Real>(&self, start: usize, values: &mut [T], counted: bool) {
+        let (ties, others) = values.split_at_mut(self.ties_before.saturating_sub(start).min(values.len()));
+        let at = T::of_key(self.key);
+        // Four plain comparisons, so that each is a loop without branches.
+        match (self.end, counted) {
+            (End::Largest, false) => (zero(ties, |x| x < at), zero(others, |x| x <= at)),
+            (End::Largest, true) => (zero(ties, |x| x >= at), zero(others, |x| x > at)),
+            (End::Smallest, false) => (zero(ties, |x| x > at), zero(others, |x| x >= at)),
+            (End::Smallest, true) => (zero(ties, |x| x <= at), zero(others, |x| x < at)),
+        };
+    }
+}
+
+/// Zeroes what has such a magnitude.
+fn zero<T: Real>(values: &mut [T], falls: impl Fn(T) -> bool) {
+    values.iter_mut().for_each(|value| *value = if falls(value.abs()) { T::default() } else { *value });
 }
 
 /// Binary digits that are told apart in one pass: few enough that the counts stay in a core's nearest cache.
@@ -87,12 +108,7 @@ pub fn cuts<T: Real>(tensor: &Tensor<T>, counts: &[Count]) -> Result<Vec<Cut>> {
             |part, bins| {
                 part.subtract_base();
                 for (search, bins) in searches.iter().zip(bins.chunks_exact_mut(BINS)) {
-                    for value in &part.models[search.count.model] {
-                        let key = value.key();
-                        let counted = key.checked_shr(shift + DIGIT).unwrap_or(0) == search.prefix;
-                        let bin = &mut bins[(key >> shift) as usize % BINS];
-                        *bin = bin.wrapping_add(u64::from(counted));
-                    }
+                    search.count(&part.models[search.count.model], shift, bins);
                 }
             },
         )?;
@@ -103,6 +119,24 @@ pub fn cuts<T: Real>(tensor: &Tensor<T>, counts: &[Count]) -> Result<Vec<Cut>> {
 }
 
 impl Search {
+    /// Counts values by the next digit of their keys. After the first one few are left to count: a run of values is looked at
+    /// one by one only if it has some.
+    fn count<T: Real>(&self, values: &[T], shift: u32, bins: &mut [u64]) {
+        const RUN: usize = 16;
+        let mut count = |value: &T| bins[(value.key() >> shift) as usize % BINS] += 1;
+        if shift + DIGIT >= T::KEY_BITS {
+            return values.iter().for_each(count);
+        }
+        let ends = [self.prefix, self.prefix + 1].map(|prefix| prefix << (shift + DIGIT));
+        let (least, most) = (T::of_key(ends[0]), T::of_key(ends[1] - 1));
+        let has = |value: &T| (value.abs() >= least) & (value.abs() <= most);
+        for run in values.chunks(RUN) {
+            if run.iter().fold(false, |any, value| any | has(value)) {
+                run.iter().filter(|value| has(value)).for_each(&mut count);
+            }
+        }
+    }
+
     fn narrow(&mut self, bins: &[u64]) {
         let largest = self.count.end == End::Largest;
         for i in 0..BINS {
