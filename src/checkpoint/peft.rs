@@ -147,8 +147,16 @@ impl AdapterConfig {
     /// What a module's `B A` is multiplied with.
     pub fn scaling(&self, module: &str) -> Result<f64> {
         let alpha = first_fit(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
-        let rank = self.rank(module)? as f64;
-        Ok(alpha / if self.rslora { rank.sqrt() } else { rank })
+        Ok(self.of(alpha, self.rank(module)?))
+    }
+
+    /// The same, where no pattern fits.
+    pub fn default_scaling(&self) -> f64 {
+        self.of(self.lora_alpha, self.lora_rank)
+    }
+
+    fn of(&self, alpha: f64, rank: usize) -> f64 {
+        alpha / if self.rslora { (rank as f64).sqrt() } else { rank as f64 }
     }
 
     fn names(&self, module: &str) -> bool {

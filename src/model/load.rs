@@ -121,6 +121,8 @@ pub fn sources<'a, D: Device>(device: &'a D, params: &'a [&mut Param<D>]) -> Vec
                 return param.read(device, out);
             }
             let mut weight = Vec::new();
+            // What no part has is 0.
+            out.fill(0.0);
             parts.iter().try_for_each(|param| {
                 weight.resize(param.value.len(), 0.0);
                 param.read(device, &mut weight)?;
