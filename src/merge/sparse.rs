@@ -108,7 +108,12 @@ pub fn cuts<T: Real>(tensor: &Tensor<T>, counts: &[Count]) -> Result<Vec<Cut>> {
             |part, bins| {
                 part.subtract_base();
                 for (search, bins) in searches.iter().zip(bins.chunks_exact_mut(BINS)) {
-                    search.count(&part.models[search.count.model], shift, bins);
+                    for value in &part.models[search.count.model] {
+                        let key = value.key();
+                        let counted = key.checked_shr(shift + DIGIT).unwrap_or(0) == search.prefix;
+                        let bin = &mut bins[(key >> shift) as usize % BINS];
+                        *bin = bin.wrapping_add(u64::from(counted));
+                    }
                 }
             },
         )?;
@@ -119,24 +124,6 @@ pub fn cuts<T: Real>(tensor: &Tensor<T>, counts: &[Count]) -> Result<Vec<Cut>> {
 }
 
 impl Search {
-    /// Counts values by the next digit of their keys. After the first one few are left to count: a run of values is looked at
-    /// one by one only if it has some.
-    fn count<T: Real>(&self, values: &[T], shift: u32, bins: &mut [u64]) {
-        const RUN: usize = 16;
-        let mut count = |value: &T| bins[(value.key() >> shift) as usize % BINS] += 1;
-        if shift + DIGIT >= T::KEY_BITS {
-            return values.iter().for_each(count);
-        }
-        let ends = [self.prefix, self.prefix + 1].map(|prefix| prefix << (shift + DIGIT));
-        let (least, most) = (T::of_key(ends[0]), T::of_key(ends[1] - 1));
-        let has = |value: &T| (value.abs() >= least) & (value.abs() <= most);
-        for run in values.chunks(RUN) {
-            if run.iter().fold(false, |any, value| any | has(value)) {
-                run.iter().filter(|value| has(value)).for_each(&mut count);
-            }
-        }
-    }
-
     fn narrow(&mut self, bins: &[u64]) {
         let largest = self.count.end == End::Largest;
         for i in 0..BINS {
