@@ -337,9 +337,11 @@ pub fn scratch<D: Device>(arena: &mut Arena<D>, rows: usize, rank: usize) -> Ten
 }
 
 impl<D: Device> Model<D> {
-    /// A and B of the adapter that trains, layer by layer; nothing where the weights train.
+    /// A and B of the adapter that trains, layer by layer, and before them the head of a reward model; nothing where the weights
+    /// train.
     pub fn adapter_mut(&mut self) -> Vec<&mut Param<D>> {
-        self.all_mut().filter(|param| param.adapter).collect()
+        let trains = self.linears_mut().any(|linear| linear.trained.is_some());
+        self.all_mut().filter(|param| trains && param.grad.is_some()).collect()
     }
 
     /// Everything that has a gradient, in a fixed order.
@@ -362,7 +364,14 @@ impl<D: Device> Model<D> {
                 None => own.init(device, seed)?,
             }
         }
-        Ok(())
+        match (&file, &mut self.score) {
+            (Some((_, file)), Some(score)) if file.head().is_some() => {
+                let mut head = Vec::new();
+                file.read_head(&mut head)?;
+                score.write(device, &head)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The adapters that are applied.
@@ -377,6 +386,10 @@ impl<D: Device> Model<D> {
     pub fn adapter_config(&mut self, lora: &Lora, base: &str) -> AdapterConfig {
         let adapted = self.linears_mut().filter(|linear| linear.trained.is_some());
         let stored: Vec<&Stored> = adapted.map(|linear| &linear.weight.stored).collect();
-        lora.config(base, &stored)
+        let config = lora.config(base, &stored);
+        match self.score.is_some() {
+            true => AdapterConfig { has_head: true, task_type: Some("SEQ_CLS".into()), ..config },
+            false => config,
+        }
     }
 }

@@ -47,7 +47,10 @@ pub fn save_model<B: Backend>(
     let source = &task.checkpoint.dir;
     if let Some(lora) = &task.lora {
         let config = policy.model.adapter_config(lora, &source.to_string_lossy());
-        peft::write(dir, &config, &sources(device, &policy.model.adapter_mut()))?;
+        let params = policy.model.adapter_mut();
+        let mut tensors = sources(device, &params);
+        tensors.iter_mut().for_each(|tensor| tensor.name = peft::saved_name(&tensor.name));
+        peft::write(dir, &config, &tensors)?;
         return copy_companions(source, dir);
     }
     let params = policy.model.params_mut();
@@ -135,7 +138,9 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut();
     for param in model.trained_mut() {
-        param.write(device, reader.read(model_file, &param.stored.tensor, param)?)?;
+        let saved = &param.stored.tensor;
+        let saved = if adapter { peft::saved_name(saved) } else { saved.clone() };
+        param.write(device, reader.read(model_file, &saved, param)?)?;
         let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
         if let (true, Some(master)) = (param.lazy, &mut param.master) {
             values.resize(master.len(), 0.0);

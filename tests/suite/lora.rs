@@ -401,6 +401,45 @@ fn an_adapter_is_trained_saved_continued_and_used() {
     w.ok("logps --model model --adapter whole=0.5 --dataset heldout.jsonl --max-length 40 --out logps.jsonl");
 }
 
+/// In PEFT's layout of `modules_to_save`, saved, continued, used and started from.
+#[test]
+fn the_head_of_a_reward_model_trains_beside_an_adapter() {
+    let w = Workspace::with_reviews(40);
+    let train = "train --objective reward --learning-rate 2e-3 --model model --dataset train.jsonl --max-length 40 \
+        --batch-size 4 --threads 2 --save-steps 4";
+    let line = format!("{train} --eval-dataset heldout.jsonl --eval-steps 8 --max-steps 8 --lora-rank 4");
+    w.ok(&format!("{line} --output-dir whole"));
+    let config = w.json("whole/adapter_config.json");
+    assert_eq!((&config["task_type"], &config["modules_to_save"]), (&json!("SEQ_CLS"), &json!(["score"])));
+    let file = AdapterFile::open(&w.path("whole")).unwrap();
+    let mut head = Vec::new();
+    assert_eq!(Some(file.read_head(&mut head).unwrap()[1]), file.head());
+    assert!(head.iter().any(|x| *x != 0.0) && file.has("model.layers.0.self_attn.q_proj"));
+    w.ok(&format!("{line} --output-dir run --stop-at-step 6"));
+    w.ok(&format!("{line} --output-dir run --resume-from-checkpoint auto"));
+    for file in ["adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"] {
+        assert!(w.read(&format!("whole/{file}")) == w.read(&format!("run/{file}")), "{file}");
+    }
+
+    let scores = |model: &str| -> Vec<[f64; 2]> {
+        w.ok(&format!("score --model {model} --dataset heldout.jsonl --max-length 40 --out scores.jsonl"));
+        let columns = ["score_chosen", "score_rejected"].map(|key| w.column("scores.jsonl", key));
+        columns[0].iter().zip(&columns[1]).map(|(a, b)| [*a, *b]).collect()
+    };
+    let trained = scores("whole");
+    let right = trained.iter().filter(|[chosen, rejected]| chosen > rejected).count() as f64 / trained.len() as f64;
+    let evaluations = w.lines("whole/evaluations.jsonl");
+    assert!((right - evaluations.last().unwrap()["eval_accuracy"].as_f64().unwrap()).abs() < 1e-9, "{right}");
+    let still = train.replace("2e-3", "1e-30");
+    w.ok(&format!("{still} --max-steps 1 --lora-start whole --output-dir still"));
+    assert_eq!(scores("still"), trained);
+
+    w.fails(1, "score --model model --text x", &["is a language model"]);
+    let logps = "logps --model model --adapter whole --dataset heldout.jsonl --out x.jsonl";
+    w.fails(1, logps, &["has the head of a reward model, and a language model is wanted"]);
+    w.fails(1, "merge adapters --adapter whole --output-dir x", &["has the head of a reward model besides"]);
+}
+
 /// A second adapter on top of a first that is applied: the reference is the model under the first.
 #[test]
 fn an_adapter_trains_on_top_of_others() {
@@ -438,8 +477,8 @@ fn what_makes_no_sense_is_refused() {
     w.fails(1, &format!("{train} --lora-rank 2 --target-modules nothing"), &["nothing names no linear layer"]);
     w.fails(1, &format!("{train} --adapter model"), &["--adapter: the weights below it would train"]);
     w.fails(1, &format!("{train} --lora-rank 2 --adapter model"), &["is a whole model (config.json) and no adapter"]);
-    let reward = train.replace("--objective sigmoid --beta 0.1", "--objective reward");
-    w.fails(1, &format!("{reward} --lora-rank 2"), &["--lora-rank: reward trains a new head besides"]);
+    let reward = merging.replace("--objective sigmoid --beta 0.1", "--objective reward");
+    w.fails(1, &reward, &["--optimizer: onties merges with such a difference, and reward trains a head besides"]);
     assert!(!w.exists("run"), "refused before anything is made");
     w.ok(&format!("{train} --lora-rank 2").replace("--output-dir run", "--output-dir own"));
     let mut config = w.json("own/adapter_config.json");

@@ -179,6 +179,9 @@ fn modules(args: &AdaptersArgs, adapters: &[(AdapterFile, f64)]) -> Result<BTree
     let name = |i: usize| args.adapter[i].dir.display();
     let mut modules: BTreeMap<String, ([usize; 2], usize)> = BTreeMap::new();
     for (i, (file, _)) in adapters.iter().enumerate() {
+        if file.head().is_some() {
+            return fail(format!("{} has the head of a reward model besides, which is not merged", name(i)));
+        }
         for module in file.modules() {
             let shape = file.shape(&module);
             let (first, of) = *modules.entry(module.clone()).or_insert((shape, i));
