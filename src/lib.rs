@@ -16,7 +16,9 @@ pub mod optim;
 pub mod params;
 pub mod progress;
 pub mod references;
+pub mod rewards;
 pub mod rollout;
+pub mod tasks;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -22,6 +22,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("optim", &["params", "device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
+    ("rewards", &["device", "ops", "model", "data", "progress"]),
+    ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references", "progress"]),
     (
         "train",
         &[
@@ -34,6 +36,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "optim",
             "rollout",
             "references",
+            "rewards",
+            "tasks",
             "progress",
             "machine",
             "lineage",

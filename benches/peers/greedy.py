@@ -1,4 +1,5 @@
-"""Greedy continuations by transformers on the CPU, in f32: what `cuvee generate --temperature 0` must say, token for token.
+"""Greedy continuations by transformers on the CPU, in f32: what `cuvee generate --temperature 0` must say, token for token,
+plain and with what keeps a text from repeating itself.
 
     python benches/peers/greedy.py OUT.json MODEL_FOLDER...
 
@@ -25,15 +26,27 @@ TEXTS = [
 IDS = [[5], [3, 200], [17, 4, 99, 250, 8, 31, 77], [(7 * i + 3) % 311 for i in range(30)]]
 
 
+OPTIONS = [{}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.1, "no_repeat_ngram_size": 2}]
+
+
+def processors(options):
+    kinds = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": transformers.NoRepeatNGramLogitsProcessor,
+    }
+    return transformers.LogitsProcessorList(kinds[name](value) for name, value in options.items())
+
+
 @torch.no_grad()
-def continuation(model, prompt):
-    ids, leads = list(prompt), []
+def continuation(model, prompt, options):
+    ids, leads, process = list(prompt), [], processors(options)
     for _ in range(NEW_TOKENS):
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        tokens = torch.tensor([ids])
+        logits = process(tokens, model(tokens, use_cache=False).logits[:, -1])[0]
         best = logits.topk(2)
         leads.append(round(float(best.values[0] - best.values[1]), 6))
         ids.append(int(best.indices[0]))
-    return {"prompt": list(prompt), "new": ids[len(prompt):], "leads": leads}
+    return {"prompt": list(prompt), **options, "new": ids[len(prompt):], "leads": leads}
 
 
 def main(out, folders):
@@ -45,7 +58,8 @@ def main(out, folders):
         if os.path.exists(os.path.join(folder, "tokenizer.json")):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             prompts = [tokenizer(text).input_ids for text in TEXTS]
-        models[os.path.basename(folder)] = [continuation(model, prompt) for prompt in prompts]
+        models[os.path.basename(folder)] = [
+            continuation(model, prompt, options) for options in OPTIONS for prompt in prompts]
     header = {"transformers": transformers.__version__, "torch": torch.__version__}
     with open(out, "w") as file:
         lines = [f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, runs)) + "\n]" for name, runs in models.items()]

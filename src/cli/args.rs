@@ -10,15 +10,20 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::compare::{Compare, Grid, grid, only_here};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
+use super::rollouts::RolloutArgs;
+use super::tasks::{TaskArg, TaskArgs};
 use super::{flags, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
 use crate::optim;
 use crate::params::Params;
+use crate::rewards::RewardSpec;
+use crate::train::StopWhen;
 use crate::{Error, Result};
 
 /// Align language models to human preferences.
@@ -42,16 +47,16 @@ pub enum Command {
     Train(TrainArgs),
     /// Print what a training run will cost in memory and arithmetic, without running it
     Plan(PlanArgs),
-    /// Train one recipe with each of several references and with their blends, over several seeds, and tabulate what they
-    /// are worth
-    Compare(CompareArgs),
+    /// Run many variants of a recipe over several seeds and tabulate what they are worth: any that it lists, or each of
+    /// several references and their blends
+    Compare(Compare),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
     Logps(LogpsArgs),
-    /// Write the scores a reward model gives to texts
+    /// Write the scores a reward model gives to texts, or what rewards make of completions
     Score(ScoreArgs),
-    /// Measure how often a model prefers the chosen completion to the rejected one
+    /// Measure models: preferences on held-out pairs, or tasks: multiple choice, perplexity, exact match, reward
     Eval(EvalArgs),
     /// Complete a prompt with a model
     Generate(GenerateArgs),
@@ -130,7 +135,16 @@ pub struct PlanArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-Runs the recipe with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
+A recipe that lists runs as [[arm]] is an experiment: its keys at the top are the defaults of every run, [[prepare]] are runs
+that arms start from, @name is what another run made, [arm.grid] has a list of values for each key, merge = { .. } in
+place of training takes what `cuvee merge` takes, and [measure] says what `cuvee eval` is told about each (tasks,
+reward_model, baseline = @name) and which metrics are the two axes: reward and ability, TASK/METRIC.
+recipes/alignment-tax.toml is one. Every run is a process; one that fails stops only what starts from it; the same
+command goes on after an interruption, and runs again what changed. OUTPUT_DIR gets compare.txt, .md, .json and .svg.
+
+How to choose a parameter, as merge_weight: cuvee compare RECIPE --arms ondare --grid merge_weight=1e-7,1e-5,1e-3
+
+Any other recipe is run with each --ref-model alone and with the geometric, harmonic and arithmetic mean, multi-dpo and mrpo
 (harmonic, arwc weights, clipped: as released) of all, on several numbers of pairs and seeds. Everything is
 measured against one anchor, the first reference: after --max-steps, and where the policies have gone equally far from
 it (KL on completions of their own). OUTPUT_DIR gets compare.txt, compare.json, compare.svg and the runs' logs, no
@@ -158,6 +172,16 @@ pub struct CompareArgs {
     /// Only these: folder names of references, geometric, harmonic, arithmetic, multi-dpo, mrpo [default: all]
     #[arg(long, value_name = "NAME,NAME..", value_delimiter = ',', help_heading = "Comparison")]
     pub arms: Vec<String>,
+    /// Of a recipe with arms: run every arm that takes KEY with each of these values, as merge_weight=1e-7,1e-5,1e-3; repeat
+    /// the flag for every combination
+    #[arg(long, value_name = "KEY=V,V..", value_parser = grid, help_heading = "Comparison")]
+    pub grid: Vec<Grid>,
+    /// Of a recipe with arms: processes at a time, which share the cores [default: 1]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Comparison")]
+    pub jobs: Option<usize>,
+    /// Of a recipe with arms: print the result as JSON
+    #[arg(long, help_heading = "Comparison")]
+    pub json: bool,
 }
 
 /// What `train`, `plan` and `compare` share.
@@ -200,6 +224,9 @@ pub struct RunArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub sampling: SamplingArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub rollouts: RolloutArgs,
     /// Where the first weights come from; random takes only config.json and the tokenizer from --model
     #[arg(long, value_name = "FROM", default_value = "checkpoint", help_heading = "Engine")]
     pub init: Init,
@@ -432,7 +459,13 @@ pub struct DataArgs {
     /// What to do with a pair that is longer than --max-length
     #[arg(long, value_name = "WHAT", default_value = "drop")]
     pub on_overflow: OnOverflow,
-    /// Train on N rows of the data, chosen at random by --seed [default: all]
+    /// Leave out the first N rows of the data set: with --take, runs that must not share rows can have their own
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
+    pub skip: usize,
+    /// Train on the first N rows of the data set, after those that are skipped [default: all]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub take: Option<usize>,
+    /// Train on N rows of those, chosen at random by --seed [default: all]
     #[arg(long, value_name = "N", value_parser = count)]
     pub limit: Option<usize>,
     /// Keep the order of the file instead of shuffling it every epoch
@@ -454,6 +487,13 @@ pub struct SaveArgs {
     /// them how far it has gone from its references: KL, nats a completion; 0 = none
     #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
     pub kl_samples: usize,
+    /// Let every evaluation give the policy this task, as `cuvee eval --task` does, but for rewards; repeat the flag for several
+    #[arg(long, value_name = "[NAME=]FILE", value_parser = super::tasks::task)]
+    pub eval_task: Vec<TaskArg>,
+    /// End the run, finished and with a checkpoint, at the first of --eval-steps where a number of evaluations.jsonl lies beyond
+    /// this bound, such as base/perplexity>50 for what a task named base measures, or accuracy<0.5; repeat the flag for several
+    #[arg(long, value_name = "BOUND")]
+    pub stop_when: Vec<StopWhen>,
     /// Write a checkpoint every N steps as well [default: only at the end]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub save_steps: Option<u64>,
@@ -549,14 +589,52 @@ pub struct LogpsArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+With --reward, rows get what a run that trains on these rewards would see, before it is run: `reward` is their weighted sum,
+`rewards` each by its name, null where it says nothing; of pairs both completions are judged. The data's own completion is
+the answer that exact_match compares with. `cuvee list rewards` names all kinds with what they take.
+
+recipes/rewards/film.toml rates a film review by its words, and holds its length and repetitions in check:
+  [[reward]]
+  kind = \"lexicon\"
+  file = \"../../assets/film-reviews/lexicon.tsv\"
+  prior = 5
+
+  [[reward]]
+  kind = \"length\"
+  unit = \"words\"
+  min = 5
+  max = 30
+  slope = 0.1
+
 Examples:
   cuvee score --model runs/reward --dataset pairs.jsonl --out scores.jsonl
-  cuvee score --model runs/reward --text 'Review: a fine film.'"
+  cuvee score --model runs/reward --text 'Review: a fine film.'
+  cuvee score --reward recipes/rewards/film.toml --dataset assets/film-reviews/heldout.jsonl.gz --out scores.jsonl
+  cuvee score --reward recipes/rewards/film.toml --reward runs/reward=0.5 --text 'a fine film.'"
 )]
 pub struct ScoreArgs {
     /// Reward model: a Hugging Face folder of a ..ForSequenceClassification with one label
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    #[arg(
+        long,
+        alias = "model-name-or-path",
+        value_name = "DIR",
+        required_unless_present = "reward",
+        help_heading = "Files"
+    )]
+    pub model: Option<PathBuf>,
+    /// Score completions by this instead: a TOML file of [[reward]] tables, or a reward model's folder that judges as in
+    /// training; and what it counts. Repeat the flag for several [default weight: 1]
+    #[arg(
+        long,
+        value_name = "WHAT[=WEIGHT]",
+        value_parser = RewardSpec::parse,
+        conflicts_with_all = ["model", "adapter", "max_length", "on_overflow"],
+        help_heading = "Files"
+    )]
+    pub reward: Vec<RewardSpec>,
+    /// Folder of the model whose tokens are counted, for rewards in units of tokens
+    #[arg(long, value_name = "DIR", conflicts_with = "model", help_heading = "Files")]
+    pub tokenizer: Option<PathBuf>,
     /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
     #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]
     pub dataset: Option<PathBuf>,
@@ -582,20 +660,60 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
+A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
+
+  choice       question (or query, context, prompt), choices, gold (or answer, label)
+               how likely each choice is behind the question: acc, acc_norm (by characters)
+               gold is an index from 0, a letter or the choice itself
+  perplexity   text
+               perplexity, nll (per token), word_perplexity, byte_perplexity, bits_per_byte
+  exact_match  prompt (or question), target (or answer; a list of several), until
+               the likeliest text up to a stop string: exact_match
+  preference   prompt, chosen, rejected
+               accuracy (a tie is a half) and margin, relative to --ref-model if given
+  reward       prompt, and no answer; needs --reward-model
+               sampled completions: reward, win_rate against the baseline's, words,
+               distinct_2, base_logp (of --base-model)
+
+choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
+texts that are too long are cut as it cuts them: to what config.json says that the model
+reads at once, or to --max-length. A TOML file in place of the rows says what they cannot:
+
+  data = \"gsm8k.jsonl.gz\"             # seen from this file
+  kind = \"exact_match\"                # where columns do not tell
+  prompt = \"Question: {{question}}\\nAnswer:\"    # Jinja over the columns, as is target
+  until = [\"Question:\", \"</s>\"]
+  filter = { regex = '#### (\\-?[0-9\\.\\,]+)', group_select = 0 }
+  ignore_case = true                    # also ignore_punctuation, ignore_numbers
+  regexes_to_ignore = [',', '\\$', '(?s).*#### ', '\\.$']
+
+Further keys are max_new_tokens, samples (of reward) and delimiter (of choice).
+
 Examples:
   cuvee eval --model runs/first --dataset heldout.jsonl
-  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json"
+  cuvee eval --model runs/first --ref-model DIR --dataset heldout.jsonl --json
+  cuvee eval --model runs/first --task cloze.jsonl.gz --task base=sentences.jsonl.gz
+  cuvee eval --model runs/sft --model runs/dpo --task base=sentences.jsonl.gz \\
+    --task prompts.jsonl.gz --reward-model runs/reward --plot front.svg"
 )]
 pub struct EvalArgs {
-    /// Model: a Hugging Face folder
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
-    pub model: PathBuf,
+    /// Model: a Hugging Face folder. With --task repeat the flag for several, which are loaded one after the other
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR", required = true, help_heading = "Files")]
+    pub model: Vec<PathBuf>,
     /// Compare log-probabilities relative to this model [default: compare them as they are]
     #[arg(long, value_name = "DIR", help_heading = "Files")]
     pub ref_model: Option<PathBuf>,
     /// Held-out pairs: .jsonl or .jsonl.gz
-    #[arg(long, value_name = "FILE", help_heading = "Files")]
-    pub dataset: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "task",
+        conflicts_with = "task",
+        help_heading = "Files"
+    )]
+    pub dataset: Option<PathBuf>,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -630,6 +748,7 @@ pub struct LimitArgs {
 Examples:
   cuvee generate --model runs/first --prompt 'The film was'
   cuvee generate --model runs/first --prompt 'The film was' --samples 3 --temperature 0.8
+  cuvee generate --model runs/first --prompts questions.jsonl --samples 8 --out answers.jsonl
   cuvee generate --model runs/chat --chat --prompt 'Which film should I see?'"
 )]
 pub struct GenerateArgs {
@@ -637,26 +756,56 @@ pub struct GenerateArgs {
     #[arg(long, alias = "model-name-or-path", value_name = "DIR")]
     pub model: PathBuf,
     /// Text to continue; write --prompt=TEXT if it starts with a dash
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+    pub prompt: Option<String>,
+    /// Rows with a prompt each, text or messages: .jsonl or .jsonl.gz; other columns are left alone
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "chat"], requires = "out")]
+    pub prompts: Option<PathBuf>,
+    /// Where the completions of --prompts go, a line each: text, tokens, why it ended, log-probabilities
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    pub out: Option<PathBuf>,
     /// Take the prompt as a user's message, put it into the model's chat template and print the answer
     #[arg(long)]
     pub chat: bool,
-    /// Completions to write
+    /// Completions to write of each prompt
     #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
     pub samples: usize,
     /// Length limit of a completion, in tokens
-    #[arg(long, value_name = "N", default_value = "64", value_parser = count)]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count, help_heading = "Length")]
     pub max_new_tokens: usize,
+    /// Tokens before which no completion ends by an end-of-text token
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Length")]
+    pub min_new_tokens: usize,
+    /// Text that ends a completion, which is printed without it; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = some_text, help_heading = "Length")]
+    pub stop: Vec<String>,
     /// Randomness; 0 = always the likeliest token
-    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more)]
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = zero_or_more, help_heading = "Sampling")]
     pub temperature: f64,
+    /// Sample from so many of the likeliest tokens; 0 = from all
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Sampling")]
+    pub top_k: usize,
     /// Sample from the likeliest tokens that hold this share of the probability, above 0 to 1
-    #[arg(long, value_name = "F", default_value = "1.0", value_parser = above_zero_to_one)]
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = above_zero_to_one, help_heading = "Sampling")]
     pub top_p: f64,
+    /// Sample from tokens with this share of the likeliest one's probability, 0 to 1
+    #[arg(long, value_name = "F", default_value = "0.0", value_parser = zero_to_one, help_heading = "Sampling")]
+    pub min_p: f64,
+    /// Divide the logits of tokens that came before by this, and multiply negative ones; 1 = change nothing
+    #[arg(long, value_name = "F", default_value = "1.0", value_parser = positive, help_heading = "Sampling")]
+    pub repetition_penalty: f64,
+    /// Let so many tokens in a row come once only, prompt included; 0 = allow all
+    #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count, help_heading = "Sampling")]
+    pub no_repeat_ngram_size: usize,
     /// Seed of the samples
-    #[arg(long, value_name = "N", default_value = "42", value_parser = seed)]
+    #[arg(long, value_name = "N", default_value = "42", value_parser = seed, help_heading = "Sampling")]
     pub seed: u64,
+    /// Completions that run at a time, at most; default: as many as memory allows, up to 256. Texts do not depend on it
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Memory")]
+    pub max_running: Option<usize>,
+    /// Memory to stay within: such as 8GiB; default: what this machine, or the GPU, has available
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Memory")]
+    pub ram: Option<usize>,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -664,7 +813,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub precision: PrecisionArgs,
     /// Print the result as JSON
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, help_heading = "Output", conflicts_with = "prompts")]
     pub json: bool,
 }
 
@@ -820,6 +969,7 @@ pub enum Registry {
     Modifiers,
     Optimizers,
     Merges,
+    Rewards,
     Architectures,
 }
 
@@ -937,21 +1087,8 @@ impl TrainArgs {
     /// Relative paths are written relative to that folder, so a project can be moved or shared as a
     /// whole (absolute ones, or all if that folder is absolute, stay absolute). What was left to the machine (threads, cache folder) stays left to the machine.
     pub fn to_toml(&self) -> String {
-        let relative = |path: &PathBuf| recipe::relative(path, &self.output_dir);
-        let mut saved = self.clone();
-        saved.dataset = relative(&self.dataset);
-        saved.output_dir = relative(&self.output_dir);
-        let run = &mut saved.run;
-        run.model = relative(&self.run.model);
-        run.adapters.adapter.iter_mut().for_each(|adapter| adapter.dir = relative(&adapter.dir));
-        run.refs.ref_model = self.run.refs.ref_model.iter().map(relative).collect();
-        run.eval_dataset = self.run.eval_dataset.as_ref().map(relative);
-        run.save.eval_anchor = self.run.save.eval_anchor.as_ref().map(relative);
-        run.cache_dir = self.run.cache_dir.as_ref().map(relative);
-        if let Some(Resume::Dir(path)) = &mut run.schedule.resume_from_checkpoint {
-            *path = relative(path);
-        }
-        let body = toml::to_string(&saved).expect("flags are strings, numbers, booleans and lists of strings");
+        let table = toml::Table::try_from(self).expect("flags are strings, numbers, booleans and lists of strings");
+        let body = recipe::as_seen_from(&self.output_dir, &table);
         let version = env!("CARGO_PKG_VERSION");
         format!("# Every value of this run, as cuvee {version} resolved it. Again: cuvee train THIS_FILE\n\n{body}")
     }
@@ -961,6 +1098,8 @@ impl RunArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
+        needs(flags, "eval_task", "eval_dataset", "evaluations are of held-out rows first")?;
+        needs(flags, "stop_when", "eval_steps", "say how often to look")?;
         needs(flags, "eval_anchor", "eval_dataset", "give the held-out pairs to compare on")?;
         if self.save.kl_samples > 0 {
             needs(flags, "kl_samples", "eval_dataset", "its prompts are what the policy completes")?;
@@ -977,6 +1116,7 @@ impl RunArgs {
         self.engine.check()?;
         self.refs.check(flags)?;
         self.lora.check(flags)?;
+        self.rollouts.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
@@ -1025,6 +1165,10 @@ impl EngineArgs {
 impl CompareArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         self.run.check(flags)?;
+        if let Some(flag) = only_here(flags) {
+            let detail = "needs a recipe that lists its runs as [[arm]]; see `cuvee compare --help`";
+            return Err(Error::option(format!("--{flag}"), detail));
+        }
         if self.run.refs.ref_model.len() < 2 {
             return Err(Error::option("--ref-model", "there is nothing to compare; give two references or more"));
         }
@@ -1050,17 +1194,45 @@ impl LimitArgs {
     }
 }
 
+impl EvalArgs {
+    /// What no single flag can know.
+    pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
+        let of_tasks =
+            ["baseline", "reward_model", "base_model", "samples", "max_new_tokens", "seed", "log_samples", "plot"];
+        of_tasks.into_iter().try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
+        needs(flags, "base_model", "reward_model", "it is asked about the completions that are judged")?;
+        needs(flags, "on_overflow", "dataset", "tasks have rules of their own for what is too long")?;
+        if self.model.len() > 1 {
+            needs(flags, "model", "task", "--dataset is for one model; give the file as a task")?;
+            if !self.adapters.adapter.is_empty() {
+                return Err(Error::option("--adapter", "belongs to one model, and several are given; drop it or them"));
+            }
+        }
+        self.limits.check(flags)?;
+        self.engine.check()
+    }
+}
+
 impl GenerateArgs {
     pub(super) fn check(&self) -> Result<()> {
         self.engine.check()?;
-        if self.temperature == 0.0 && self.samples > 1 {
-            return Err(Error::option(
-                "--samples",
-                "at --temperature 0 every sample is the same; raise one or drop one",
-            ));
+        // clap does not ask for what --prompt excludes.
+        if self.out.is_some() && self.prompts.is_none() {
+            return Err(Error::option("--out", "does nothing without --prompts; drop it, or give a file of prompts"));
         }
-        if self.temperature == 0.0 && self.top_p < 1.0 {
-            return Err(Error::option("--top-p", "does nothing at --temperature 0; raise the temperature or drop it"));
+        if self.temperature == 0.0 {
+            if self.samples > 1 {
+                let detail = "at --temperature 0 every sample is the same; raise one or drop one";
+                return Err(Error::option("--samples", detail));
+            }
+            let idle = [("--top-p", self.top_p < 1.0), ("--top-k", self.top_k > 0), ("--min-p", self.min_p > 0.0)];
+            if let Some((option, _)) = idle.into_iter().find(|(_, given)| *given) {
+                return Err(Error::option(option, "does nothing at --temperature 0; raise the temperature or drop it"));
+            }
+        }
+        if self.min_new_tokens > self.max_new_tokens {
+            let detail = format!("{} is more than --max-new-tokens {}", self.min_new_tokens, self.max_new_tokens);
+            return Err(Error::option("--min-new-tokens", detail));
         }
         Ok(())
     }
@@ -1084,7 +1256,7 @@ fn normal(text: &str) -> Result<f64, String> {
     number(text, "of 1.2e-38 or more", |x| x >= f64::from(f32::MIN_POSITIVE))
 }
 
-fn zero_or_more(text: &str) -> Result<f64, String> {
+pub(super) fn zero_or_more(text: &str) -> Result<f64, String> {
     number(text, "of 0 or more", |x| x >= 0.0)
 }
 
@@ -1124,6 +1296,10 @@ pub(super) fn seed(text: &str) -> Result<u64, String> {
 
 pub(super) fn steps(text: &str) -> Result<u64, String> {
     whole(text, 1)
+}
+
+fn some_text(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("an empty text ends everything".into()) } else { Ok(text.to_string()) }
 }
 
 fn zero_or_count(text: &str) -> Result<usize, String> {

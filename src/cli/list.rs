@@ -3,7 +3,7 @@
 use super::args::{ListArgs, Registry};
 use crate::error::Result;
 use crate::params::ParamSpec;
-use crate::{merge, model, objectives, optim};
+use crate::{merge, model, objectives, optim, rewards};
 
 pub fn run(args: &ListArgs) -> Result<()> {
     let rows: Vec<(String, String)> = match args.what {
@@ -11,6 +11,7 @@ pub fn run(args: &ListArgs) -> Result<()> {
         Registry::Modifiers => objectives::modifiers().iter().map(modifier).collect(),
         Registry::Optimizers => optim::all().iter().map(optimizer).collect(),
         Registry::Merges => merge::all().iter().map(|entry| merge(entry)).collect(),
+        Registry::Rewards => rewards::all().iter().map(|entry| reward(entry)).collect(),
         Registry::Architectures => {
             model::arch::all().iter().map(|a| (a.model_type.to_string(), a.summary.to_string())).collect()
         }
@@ -52,6 +53,11 @@ fn merge(entry: &merge::Entry) -> (String, String) {
     let base = if entry.base == merge::Base::Required { "--base-model " } else { "" };
     let flags: Vec<String> = entry.params.iter().map(flag).collect();
     (entry.name.to_string(), format!("{} ({}) {base}{}", entry.summary, entry.paper, flags.join(" ")))
+}
+
+fn reward(entry: &rewards::Entry) -> (String, String) {
+    let keys: Vec<String> = entry.keys.iter().map(|(key, meaning)| format!("    {key}: {meaning}")).collect();
+    (entry.name.to_string(), format!("{}\n{}", entry.summary, keys.join("\n")))
 }
 
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {

@@ -18,7 +18,9 @@ mod plan;
 mod preview;
 mod recipe;
 mod references;
+mod rollouts;
 mod score;
+mod tasks;
 mod train;
 
 use std::ffi::OsString;
@@ -53,6 +55,19 @@ impl Failure {
             Self::Clap(error) if !error.use_stderr() => ExitCode::SUCCESS,
             _ => ExitCode::from(2),
         }
+    }
+}
+
+impl Failure {
+    /// What failed, on one line and without its head, for a message that says where.
+    fn into_text(self) -> String {
+        let text = match self {
+            Self::Error(error) => return error.to_string(),
+            Self::Clap(error) => error.to_string(),
+        };
+        let lines = text.strip_prefix("error: ").unwrap_or(&text).lines().map(str::trim);
+        let lines: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+        lines.join("; ")
     }
 }
 
@@ -119,9 +134,14 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     let command = recipe::TAKEN_BY.iter().fold(Cli::command(), |c, name| c.mut_subcommand(name, recipe::accept));
     let mut matches = command.clone().try_get_matches_from(&argv)?;
 
-    if let Some((_, flags)) = matches.subcommand()
+    if let Some((name, flags)) = matches.subcommand()
         && let Ok(Some(path)) = flags.try_get_one::<PathBuf>(recipe::ARG)
     {
+        if name == "compare"
+            && let Some(compare) = compare::Compare::read(path, flags)?
+        {
+            return Ok(Cli { command: Command::Compare(compare) });
+        }
         // A recipe is its own flags, put behind `cuvee train`.
         argv.splice(2..2, recipe::to_flags(path, flags)?);
         matches = command.try_get_matches_from(&argv)?;
@@ -138,7 +158,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Compare(args) => args.check(flags)?,
         Command::Logps(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
-        Command::Eval(args) => args.limits.check(flags).and(args.engine.check())?,
+        Command::Eval(args) => args.check(flags)?,
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
@@ -255,7 +275,17 @@ mod tests {
         assert_eq!((schedule.num_train_epochs, schedule.max_steps, schedule.seed), (1.0, None, 42));
         assert_eq!((data.per_device_train_batch_size, data.gradient_accumulation_steps), (8, 1));
         assert_eq!((data.max_length, data.on_overflow, data.no_shuffle), (1024, OnOverflow::Drop, false));
-        assert_eq!(*save, SaveArgs { eval_steps: None, eval_anchor: None, kl_samples: 0, save_steps: None });
+        assert_eq!(
+            *save,
+            SaveArgs {
+                eval_steps: None,
+                eval_anchor: None,
+                kl_samples: 0,
+                eval_task: vec![],
+                stop_when: vec![],
+                save_steps: None
+            }
+        );
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
         assert_eq!(
@@ -286,7 +316,7 @@ mod tests {
         let Command::Generate(args) = run(&["generate", "--model", "m", "--prompt=--a_b"]).unwrap().command else {
             panic!()
         };
-        assert_eq!(args.prompt, "--a_b");
+        assert_eq!(args.prompt.as_deref(), Some("--a_b"));
         let after = dashes_for_underscores(["--a_b", "c_d", "--", "--e_f"].map(OsString::from));
         assert_eq!(after, ["--a-b", "c_d", "--", "--e_f"]);
     }
@@ -377,7 +407,7 @@ mod tests {
     #[test]
     fn numbers_keep_to_their_ranges() {
         let wrong = [
-            ("--beta", ["0", "-0.1", "inf", "high"]),
+            ("--beta", ["-1", "-0.1", "inf", "high"]),
             ("--label-smoothing", ["0.5", "-0.1", "nan", ""]),
             ("--learning-rate", ["0", "-1", "1e999", "1e-6x"]),
             ("--warmup-ratio", ["1.1", "-1", "nan", "1%"]),
@@ -468,10 +498,18 @@ mod tests {
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
+        eval_task = ['n=t.jsonl', '../t.toml']
+        stop_when = ['n/acc>0.5']
         ref_clip = 0.1\n ref_clip_window = 'fixed'\n ref_level = 'token'\n official_k2_swap = true\n kl_penalty = 0.5
-        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000
+        kl_estimator = 'k3'\n eval_anchor = 'a'\n kl_samples = 9\n limit = 1000\n skip = 5\n take = 2000
         base_model = 'b'\n tau_model = 't'\n stochastic_rounding = true\n adapter = ['a=0.5']\n lora_rank = 4
-        lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']";
+        lora_alpha = 3\n lora_rslora = true\n target_modules = ['q_proj']
+        reward = ['a=0.5', 'rules.toml=2']
+        num_generations = 4
+ num_iterations = 2
+ max_completion_length = 9
+ rollout_temperature = 0.5
+ rollout_top_p = 0.9";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";
@@ -507,6 +545,18 @@ mod tests {
             let id = arg.get_id().as_str();
             assert!(most.contains_key(id) || rest.contains_key(id), "{id} is not in to_toml()");
         }
+    }
+
+    /// Whichever flag names it, a path in a saved recipe leads where it led from here.
+    #[test]
+    fn saved_paths_start_at_the_output_folder() {
+        let line = ["--optimizer", "ondare", "--base-model", "models/b", "--tau-model", "t", "--eval-dataset", "../e"];
+        let saved: toml::Table = train(&with(&line)).to_toml().parse().unwrap();
+        let paths = ["model", "dataset", "output_dir", "base_model", "tau_model", "eval_dataset"];
+        let found = paths.map(|key| saved[key].as_str().unwrap());
+        assert_eq!(found, ["../../m", "../../d.jsonl", ".", "../../models/b", "../../t", "../../../e"]);
+        let saved: toml::Table = train(&with(&["--lora-start", "l", "--adapter", "a=0.5"])).to_toml().parse().unwrap();
+        assert_eq!((saved["lora_start"].as_str(), &saved["adapter"][0]), (Some("../../l"), &"../../a=0.5".into()));
     }
 
     #[test]
@@ -553,6 +603,12 @@ mod tests {
             assert_eq!(args.run.schedule.max_steps, Some(100));
             assert!(args.output_dir.ends_with(format!("runs/{name}")));
         }
+        let path = format!("{}/recipes/alignment-tax.toml", env!("CARGO_MANIFEST_DIR"));
+        let Command::Compare(compare::Compare::Experiment(experiment)) = run(&["compare", &path]).unwrap().command
+        else {
+            panic!("it lists its runs")
+        };
+        assert_eq!((experiment.seeds, experiment.variants[0].name.as_str()), (3, "base"));
     }
 
     #[test]

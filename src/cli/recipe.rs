@@ -7,11 +7,14 @@ use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory};
-use toml::Value;
+use toml::{Table, Value};
 
 use super::adapters::AdapterArg;
 use super::args::{Cli, Resume};
 use super::is_given;
+use super::merge::ModelArg;
+use super::tasks::{TaskArg, split};
+use crate::rewards::RewardSpec;
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -47,15 +50,14 @@ fn switch_both_ways(arg: Arg) -> Arg {
 /// The flags a recipe stands for, less those that the user gave: theirs win, and a list replaces a list.
 pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>> {
     let text = std::fs::read_to_string(path).map_err(|e| unreadable(path, &e))?;
-    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::file(path, e.to_string().trim_end()))?;
-    let cli = Cli::command();
-    let command = accept(cli.find_subcommand(TAKEN_BY[0]).expect("it takes recipes").clone());
+    let table: Table = text.parse().map_err(|e: toml::de::Error| Error::file(path, e.to_string().trim_end()))?;
+    let command = train();
     let folder = path.parent().unwrap_or(Path::new(""));
 
     let mut flags = Vec::new();
     let mut seen: Vec<(&Arg, &String)> = Vec::new();
     for (key, value) in &table {
-        let arg = find(&command, key).ok_or_else(|| Error::file(path, unknown(&command, key)))?;
+        let arg = find(&command, key).ok_or_else(|| Error::file(path, unknown(&command, key, &[])))?;
         if let Some((_, twin)) = seen.iter().find(|(other, _)| other.get_id() == arg.get_id()) {
             return Err(Error::file(path, format!("{twin:?} and {key:?} are the same option; keep one")));
         }
@@ -71,7 +73,7 @@ pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>>
     Ok(flags)
 }
 
-fn unreadable(path: &Path, error: &std::io::Error) -> Error {
+pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
     match error.kind() {
         std::io::ErrorKind::NotFound => {
             Error::file(path, "no such recipe; give a TOML file, such as recipes/quickstart.toml, or flags alone")
@@ -86,19 +88,164 @@ fn keys(arg: &Arg) -> Vec<String> {
     names.map(|name| name.replace('-', "_")).collect()
 }
 
-fn find<'a>(command: &'a Command, key: &str) -> Option<&'a Arg> {
+pub(super) fn find<'a>(command: &'a Command, key: &str) -> Option<&'a Arg> {
     let key = key.replace('-', "_");
     command.get_arguments().find(|arg| keys(arg).contains(&key))
 }
 
-fn unknown(command: &Command, key: &str) -> String {
-    let spelled = key.replace('-', "_");
-    let likeness = |name: &str| strsim::jaro_winkler(name, &spelled);
-    let nearest = command.get_arguments().flat_map(keys).max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-    match nearest.filter(|name| likeness(name) > 0.8) {
+/// `others` are keys that are none of the command's flags.
+fn unknown(command: &Command, key: &str, others: &[&str]) -> String {
+    let all = command.get_arguments().flat_map(keys).chain(others.iter().map(|key| key.to_string()));
+    match nearest(key, all) {
         Some(name) => format!("unknown key {key:?}; did you mean {name:?}?"),
-        None => format!("unknown key {key:?}; `cuvee train --help` lists them all, with - for _"),
+        None => format!("unknown key {key:?}; `cuvee {} --help` lists them all, with - for _", command.get_name()),
     }
+}
+
+/// The name that was probably meant.
+pub(super) fn nearest(name: &str, all: impl IntoIterator<Item = String>) -> Option<String> {
+    let spelled = name.replace('-', "_");
+    let likeness = |name: &str| strsim::jaro_winkler(name, &spelled);
+    let nearest = all.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    nearest.filter(|name| likeness(name) > 0.8)
+}
+
+/// A table's keys by the names of their flags, with paths as seen from here; what starts with `@` names another run and stays.
+/// Values are checked for `cuvee train` alone, whose flags can stand alone. `others` are keys that mean something else where
+/// the table comes from.
+pub(super) fn resolve(command: &Command, table: &Table, folder: &Path, others: &[&str]) -> Result<Table, String> {
+    let mut resolved = Table::new();
+    for (key, value) in table {
+        let arg = find(command, key).ok_or_else(|| unknown(command, key, others))?;
+        let from_here = |value: &Value| {
+            if command.get_name() == TAKEN_BY[0] {
+                to_flag(command, arg, value, folder).map_err(|detail| format!("{key}: {detail}"))?;
+            }
+            Ok(match value.as_str().and_then(|text| path_in(arg, text)) {
+                Some((name, path)) if !path.starts_with('@') => {
+                    Value::String(format!("{name}{}", clean(&folder.join(path)).display()))
+                }
+                _ => value.clone(),
+            })
+        };
+        let each: Vec<Value> = elements(arg, value).iter().map(from_here).collect::<Result<_, String>>()?;
+        let value = if value.is_array() { Value::Array(each) } else { each[0].clone() };
+        if resolved.insert(name_of(arg), value).is_some() {
+            return Err(format!("{:?} is given twice, under two names", name_of(arg)));
+        }
+    }
+    Ok(resolved)
+}
+
+/// What was typed, as a recipe would say it.
+pub(super) fn typed(command: &Command, given: &ArgMatches) -> Table {
+    let mut table = Table::new();
+    for arg in command.get_arguments().filter(|arg| arg.get_long().is_some() && is_given(given, arg.get_id().as_str()))
+    {
+        let value = |text: &std::ffi::OsStr| {
+            let text = text.to_string_lossy();
+            let holds = |one: TypeId| arg.get_value_parser().type_id() == one;
+            if holds(TypeId::of::<bool>()) {
+                Value::Boolean(text != "false")
+            } else if is_number(arg) {
+                number(&text)
+            } else {
+                text.as_ref().into()
+            }
+        };
+        let each: Vec<Value> = given.get_raw(arg.get_id().as_str()).into_iter().flatten().map(value).collect();
+        let value = match (&each[..], arg.get_action()) {
+            ([one], action) if !matches!(action, ArgAction::Append) => one.clone(),
+            _ => Value::Array(each),
+        };
+        table.insert(name_of(arg), value);
+    }
+    table
+}
+
+/// The name of a flag, as a recipe spells it.
+pub(super) fn name_of(arg: &Arg) -> String {
+    arg.get_long().expect("a key is the name of a flag").replace('-', "_")
+}
+
+/// A number as TOML has it, or else the text.
+pub(super) fn number(text: &str) -> Value {
+    match (text.parse::<i64>(), text.parse::<f64>()) {
+        (Ok(whole), _) => whole.into(),
+        (_, Ok(number)) => number.into(),
+        _ => text.into(),
+    }
+}
+
+/// The flags that a table with the names of flags stands for.
+pub(super) fn flags_of(table: &Table) -> Vec<OsString> {
+    let flag = |key: &str, value: &Value| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        OsString::from(format!("--{}={text}", key.replace('_', "-")))
+    };
+    let each = |(key, value): (&String, &Value)| match value {
+        Value::Array(values) => values.iter().map(|value| flag(key, value)).collect::<Vec<_>>(),
+        value => vec![flag(key, value)],
+    };
+    table.iter().flat_map(each).collect()
+}
+
+/// A table with the names of a command's flags, each path in it as `change` makes it.
+pub(super) fn with_paths(
+    command: &Command,
+    table: &Table,
+    change: &mut dyn FnMut(&str) -> Result<String>,
+) -> Result<Table> {
+    let mut changed = Table::new();
+    for (key, value) in table {
+        let arg = find(command, key);
+        let mut one = |value: &Value| match value.as_str().and_then(|text| path_in(arg?, text)) {
+            Some((name, path)) => Ok(Value::String(format!("{name}{}", change(path)?))),
+            None => Ok(value.clone()),
+        };
+        let value = match value {
+            Value::Array(values) => Value::Array(values.iter().map(one).collect::<Result<_>>()?),
+            value => one(value)?,
+        };
+        changed.insert(key.clone(), value);
+    }
+    Ok(changed)
+}
+
+/// A table of `cuvee train` as TOML, for a file in `folder`: paths start there.
+pub(super) fn as_seen_from(folder: &Path, table: &Table) -> String {
+    let mut from_there = |path: &str| Ok(relative(Path::new(path), folder).to_string_lossy().into_owned());
+    let table = with_paths(&train(), table, &mut from_there).expect("no path fails");
+    toml::to_string(&table).expect("values of flags")
+}
+
+/// `cuvee train`, whose flags are the keys.
+pub(super) fn train() -> Command {
+    subcommand(TAKEN_BY[0])
+}
+
+pub(super) fn subcommand(name: &str) -> Command {
+    accept(Cli::command().find_subcommand(name).expect("it is one").clone())
+}
+
+fn holds(arg: &Arg, types: &[TypeId]) -> bool {
+    types.iter().any(|one| arg.get_value_parser().type_id() == *one)
+}
+
+fn is_number(arg: &Arg) -> bool {
+    holds(arg, &[TypeId::of::<f64>(), TypeId::of::<u64>(), TypeId::of::<usize>()])
+}
+
+/// The path in a value, behind what stands before it.
+fn path_in<'t>(arg: &Arg, text: &'t str) -> Option<(&'t str, &'t str)> {
+    if holds(arg, &[TypeId::of::<TaskArg>()]) {
+        let (_, path) = split(text);
+        return Some(text.split_at(text.len() - path.len()));
+    }
+    let paths =
+        [TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>(), TypeId::of::<ModelArg>(), TypeId::of::<RewardSpec>()];
+    let whole = holds(arg, &paths) || holds(arg, &[TypeId::of::<Resume>()]) && text != "auto";
+    whole.then_some(("", text))
 }
 
 /// A flag that may be repeated takes an array, or one value as it is.
@@ -111,12 +258,11 @@ fn elements<'v>(arg: &Arg, value: &'v Value) -> &'v [Value] {
 
 /// `--name=value`, provided that clap takes it. An error says what was expected and found.
 fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result<OsString, String> {
-    let holds = |types: &[TypeId]| types.iter().any(|one| arg.get_value_parser().type_id() == *one);
-    let (fits, wanted) = if holds(&[TypeId::of::<f64>()]) {
+    let (fits, wanted) = if holds(arg, &[TypeId::of::<f64>()]) {
         (value.is_float() || value.is_integer(), "a number")
-    } else if holds(&[TypeId::of::<u64>(), TypeId::of::<usize>()]) {
+    } else if holds(arg, &[TypeId::of::<u64>(), TypeId::of::<usize>()]) {
         (value.is_integer(), "a whole number")
-    } else if holds(&[TypeId::of::<bool>()]) {
+    } else if holds(arg, &[TypeId::of::<bool>()]) {
         (value.is_bool(), "true or false")
     } else {
         (value.as_str().is_some_and(|text| !text.is_empty()), "a string")
@@ -126,11 +272,10 @@ fn to_flag(command: &Command, arg: &Arg, value: &Value, folder: &Path) -> Result
     }
 
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let is_path = holds(&[TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>()])
-        || holds(&[TypeId::of::<Resume>()]) && text != "auto";
     let mut flag = OsString::from(format!("--{}=", arg.get_long().expect("a key is the name of a flag")));
-    if is_path {
-        flag.push(clean(&folder.join(text)));
+    if let Some((name, path)) = path_in(arg, &text) {
+        flag.push(name);
+        flag.push(clean(&folder.join(path)));
     } else {
         flag.push(text);
     }
@@ -149,7 +294,7 @@ fn expectation(arg: &Arg, error: &clap::Error) -> String {
 }
 
 /// Resolves `.` and `..` by name alone, so that paths are shown as a person would write them.
-fn clean(path: &Path) -> PathBuf {
+pub(super) fn clean(path: &Path) -> PathBuf {
     let mut cleaned = PathBuf::new();
     for part in path.components() {
         match (part, cleaned.components().next_back()) {

@@ -5,6 +5,10 @@
 //! are skipped here. The score is read where transformers reads it ([`Read::Last`](crate::data::Read::Last)): where the
 //! padding token is EOS, before that.
 
+mod rewards;
+
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use super::args::ScoreArgs;
@@ -17,6 +21,9 @@ use crate::ops::Backend;
 use crate::progress::say;
 
 pub fn run(args: &ScoreArgs) -> Result<()> {
+    if !args.reward.is_empty() {
+        return rewards::run(args);
+    }
     let lines = || device::run(&args.engine, args.precision.dtype, None, args);
     if let (Some(dataset), Some(out)) = (&args.dataset, &args.out) {
         return write_rows(out, dataset, lines);
@@ -31,6 +38,10 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
 }
 
 impl ScoreArgs {
+    fn model(&self) -> &Path {
+        self.model.as_deref().expect("it is required without --reward")
+    }
+
     fn dataset(&self, tokenizer: &Tokenizer, encode: &EncodeOptions) -> Result<Dataset> {
         match (&self.dataset, &self.text) {
             (Some(dataset), _) => Dataset::load(dataset, tokenizer, encode),
@@ -45,8 +56,8 @@ impl Job for &ScoreArgs {
     fn run<B: Backend>(self, device: &B) -> Result<Vec<Value>> {
         let args = self;
         device::check_dtype(device, args.precision.dtype)?;
-        let checkpoint = args.adapters.open(&args.model, Checkpoint::open_reward)?;
-        let tokenizer = Tokenizer::load(&args.model)?;
+        let checkpoint = args.adapters.open(args.model(), Checkpoint::open_reward)?;
+        let tokenizer = Tokenizer::load(args.model())?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = args.dataset(&tokenizer, &encode)?;
         dataset.report().iter().for_each(say);

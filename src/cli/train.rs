@@ -83,6 +83,10 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         kl_penalty: run.refs.kl_penalty(),
         anchor: run.save.eval_anchor.clone(),
         kl_samples: run.save.kl_samples,
+        skip: run.data.skip,
+        take: run.data.take,
+        eval_tasks: super::tasks::named(&run.save.eval_task)?,
+        stop_when: run.save.stop_when.clone(),
         limit: run.data.limit,
         keep_model: true,
         dataset: Default::default(),
@@ -103,11 +107,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             seed: run.schedule.seed,
         },
         learning_rate: run.optim.learning_rate,
-        decay: match run.optim.lr_scheduler_type {
-            args::LrSchedulerType::Constant => Decay::Constant,
-            args::LrSchedulerType::Linear => Decay::Linear,
-            args::LrSchedulerType::Cosine => Decay::Cosine,
-        },
+        decay: decay(run.optim.lr_scheduler_type),
         warmup_ratio: run.optim.warmup_ratio,
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
@@ -138,6 +138,15 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             temperature: run.sampling.temperature,
             top_p: run.sampling.top_p,
         },
+        rollouts: run.rollouts.rollouts(),
         recipe: String::new(),
     })
+}
+
+fn decay(kind: args::LrSchedulerType) -> Decay {
+    match kind {
+        args::LrSchedulerType::Constant => Decay::Constant,
+        args::LrSchedulerType::Linear => Decay::Linear,
+        args::LrSchedulerType::Cosine => Decay::Cosine,
+    }
 }

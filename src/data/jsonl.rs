@@ -51,7 +51,7 @@ impl Row {
     }
 }
 
-type Object = Map<String, Value>;
+pub type Object = Map<String, Value>;
 
 /// The columns of each form; a row is of the first whose columns it has. Further columns are ignored, but for a pair's
 /// `margin`. Pairs without a prompt have it as the common start of both completions; of labelled messages the last one
@@ -101,15 +101,10 @@ pub fn read_rows(path: &Path) -> Result<(Form, Vec<Row>)> {
 /// [`read_rows`], each row with its line, counted from 1.
 pub(super) fn read_numbered(path: &Path) -> Result<(Form, Vec<(usize, Row)>)> {
     let bytes = read_bytes(path)?;
-    let lines: Vec<(usize, &[u8])> = (1..)
-        .zip(bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii))
-        .filter(|(_, text)| !text.is_empty())
-        .collect();
+    let lines = lines(&bytes);
     let at = |line: usize, detail: String| Error::Row { path: path.to_path_buf(), line, detail };
 
-    let Some(&(line, text)) = lines.first() else {
-        return Err(Error::file(path, "has no rows; every line must be one JSON object"));
-    };
+    let Some(&(line, text)) = lines.first() else { return Err(no_rows(path)) };
     let first = parse_object(text).map_err(|detail| at(line, detail))?;
     let (form, columns) = columns_of(&first).ok_or_else(|| at(line, unfit(&first)))?;
     let margins = form == Form::Pairs && first.get("margin").is_some_and(|margin| !margin.is_null());
@@ -122,6 +117,30 @@ pub(super) fn read_numbered(path: &Path) -> Result<(Form, Vec<(usize, Row)>)> {
         .map(|(&(line, _), row)| row.map(|row| (line, row)).map_err(|detail| at(line, detail)))
         .collect::<Result<_>>()
         .map(|rows| (form, rows))
+}
+
+/// JSON lines, plain or gzip, of whatever columns: each object with its line, counted from 1.
+///
+/// # Errors
+/// As for [`read_rows`], but for columns.
+pub fn read_objects(path: &Path) -> Result<Vec<(usize, Object)>> {
+    let bytes = read_bytes(path)?;
+    let lines = lines(&bytes);
+    if lines.is_empty() {
+        return Err(no_rows(path));
+    }
+    let at = |line: usize| move |detail: String| Error::Row { path: path.to_path_buf(), line, detail };
+    lines.into_iter().map(|(line, text)| Ok((line, parse_object(text).map_err(at(line))?))).collect()
+}
+
+/// The lines that are not blank, counted from 1.
+fn lines(bytes: &[u8]) -> Vec<(usize, &[u8])> {
+    let lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
+    (1..).zip(lines).filter(|(_, text)| !text.is_empty()).collect()
+}
+
+fn no_rows(path: &Path) -> Error {
+    Error::file(path, "has no rows; every line must be one JSON object")
 }
 
 /// The whole file, decompressed, without the byte order mark that some editors write.
@@ -258,7 +277,7 @@ fn text(column: &str, text: Content, is_text: bool) -> Result<Parts, String> {
     }
 }
 
-fn variables(object: &mut Object) -> Result<Object, String> {
+pub(super) fn variables(object: &mut Object) -> Result<Object, String> {
     let mut variables = match object.remove("chat_template_kwargs") {
         Some(Value::Object(given)) => given,
         None | Some(Value::Null) => Object::new(),

@@ -54,7 +54,7 @@ fn accuracy_at(run: &[Point], kl: f64) -> f64 {
 }
 
 /// The mean and the standard deviation over seeds.
-fn spread(values: &[f64]) -> (f64, f64) {
+pub(super) fn spread(values: &[f64]) -> (f64, f64) {
     let Estimate { mean, stderr } = Estimate::of(values);
     (mean, stderr * (values.len() as f64).sqrt())
 }

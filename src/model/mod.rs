@@ -16,6 +16,7 @@ mod param;
 mod score;
 mod spec;
 mod token_kl;
+mod value;
 
 pub use acts::{Acts, Keep};
 pub use arch::Checkpoint;
@@ -27,8 +28,9 @@ pub use lora::{Adapter, Lora};
 pub use param::{Param, Role};
 pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 pub use token_kl::{KlActs, KlTerm, RefHeads};
+pub use value::{VALUE_HEAD, ValueActs, ValueHead, ValueTerm};
 
-use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor};
+use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor, View};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
@@ -155,6 +157,12 @@ impl<D: Device> Model<D> {
     }
 }
 
+/// What an objective is a function of besides log-probabilities.
+pub struct Terms<'a, D: Device> {
+    pub kl: Option<KlTerm<'a, D>>,
+    pub value: Option<ValueTerm<'a, D>>,
+}
+
 impl<B: Backend> Model<B> {
     /// Log-probabilities of the batch's targets into `acts.top.logp`.
     pub fn forward(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
@@ -187,6 +195,23 @@ impl<B: Backend> Model<B> {
         let weight = self.vocabulary().view();
         let (x, y) = (acts.top.normed.top(read), logits.top_mut(read));
         device.linear(linear::Forward { x, weight, bias: None, residual: None, y })
+    }
+
+    /// Log-probabilities of `targets` `[rows read, 1]` in the `logits` that `decode` left, into `acts.top.logp`: those that
+    /// `forward` gives, bit for bit where products have one order.
+    pub fn decoded_logps(&self, device: &B, targets: View<B>, acts: &mut Acts<B>, logits: &Tensor<B>) -> Result<()> {
+        let (read, top) = (targets.rows(), &mut acts.top);
+        let head = logprob_head::Forward {
+            h: top.normed.top(read),
+            weight: self.vocabulary().view(),
+            target: targets,
+            scratch: top.tile.view_mut(),
+            logp: top.logp.top_mut(read),
+            lse: top.lse.top_mut(read),
+            entropy: None,
+            ln_sum_p2: None,
+        };
+        device.logprob_head_known(logits.top(read), head)
     }
 
     /// Final normalized hidden states of the rows that are read, into `acts.top.normed`.
@@ -225,7 +250,22 @@ impl<B: Backend> Model<B> {
         acts: &mut Acts<B>,
         kl: Option<KlTerm<B>>,
     ) -> Result<()> {
+        self.backward_of(device, batch, dlogp, acts, Terms { kl, value: None })
+    }
+
+    /// The same of an objective that is a function of more than log-probabilities.
+    pub fn backward_of(
+        &mut self,
+        device: &B,
+        batch: &Batch<B>,
+        dlogp: &[f64],
+        acts: &mut Acts<B>,
+        Terms { kl, value }: Terms<B>,
+    ) -> Result<()> {
         self.backward_head(device, batch, dlogp, acts)?;
+        if let Some(value) = value {
+            value.backward(device, batch.size().targets, acts)?;
+        }
         if let Some(kl) = kl {
             let (top, s) = acts.top_and_scratch();
             let (targets, head) = (batch.size().targets, self.head.as_mut().unwrap_or(&mut self.embed));

@@ -53,6 +53,11 @@ impl<D: Device> Param<D> {
         Self { adapter: true, ..Self::with(arena, stored, Role::Matrix, shape, trained) }
     }
 
+    /// The same of a value head.
+    pub fn of_value_head(arena: &mut Arena<D>, stored: Stored, shape: [usize; 2]) -> Self {
+        Self::with(arena, stored, Role::Matrix, shape, true)
+    }
+
     fn with(arena: &mut Arena<D>, stored: Stored, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
         let name = stored.name();
         let value = arena.stored(Kind::Weights, rows, cols);

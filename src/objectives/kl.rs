@@ -23,7 +23,7 @@ use std::borrow::Cow;
 use std::str::FromStr;
 
 use super::ref_weights::check_weights;
-use super::{Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
+use super::{Credit, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::{Error, Result};
 
 /// k1 of one token or sequence and its derivative by `logp`.
@@ -65,6 +65,12 @@ pub fn reward_to_go_k1(token_logps: &[f64], ref_token_logps: &[f64]) -> Vec<f64>
         .collect();
     sums.reverse();
     sums
+}
+
+/// The strength that follows a KL: Ziegler et al., arXiv:1909.08593, section 2.2. `samples` completions had the mean `kl`; `horizon` is
+/// how many it takes to change by a fifth.
+pub fn adapted(beta: f64, kl: f64, target: f64, samples: f64, horizon: f64) -> f64 {
+    beta * (1.0 + (kl / target - 1.0).clamp(-0.2, 0.2) * samples / horizon)
 }
 
 /// How a penalty measures the KL of a token's distribution.
@@ -196,6 +202,10 @@ impl Objective for KlPenalty {
 
     fn initial_state(&self) -> Vec<f64> {
         self.inner.initial_state()
+    }
+
+    fn credit(&self, rollouts: &Stats) -> Credit {
+        self.inner.credit(&self.of_inner(rollouts))
     }
 
     fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {

@@ -9,7 +9,7 @@
 //! the first term's is kept; `loss/<term>` is a term's loss before its weight.
 
 use super::registry::find;
-use super::{Grads, Metric, Modifier, Needs, Objective, Outcome, Scope, Stats, Totals, modifiers};
+use super::{Credit, Grads, Metric, Modifier, Needs, Objective, Outcome, Scope, Stats, Totals, modifiers};
 use crate::error::{Error, Result};
 use crate::params::{Params, flag};
 
@@ -105,6 +105,9 @@ pub fn build(choice: &Choice, leaf: Wrap) -> Result<Box<dyn Objective>> {
         return Ok(terms.remove(0).objective);
     }
     let refs = terms.iter().map(|term| term.objective.needs()).reduce(Needs::union).expect("there are terms").refs;
+    if terms.iter().filter(|term| term.objective.needs().rewards).count() > 1 {
+        return Err(Error::option("--objective", "two of them learn from rewards; train towards one such at a time"));
+    }
     let name = terms.iter().map(|term| term.objective.name()).collect::<Vec<_>>().join(" + ");
     if refs.is_empty() {
         let detail = format!("{name}: no number of references fits all of them; train towards one at a time");
@@ -159,6 +162,22 @@ impl Objective for Mixture {
     /// Those of the terms, one after the other.
     fn initial_state(&self) -> Vec<f64> {
         self.terms.iter().flat_map(|term| term.objective.initial_state()).collect()
+    }
+
+    /// That of the one term that learns from rewards; [`build`] refuses two.
+    fn credit(&self, rollouts: &Stats) -> Credit {
+        let learns = |term: &Term| term.objective.needs().rewards;
+        let Some(at) = self.terms.iter().position(learns) else { return Credit::default() };
+        let remembered = |term: &Term| term.objective.initial_state().len();
+        let before: usize = self.terms[..at].iter().map(remembered).sum();
+        let own = rollouts.state.get(before..before + remembered(&self.terms[at])).unwrap_or_default().to_vec();
+        let mut credit = self.terms[at].objective.credit(&Stats { state: own, ..rollouts.clone() });
+        if !credit.state.is_empty() {
+            let mut all = rollouts.state.clone();
+            all[before..before + credit.state.len()].copy_from_slice(&credit.state);
+            credit.state = all;
+        }
+        credit
     }
 
     fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {

@@ -5,36 +5,50 @@
 //! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`. A new
 //! parameter needs no more: the command line, recipes and help read the registry. A [`Modifier`] is added alike.
 
+pub mod advantages;
 mod alphapo;
 mod aot;
 mod apo;
 mod bco;
+mod cispo;
 mod cpo;
+mod dapo;
 mod discopop;
+mod dr_grpo;
 mod exo_pair;
 mod f_divergence;
+mod gmpo;
+mod grao;
+mod grpo;
 mod hinge;
 mod ipo;
 pub mod kl;
 mod kto;
 mod ld_dpo;
+mod luspo;
 mod mixture;
 pub mod mrpo;
 mod nca_pair;
 mod orpo;
 mod pairwise;
+mod ppo;
 mod rdpo;
 pub mod ref_weights;
 mod reference_free;
 mod registry;
+mod reinforce;
 mod reward;
+mod rloo;
 mod robust;
+mod sapo;
 mod sft;
 mod sigmoid;
 mod sigmoid_norm;
 mod simpo;
 mod sppo_hard;
+mod surrogate;
 mod unpaired;
+mod vespo;
 mod wpo;
 
 use std::borrow::Cow;
@@ -56,27 +70,41 @@ pub fn all() -> &'static [Entry] {
         apo::ZERO_UNPAIRED,
         bco::ENTRY,
         bco::PAIR,
+        cispo::ENTRY,
         cpo::SIGMOID,
         cpo::HINGE,
         cpo::IPO,
+        dapo::ENTRY,
+        dapo::BNPO,
         discopop::ENTRY,
+        dr_grpo::ENTRY,
         exo_pair::ENTRY,
+        gmpo::ENTRY,
+        grao::ENTRY,
+        grpo::ENTRY,
+        grpo::GSPO,
         hinge::ENTRY,
         ipo::MEAN,
         ipo::SUM,
         ipo::MARGIN1,
         kto::ENTRY,
         kto::PAIR,
+        luspo::ENTRY,
         nca_pair::ENTRY,
         orpo::ENTRY,
+        ppo::ENTRY,
         rdpo::ENTRY,
+        reinforce::ENTRY,
         reward::ENTRY,
+        rloo::ENTRY,
         robust::ENTRY,
+        sapo::ENTRY,
         sft::ENTRY,
         sigmoid::ENTRY,
         sigmoid_norm::ENTRY,
         simpo::ENTRY,
         sppo_hard::ENTRY,
+        vespo::ENTRY,
     ]
 }
 
@@ -117,6 +145,8 @@ pub struct Stats {
     pub ref_logps: Vec<Vec<f64>>,
     /// `[S]` completion tokens, at least 1.
     pub lens: Vec<f64>,
+    /// Tokens that a sampled completion may have at most; 0 where none is sampled.
+    pub longest: f64,
     /// (chosen, rejected) as indices of sequences. A sequence may be in several pairs.
     pub pairs: Vec<(usize, usize)>,
     /// `[pairs]` factors of each pair's loss and gradient, constants; empty means 1. No field of the data: an objective that
@@ -132,8 +162,14 @@ pub struct Stats {
     pub mismatched_ref_logps: Vec<Vec<f64>>,
     /// The sequences sampled from one prompt, for each prompt.
     pub groups: Vec<Range<usize>>,
-    /// `[S]` what a reward rule or a reward model said.
-    pub rewards: Vec<f64>,
+    /// `[groups]` the sequence that is the data's own completion of the prompt; in no group.
+    pub answers: Vec<usize>,
+    /// `[R][S]` what each reward said, NaN where it says nothing.
+    pub rewards: Vec<Vec<f64>>,
+    /// `[R]`
+    pub reward_weights: Vec<f64>,
+    /// `[S]` what [`Objective::credit`] made of rewards, constants.
+    pub advantages: Vec<f64>,
     /// `[S]` the output of the trained reward head.
     pub scores: Vec<f64>,
 
@@ -143,14 +179,22 @@ pub struct Stats {
     pub token_logps: Vec<f64>,
     /// `[K][T]` the same of each reference.
     pub ref_token_logps: Vec<Vec<f64>>,
-    /// `[T]` the same of the policy that sampled the tokens.
+    /// `[T]` the same of the policy before the first update on these sequences.
     pub old_token_logps: Vec<f64>,
+    /// `[T]` the same as whoever sampled the tokens said; in another precision, or some updates ago.
+    pub sampled_token_logps: Vec<f64>,
+    /// `[T]` what [`Objective::credit`] made of rewards, constants.
+    pub token_advantages: Vec<f64>,
+    /// `[T]` what values should have been, constants.
+    pub returns: Vec<f64>,
     /// `[T]` entropy of the policy's distribution, nats, >= 0.
     pub entropy: Vec<f64>,
     /// `[T]` ln of the sum over the vocabulary of p^2, <= 0.
     pub ln_sum_p2: Vec<f64>,
     /// `[T]` the output of the value head.
     pub values: Vec<f64>,
+    /// `[T]` the same before the first update on these sequences.
+    pub old_values: Vec<f64>,
     /// `[K][T]` KL(policy || reference) of the next-token distributions, exact over the vocabulary, nats, >= 0.
     pub token_kl: Vec<Vec<f64>>,
 
@@ -196,13 +240,20 @@ pub struct Needs {
     /// Both `mismatched_logps` and, of each reference, `mismatched_ref_logps`.
     pub mismatched: bool,
     pub groups: bool,
+    pub answers: bool,
+    /// And with them `reward_weights`. Who needs them learns from [`Objective::credit`].
     pub rewards: bool,
+    pub advantages: bool,
     pub scores: bool,
     pub token_logps: bool,
     pub ref_token_logps: bool,
     pub old_token_logps: bool,
+    pub sampled_token_logps: bool,
+    /// And with them, where there are `values`, `returns`.
+    pub token_advantages: bool,
     pub entropy: bool,
     pub ln_sum_p2: bool,
+    /// And with them `old_values`.
     pub values: bool,
     pub token_kl: bool,
     pub ref_weights: bool,
@@ -218,11 +269,15 @@ impl Needs {
         labels: false,
         mismatched: false,
         groups: false,
+        answers: false,
         rewards: false,
+        advantages: false,
         scores: false,
         token_logps: false,
         ref_token_logps: false,
         old_token_logps: false,
+        sampled_token_logps: false,
+        token_advantages: false,
         entropy: false,
         ln_sum_p2: false,
         values: false,
@@ -245,11 +300,15 @@ impl Needs {
             labels: self.labels || other.labels,
             mismatched: self.mismatched || other.mismatched,
             groups: self.groups || other.groups,
+            answers: self.answers || other.answers,
             rewards: self.rewards || other.rewards,
+            advantages: self.advantages || other.advantages,
             scores: self.scores || other.scores,
             token_logps: self.token_logps || other.token_logps,
             ref_token_logps: self.ref_token_logps || other.ref_token_logps,
             old_token_logps: self.old_token_logps || other.old_token_logps,
+            sampled_token_logps: self.sampled_token_logps || other.sampled_token_logps,
+            token_advantages: self.token_advantages || other.token_advantages,
             entropy: self.entropy || other.entropy,
             ln_sum_p2: self.ln_sum_p2 || other.ln_sum_p2,
             values: self.values || other.values,
@@ -260,8 +319,8 @@ impl Needs {
 
     /// Whether it reads any field on the token index, and with it `offsets`.
     pub fn per_token(&self) -> bool {
-        let log_probs = self.token_logps || self.ref_token_logps || self.old_token_logps;
-        log_probs || self.entropy || self.ln_sum_p2 || self.values || self.token_kl
+        let log_probs = self.token_logps || self.ref_token_logps || self.old_token_logps || self.sampled_token_logps;
+        log_probs || self.token_advantages || self.entropy || self.ln_sum_p2 || self.values || self.token_kl
     }
 }
 
@@ -285,10 +344,14 @@ pub struct Totals {
     pub tokens: f64,
     /// Completion tokens of all sequences.
     pub completion_tokens: f64,
+    /// Prompts of which groups were sampled.
+    pub groups: f64,
+    /// Tokens that a sampled completion may have at most.
+    pub longest: f64,
 }
 
 impl Totals {
-    /// Counts one micro-batch; reads `lens`, `pairs` and `labels` only, so it needs no forward pass. Totals add.
+    /// Counts one micro-batch; reads `lens`, `longest`, `pairs`, `groups` and `labels` only, so it needs no forward pass. Totals add.
     pub fn of(stats: &Stats) -> Self {
         Self {
             pairs: stats.pairs.len() as f64,
@@ -296,6 +359,8 @@ impl Totals {
             desirable: stats.labels.iter().filter(|&&label| label).count() as f64,
             tokens: stats.supervised().map(|s| stats.lens[s]).sum(),
             completion_tokens: stats.lens.iter().sum(),
+            groups: stats.groups.len() as f64,
+            longest: stats.longest,
         }
     }
 }
@@ -307,6 +372,8 @@ impl AddAssign for Totals {
         self.desirable += other.desirable;
         self.tokens += other.tokens;
         self.completion_tokens += other.completion_tokens;
+        self.groups += other.groups;
+        self.longest = self.longest.max(other.longest);
     }
 }
 
@@ -336,6 +403,20 @@ pub struct Outcome {
     pub state: Vec<f64>,
 }
 
+/// What the rewards of sampled completions are worth: constants of every update on them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Credit {
+    /// `[S]`, for [`Stats::advantages`].
+    pub advantages: Vec<f64>,
+    /// `[T]`, for [`Stats::token_advantages`].
+    pub token_advantages: Vec<f64>,
+    /// `[T]`, for [`Stats::returns`].
+    pub returns: Vec<f64>,
+    pub metrics: Vec<Metric>,
+    /// What the next call finds in [`Stats::state`]; empty where nothing is remembered.
+    pub state: Vec<f64>,
+}
+
 pub trait Objective: Send + Sync {
     /// The name of its [`Entry`]; of a mixture, those of its terms.
     fn name(&self) -> &str;
@@ -344,6 +425,11 @@ pub trait Objective: Send + Sync {
     /// What it remembers from step to step, before the first one. An objective that remembers anything sees whole batches.
     fn initial_state(&self) -> Vec<f64> {
         Vec::new()
+    }
+    /// Looks once at everything that was sampled, before the first update on it; `rollouts` has the fields that are needed, but for
+    /// what this makes, with `old_token_logps` the policy's and `values` those before the update.
+    fn credit(&self, _rollouts: &Stats) -> Credit {
+        Credit::default()
     }
     fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome;
 }

@@ -35,7 +35,7 @@
 
 use std::cell::RefCell;
 
-use super::{Choice, Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
+use super::{Choice, Credit, Grads, Metric, Needs, Objective, Outcome, Scope, Stats, Totals};
 use crate::error::{Error, Result};
 
 /// How K references become one.
@@ -349,17 +349,21 @@ impl MultiRef {
     }
 
     fn evaluate_inner(&self, stats: &Stats, totals: &Totals, one: &One, pair_weights: &[f64]) -> Outcome {
+        self.inner.evaluate(&self.of_inner(stats, one, pair_weights), totals)
+    }
+
+    /// The statistics with one reference in the place of all.
+    fn of_inner(&self, stats: &Stats, one: &One, pair_weights: &[f64]) -> Stats {
         let needs = self.inner.needs();
         let when = |needed: bool, of: &Vec<f64>| if needed { vec![of.clone()] } else { vec![] };
-        let inner = Stats {
+        Stats {
             ref_logps: vec![one.logps.clone()],
             ref_token_logps: when(needs.ref_token_logps, &one.token_logps),
             mismatched_ref_logps: when(needs.mismatched, &one.mismatched_logps),
             ref_weights: vec![],
             pair_weights: pair_weights.to_vec(),
             ..stats.clone()
-        };
-        self.inner.evaluate(&inner, totals)
+        }
     }
 
     /// sum_k a_k L_k as L_p + sum_k a_k (L_k - L_p), so that equal references give the loss of one exactly.
@@ -432,6 +436,13 @@ impl Objective for MultiRef {
 
     fn initial_state(&self) -> Vec<f64> {
         self.inner.initial_state()
+    }
+
+    /// Of Multi-DPO's means of losses, too, rewards are held to one blend.
+    fn credit(&self, rollouts: &Stats) -> Credit {
+        let refs = self.references(rollouts);
+        let one = self.virtual_reference(rollouts, &refs, &self.weights(rollouts));
+        self.inner.credit(&self.of_inner(rollouts, &one, &[]))
     }
 
     fn evaluate(&self, stats: &Stats, totals: &Totals) -> Outcome {

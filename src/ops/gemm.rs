@@ -10,6 +10,8 @@
 //!
 //! Both operands are packed once a product into panels that all threads share. A task multiplies rows of A that its core's
 //! second-level cache holds with one panel of B after the other, in passes over k that fit the caches before it.
+//! Few rows ([`few`]) are packed as a whole, and a task packs one panel of B after the other where it uses it, in its core's
+//! caches: B goes by once, and nothing of it is written.
 //! Weights are not kept packed between calls: packing one costs as much as eight to sixteen rows of the product, a
 //! training step multiplies each with hundreds, and a packed copy of every weight in two layouts would cost three times the
 //! weights' memory.
@@ -18,6 +20,8 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::gemm_amx::{Amx, AmxTurned};
 use super::gemm_fma::Fma;
 use super::simd::Shared;
 use crate::device::{Cpu, Products, Scratch};
@@ -120,10 +124,21 @@ const TILE_LEN: usize = 32 * 32;
 
 /// `c` is `[m, n]` with row stride `n`; `a` is `[m, k]`, `b` is `[k, n]`.
 pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+    let [m, n, k] = dims;
+    assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
+    if k == 0 && start == Start::Zero {
+        c.fill(0.0);
+    }
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
     match cpu.products() {
+        Products::Chains if are_few::<Fma>(dims, cpu.threads()) => few(cpu, Fma(cpu.isa()), dims, a, b, c, start),
         Products::Chains => blocked(cpu, Fma(cpu.isa()), dims, a, b, c, start),
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles => blocked(cpu, super::gemm_amx::Amx, dims, a, b, c, start),
+        Products::Tiles if are_few::<AmxTurned>(dims, cpu.threads()) => few(cpu, AmxTurned, dims, a, b, c, start),
+        #[cfg(target_arch = "x86_64")]
+        Products::Tiles => blocked(cpu, Amx, dims, a, b, c, start),
     }
 }
 
@@ -132,7 +147,7 @@ pub fn packed_bytes(dims: [usize; 3]) -> [usize; 2] {
     match Products::detect() {
         Products::Chains => packed_floats::<Fma>(dims),
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles => packed_floats::<super::gemm_amx::Amx>(dims),
+        Products::Tiles => packed_floats::<Amx>(dims),
     }
     .map(Scratch::bytes)
 }
@@ -153,6 +168,48 @@ fn block_dims<K: Kernel>(dims: [usize; 3]) -> [usize; 3] {
 
 thread_local! {
     static PACKED: RefCell<[Scratch; 2]> = RefCell::default();
+    /// A panel of B that this thread alone uses.
+    static PANEL: RefCell<Scratch> = RefCell::default();
+}
+
+/// Whether all rows of A stay in a core's second-level cache, and there are columns for all threads.
+fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
+    m.div_ceil(K::ROWS) * K::panel_a(k) * size_of::<f32>() <= TASK_BYTES && n.div_ceil(K::COLS) >= 2 * threads
+}
+
+/// A product of few rows: the bits are those of [`blocked`].
+fn few<K: Kernel>(cpu: &Cpu, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+    let shared = Shared::new(c);
+    let mut scratch = PACKED.take();
+    let (panel_a, panel_b) = (K::panel_a(k), K::panel_b(k));
+    let tiles = [m.div_ceil(K::ROWS), n.div_ceil(K::COLS)];
+    let packed_a = scratch[0].grown(tiles[0] * panel_a);
+    let rows = Side { operand: a, first: 0, len: m, first_k: 0, depth: k };
+    pack(cpu, &rows, K::ROWS, panel_a, |panel, out| kernel.pack_a(panel, out), packed_a);
+    let (packed_a, columns) = (&*packed_a, b.turned());
+    let width = tiles[1].div_ceil(8 * cpu.threads());
+    for_each(cpu, m * n * k < SERIAL_WORK, tiles[1].div_ceil(width), |task| {
+        PANEL.with_borrow_mut(|scratch| {
+            let packed_b = &mut scratch.grown(panel_b)[..panel_b];
+            kernel.session(|| {
+                for col in task * width..tiles[1].min((task + 1) * width) {
+                    let (Operand { data, row, col: by_depth }, first) = (columns, col * K::COLS);
+                    let (data, width) = (&data[first * row..], K::COLS.min(n - first));
+                    kernel.pack_b(Panel { data, by_depth, by_width: row, depth: k, width }, packed_b);
+                    for first_k in (0..k).step_by(K::DEPTH) {
+                        let (depth, fresh) = (K::DEPTH.min(k - first_k), first_k == 0 && start == Start::Zero);
+                        let piece = Block { rows: [0, m], cols: [0, n], depth, n, fresh };
+                        let b = &packed_b[K::panel_b(first_k)..][..K::panel_b(depth)];
+                        for row in 0..tiles[0] {
+                            let a = &packed_a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(depth)];
+                            multiply_tile(kernel, &piece, [row, col], a, b, &shared);
+                        }
+                    }
+                }
+            });
+        });
+    });
+    PACKED.set(scratch);
 }
 
 fn blocked<K: Kernel>(
@@ -164,13 +221,6 @@ fn blocked<K: Kernel>(
     c: &mut [f32],
     start: Start,
 ) {
-    assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
-    if k == 0 && start == Start::Zero {
-        c.fill(0.0);
-    }
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
     let shared = Shared::new(c);
     let mut scratch = PACKED.take();
     let [a_len, b_len] = packed_floats::<K>([m, n, k]);
@@ -305,7 +355,8 @@ mod tests {
     use super::*;
     use crate::device::{Isa, Philox};
 
-    const SIZES: [[usize; 3]; 9] = [
+    /// Of both kinds: few rows, and more than a core's cache holds.
+    const SIZES: [[usize; 3]; 12] = [
         [1, 1, 1],
         [1, 40, 300],
         [3, 31, 123],
@@ -315,6 +366,9 @@ mod tests {
         [252, 123, 64],
         [5, 2100, 520],
         [130, 70, 769],
+        [16, 200, 1700],
+        [35, 400, 97],
+        [360, 130, 640],
     ];
 
     fn random(len: usize, stream: u64) -> Vec<f32> {

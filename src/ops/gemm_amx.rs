@@ -10,6 +10,9 @@
 //! sums the products of even and of odd k apart and adds both to the element: TDPBF16PS in Intel's manual. Numbers
 //! below 2^-126 count as zero. An infinity becomes NaN: its x1 is infinity minus infinity.
 //!
+//! Of few rows [`AmxTurned`] makes the transposed product: a weight's rows then are rows of the unit's A, whose layout needs no
+//! transposition. The partial products have the same order, and a product of two numbers has no order, so the bits are the same.
+//!
 //! Panels hold, for each step, three pieces of two tiles of 16 rows of 64 bytes. Of A a row is a row and 32 values of k; of B a
 //! row is a pair of k and 16 columns.
 
@@ -88,6 +91,81 @@ impl Kernel for Amx {
     }
 }
 
+/// The same product with its sides exchanged: `C^T = B^T A^T`, transposed on its way to C.
+#[derive(Clone, Copy)]
+pub struct AmxTurned;
+
+impl Kernel for AmxTurned {
+    const ROWS: usize = TILE;
+    const COLS: usize = TILE;
+    /// A pass fits the second-level cache, beside the rows.
+    const DEPTH: usize = 48 * STEP;
+
+    fn panel_a(depth: usize) -> usize {
+        Amx::panel_b(depth)
+    }
+
+    fn panel_b(depth: usize) -> usize {
+        Amx::panel_a(depth)
+    }
+
+    fn pack_a(self, panel: Panel, out: &mut [f32]) {
+        Amx.pack_b(panel, out);
+    }
+
+    fn pack_b(self, panel: Panel, out: &mut [f32]) {
+        Amx.pack_a(panel, out);
+    }
+
+    fn height(rows: usize) -> usize {
+        if rows <= HALF { HALF } else { TILE }
+    }
+
+    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
+        let steps = depth.div_ceil(STEP);
+        assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
+        let mut turned = Turned([0.0; TILE * TILE]);
+        let to = Sums { start: turned.0.as_mut_ptr(), stride: TILE, fresh: sums.fresh };
+        // SAFETY: panels of `steps` steps (just asserted); `turned` has 32 rows of 32, the sums as promised by the caller. Whoever
+        // made an `AmxTurned` saw that the machine has AVX-512.
+        unsafe {
+            if !sums.fresh {
+                turn([TILE, rows], sums, to);
+            }
+            match rows {
+                HALF => multiply_turned_half(steps, b.as_ptr(), a.as_ptr(), to),
+                _ => multiply_turned(steps, b.as_ptr(), a.as_ptr(), to),
+            }
+            turn([rows, TILE], to, sums);
+        }
+    }
+
+    fn session(self, work: impl FnOnce()) {
+        Amx.session(work);
+    }
+}
+
+/// A tile of C^T.
+#[repr(C, align(64))]
+struct Turned([f32; TILE * TILE]);
+
+/// `to[i][j] = from[j][i]` for a `to` of whole squares of 16.
+///
+/// # Safety
+/// `from` and `to` have so many rows and columns, and the machine has AVX-512.
+#[target_feature(enable = "avx512f")]
+unsafe fn turn([rows, cols]: [usize; 2], from: Sums, to: Sums) {
+    for (row, col) in (0..rows).step_by(HALF).flat_map(|row| (0..cols).step_by(HALF).map(move |col| (row, col))) {
+        // SAFETY: squares of 16 lie in both, as promised by the caller.
+        unsafe {
+            let square = std::array::from_fn(|j| _mm512_loadu_ps(from.row(col + j).add(row)));
+            for (i, line) in transpose(square).into_iter().enumerate() {
+                _mm512_storeu_ps(to.row(row + i).add(col), line);
+            }
+        }
+    }
+}
+
 /// The operand of LDTILECFG: every tile register has 16 rows of 64 bytes.
 #[repr(C, align(64))]
 struct TileConfig {
@@ -120,6 +198,13 @@ macro_rules! load {
 macro_rules! products {
     () => {
         "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
+/// The same with one of B.
+macro_rules! half_products {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm2, tmm5, tmm6"
     };
 }
 
@@ -182,6 +267,129 @@ unsafe fn multiply(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
             line = in(reg) 64usize,
             a = inout(reg) a => _,
             b = inout(reg) b => _,
+            steps = inout(reg) steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// As `multiply` for a product whose sides are exchanged: `y`, the unit's A, holds what is B of the whole product, and `x`
+/// what is A. The order is that of `multiply`: x0 y2, x0 y1, x0 y0, x2 y0, x1 y0, x1 y1.
+///
+/// # Safety
+/// As `multiply`.
+unsafe fn multiply_turned(steps: usize, y: *const f32, x: *const f32, sums: Sums) {
+    // SAFETY: as in `multiply`.
+    unsafe {
+        asm!(
+            "test {fresh}, {fresh}",
+            "jnz 2f",
+            "tileloadd tmm0, [{c} + {stride}]",
+            "tileloadd tmm1, [{c} + {stride} + 64]",
+            "tileloadd tmm2, [{low} + {stride}]",
+            "tileloadd tmm3, [{low} + {stride} + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            // x0 with y2, y1, y0
+            load!(6, "x", 0),
+            load!(7, "x", 1024),
+            load!(4, "y", 4096),
+            load!(5, "y", 5120),
+            products!(),
+            load!(4, "y", 2048),
+            load!(5, "y", 3072),
+            products!(),
+            load!(4, "y", 0),
+            load!(5, "y", 1024),
+            products!(),
+            // x2 and x1 with y0
+            load!(6, "x", 4096),
+            load!(7, "x", 5120),
+            products!(),
+            load!(6, "x", 2048),
+            load!(7, "x", 3072),
+            products!(),
+            // x1 with y1
+            load!(4, "y", 2048),
+            load!(5, "y", 3072),
+            products!(),
+            "add {y}, 6144",
+            "add {x}, 6144",
+            "dec {steps}",
+            "jnz 3b",
+            "tilestored [{c} + {stride}], tmm0",
+            "tilestored [{c} + {stride} + 64], tmm1",
+            "tilestored [{low} + {stride}], tmm2",
+            "tilestored [{low} + {stride} + 64], tmm3",
+            fresh = in(reg) usize::from(sums.fresh),
+            c = in(reg) sums.start,
+            low = in(reg) sums.row(HALF),
+            stride = in(reg) sums.stride * size_of::<f32>(),
+            line = in(reg) 64usize,
+            y = inout(reg) y => _,
+            x = inout(reg) x => _,
+            steps = inout(reg) steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// The left half of `multiply_turned`: up to 16 rows of the whole product.
+///
+/// # Safety
+/// As `multiply`.
+unsafe fn multiply_turned_half(steps: usize, y: *const f32, x: *const f32, sums: Sums) {
+    // SAFETY: as in `multiply`.
+    unsafe {
+        asm!(
+            "test {fresh}, {fresh}",
+            "jnz 2f",
+            "tileloadd tmm0, [{c} + {stride}]",
+            "tileloadd tmm2, [{low} + {stride}]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm2",
+            "3:",
+            load!(6, "x", 0),
+            load!(4, "y", 4096),
+            load!(5, "y", 5120),
+            half_products!(),
+            load!(4, "y", 2048),
+            load!(5, "y", 3072),
+            half_products!(),
+            load!(4, "y", 0),
+            load!(5, "y", 1024),
+            half_products!(),
+            load!(6, "x", 4096),
+            half_products!(),
+            load!(6, "x", 2048),
+            half_products!(),
+            load!(4, "y", 2048),
+            load!(5, "y", 3072),
+            half_products!(),
+            "add {y}, 6144",
+            "add {x}, 6144",
+            "dec {steps}",
+            "jnz 3b",
+            "tilestored [{c} + {stride}], tmm0",
+            "tilestored [{low} + {stride}], tmm2",
+            fresh = in(reg) usize::from(sums.fresh),
+            c = in(reg) sums.start,
+            low = in(reg) sums.row(HALF),
+            stride = in(reg) sums.stride * size_of::<f32>(),
+            line = in(reg) 64usize,
+            y = inout(reg) y => _,
+            x = inout(reg) x => _,
             steps = inout(reg) steps => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

@@ -1,16 +1,29 @@
-//! Generation with a KV cache. A prompt is computed once, whatever the number of completions; its keys and values
-//! lie in one slot, those of each completion in another, and attention reads them through the segment table that
-//! training uses. A sample's text depends on its seed and index alone, never on what is generated beside it.
+//! Generation with a KV cache: many prompts, several completions of each, decoded together.
+//!
+//! A prompt is computed once, whatever the number of its completions; its keys and values lie in one slot, those of each
+//! completion in another, and attention reads them through the segment table that training uses. Every pass runs the newest
+//! token of all running completions and the prompts of those that begin; one that ends gives its place to the next.
+//!
+//! A token depends on its request, its sample's stream and index, and on nothing that is generated beside it: logits have the
+//! same bits alone or in a batch (on a GPU with batch-invariant products), random numbers are named.
 
-use crate::data::Extent;
-use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, range};
+mod edits;
+mod engine;
+mod slots;
+
+use crate::data::Tokenizer;
+use crate::device::{DType, Dry, Ledger};
 use crate::error::{Error, Result};
-use crate::model::{Acts, Batch, Keep, KvCache, Model, Spec};
+use crate::model::{Model, Spec};
 use crate::ops::Backend;
-use crate::ops::attention::{NO_PARENT, Segment};
-use crate::ops::sample;
+use engine::{Buffers, Run};
 
 pub use crate::ops::sample::Sampling;
+pub use engine::Size;
+
+/// Completions that run together where memory sets no limit: enough that a pass is bound by arithmetic, not by reading the
+/// weights.
+pub const MAX_RUNNING: usize = 256;
 
 /// What to generate from one prompt.
 #[derive(Clone, Copy, Debug)]
@@ -20,16 +33,55 @@ pub struct Request<'a> {
     /// Completions; completion i draws from stream `first_sample + i` of the seed.
     pub samples: usize,
     pub first_sample: u64,
+    /// At least one.
     pub max_new_tokens: usize,
+    /// None of `eos` is drawn before.
+    pub min_new_tokens: usize,
     pub sampling: Sampling,
+    /// So many tokens in a row, of prompt or completion, do not come a second time; 0 allows all.
+    pub no_repeat_ngram_size: usize,
     /// A completion ends with the first of these, which it keeps.
     pub eos: &'a [u32],
+    /// A completion ends with the token after which its text holds one of these, wherever tokens begin and end. It keeps its
+    /// tokens, as in transformers and vLLM; [`before_stop`] cuts the text, as vLLM does. They need [`Engine::with_tokenizer`].
+    pub stop: &'a [String],
 }
 
-impl Request<'_> {
-    /// Refuses a request that is longer than the model's learned positions reach.
+impl<'a> Request<'a> {
+    /// One completion of `prompt`, which nothing ends but its length.
+    pub fn new(prompt: &'a [u32], max_new_tokens: usize, sampling: Sampling) -> Self {
+        Self {
+            prompt,
+            samples: 1,
+            first_sample: 0,
+            max_new_tokens,
+            min_new_tokens: 0,
+            sampling,
+            no_repeat_ngram_size: 0,
+            eos: &[],
+            stop: &[],
+        }
+    }
+
+    /// Refuses a request without a token to start from or to make, tokens that are none, and what is longer than the model's
+    /// learned positions reach.
     pub fn check(&self, spec: &Spec) -> Result<()> {
+        if self.prompt.is_empty() {
+            let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
+            return Err(Error::option("--prompt", detail));
+        }
+        if let Some(id) = self.prompt.iter().chain(self.eos).find(|id| **id as usize >= spec.vocab) {
+            let detail = format!(
+                "token {id} lies past the model's vocabulary of {}; do tokenizer.json and config.json belong together?",
+                spec.vocab
+            );
+            return Err(Error::option("--prompt", detail));
+        }
         let (prompt, new) = (self.prompt.len(), self.max_new_tokens);
+        if new == 0 {
+            return Err(Error::option("--max-new-tokens", "0 tokens make no completion; give at least 1"));
+        }
+        check_sampling(&self.sampling)?;
         match spec.most_positions() {
             Some(most) if prompt + new > most => {
                 let room = most.saturating_sub(prompt);
@@ -42,164 +94,149 @@ impl Request<'_> {
         }
     }
 
-    fn extent(&self) -> Extent {
-        Extent {
-            rows: self.prompt.len().max(self.samples),
-            targets: self.samples,
-            segments: 1 + self.samples,
-            sequences: self.samples,
-            longest: self.prompt.len() + self.max_new_tokens,
-        }
+    /// Positions of its longest sequence.
+    pub fn longest(&self) -> usize {
+        self.prompt.len() + self.max_new_tokens
     }
 
-    /// Key rows: the prompt's slot, then one for each completion.
+    /// Key rows of a completion: its last token is not run.
     fn slot_rows(&self) -> usize {
-        self.prompt.len() + self.samples * self.max_new_tokens
+        self.max_new_tokens.saturating_sub(1).max(1)
     }
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Completion {
+fn check_sampling(s: &Sampling) -> Result<()> {
+    let numbers = [
+        ("--temperature", s.temperature, "0 or more", s.temperature >= 0.0),
+        ("--top-p", s.top_p, "above 0 and at most 1", s.top_p > 0.0 && s.top_p <= 1.0),
+        ("--min-p", s.min_p, "from 0 to 1", (0.0..=1.0).contains(&s.min_p)),
+        ("--repetition-penalty", s.repetition_penalty, "above 0", s.repetition_penalty > 0.0),
+    ];
+    match numbers.into_iter().find(|(_, value, _, holds)| !holds || !value.is_finite()) {
+        Some((option, value, range, _)) => Err(Error::option(option, format!("{value} is not {range}"))),
+        None => Ok(()),
+    }
+}
+
+/// Why a completion ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Finish {
+    /// With an end-of-sequence token.
+    Eos,
+    /// With a stop string.
+    Stop,
+    /// At the length limit.
+    Length,
+}
+
+impl Finish {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Eos => "eos",
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// A completion.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rollout {
+    /// Which request it is of, and which of its samples.
+    pub prompt: usize,
+    pub sample: usize,
     pub ids: Vec<u32>,
-    /// Whether it ended with an end-of-sequence token, not at the length limit.
-    pub finished: bool,
+    /// Log-probability of each token under the model, at temperature 1 over the whole vocabulary, nats: what scoring the sequence
+    /// gives.
+    pub logps: Vec<f32>,
+    /// Log-probability of each token in the distribution that it was drawn from, nats: 0 for the likeliest at temperature 0.
+    pub sampled_logps: Vec<f32>,
+    pub finish: Finish,
 }
 
-struct Buffers<D: Device> {
-    acts: Acts<D>,
-    batch: Batch<D>,
-    kv: KvCache<D>,
-    /// `[samples, vocab]`
-    logits: Tensor<D>,
-    /// `[samples, 3]`
-    draws: Tensor<D>,
-    /// `[samples, 1]`
-    ids: Tensor<D>,
+impl Rollout {
+    /// Whether it ended by itself, not at the length limit.
+    pub fn finished(&self) -> bool {
+        self.finish != Finish::Length
+    }
 }
 
-impl<D: Device> Buffers<D> {
-    fn new(arena: &mut Arena<D>, spec: &Spec, rank: usize, request: &Request) -> Self {
-        let extent = request.extent();
-        Self {
-            acts: Acts::new(arena, spec, &extent, Keep::Nothing).with_low_rank(arena, rank),
-            batch: Batch::new(arena, &extent),
-            kv: KvCache::new(arena, spec, request.slot_rows(), extent.rows),
-            logits: arena.floats(Kind::Workspace, request.samples, spec.vocab),
-            draws: arena.indices(Kind::Workspace, request.samples, sample::DRAW),
-            ids: arena.indices(Kind::Workspace, request.samples, 1),
+/// How far a run is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Done {
+    pub completions: usize,
+    /// Tokens generated.
+    pub tokens: usize,
+}
+
+/// `text` up to the first place where one of `stop` begins; an empty one stops nothing.
+pub fn before_stop<'t>(text: &'t str, stop: &[String]) -> &'t str {
+    let first = stop.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| text.find(stop.as_str())).min();
+    &text[..first.unwrap_or(text.len())]
+}
+
+/// Memory of generating `requests` besides the model, whose adapters have [rank](Model::widest_rank) `rank`, on a device that
+/// stores `storage`, with up to `max_running` completions at a time.
+pub fn plan(storage: DType, spec: &Spec, rank: usize, requests: &[Request], max_running: usize) -> Ledger {
+    let size = Size::of(spec, requests, max_running);
+    Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, &size))
+}
+
+/// The most completions at a time, up to [`MAX_RUNNING`], whose [`plan`] fits into `bytes`.
+///
+/// # Errors
+/// Where one does not.
+pub fn max_running(storage: DType, spec: &Spec, rank: usize, requests: &[Request], bytes: usize) -> Result<usize> {
+    let needs = |running: usize| plan(storage, spec, rank, requests, running).total();
+    if needs(1) > bytes {
+        let detail = format!("one completion takes {} bytes beside the model, and {bytes} are left", needs(1));
+        return Err(Error::option("--max-new-tokens", detail));
+    }
+    let (mut fits, mut past) = (1, MAX_RUNNING + 1);
+    while past - fits > 1 {
+        let middle = fits.midpoint(past);
+        *(if needs(middle) <= bytes { &mut fits } else { &mut past }) = middle;
+    }
+    Ok(fits)
+}
+
+/// Generates. Weights are the model's own, borrowed; its adapters apply as they are.
+pub struct Engine<'a, B: Backend> {
+    device: &'a B,
+    tokenizer: Option<&'a Tokenizer>,
+    max_running: usize,
+}
+
+impl<'a, B: Backend> Engine<'a, B> {
+    pub fn new(device: &'a B) -> Self {
+        Self { device, tokenizer: None, max_running: MAX_RUNNING }
+    }
+
+    /// For requests with stop strings.
+    pub fn with_tokenizer(&self, tokenizer: &'a Tokenizer) -> Self {
+        Self { tokenizer: Some(tokenizer), ..*self }
+    }
+
+    /// So many completions at a time at most; results do not depend on it.
+    pub fn with_max_running(&self, max_running: usize) -> Self {
+        Self { max_running: max_running.max(1), ..*self }
+    }
+
+    /// Completions of all requests, by request and sample. The model's rotation table must reach each
+    /// `prompt + max_new_tokens`. `progress` is called after every pass.
+    pub fn run(&self, model: &Model<B>, requests: &[Request], progress: &mut dyn FnMut(Done)) -> Result<Vec<Rollout>> {
+        requests.iter().try_for_each(|request| request.check(&model.spec))?;
+        if self.tokenizer.is_none() && requests.iter().any(|request| !request.stop.is_empty()) {
+            return Err(Error::option("--stop", "stop strings are found in text: the engine needs the tokenizer"));
         }
-    }
-}
-
-/// Memory of a generation besides the model, whose adapters have [rank](Model::widest_rank) `rank`, on a device that stores
-/// `storage`.
-pub fn plan(storage: DType, spec: &Spec, rank: usize, request: &Request) -> Ledger {
-    Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, request))
-}
-
-/// Completions of one prompt. The model's rotation table must reach `prompt + max_new_tokens`.
-pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> Result<Vec<Completion>> {
-    let _range = range(c"generate");
-    if request.prompt.is_empty() {
-        let detail = "the prompt has no token, and the tokenizer adds none in front; give at least one character";
-        return Err(Error::option("--prompt", detail));
-    }
-    request.check(&model.spec)?;
-    let vocab = model.spec.vocab;
-    if let Some(id) = request.prompt.iter().find(|id| **id as usize >= vocab) {
-        let detail = format!(
-            "token {id} lies past the model's vocabulary of {vocab}; do tokenizer.json and config.json belong together?"
-        );
-        return Err(Error::option("--prompt", detail));
-    }
-    let (spec, rank) = (&model.spec, model.widest_rank());
-    let mut arena = Arena::new(device, &plan(device.storage(), spec, rank, request))?;
-    let mut buffers = Buffers::new(&mut arena, spec, rank, request);
-    let mut completions = vec![Completion { ids: Vec::new(), finished: false }; request.samples];
-    prefill(device, model, request, &mut buffers)?;
-    let mut active: Vec<usize> = (0..request.samples).collect();
-    loop {
-        let ids = choose(device, request, &mut buffers, &completions, &active)?;
-        for (id, sample) in ids.into_iter().zip(&active) {
-            completions[*sample].ids.push(id);
-            completions[*sample].finished = request.eos.contains(&id);
+        if requests.iter().all(|request| request.samples == 0) {
+            return Ok(Vec::new());
         }
-        let open = |s: &usize| !completions[*s].finished && completions[*s].ids.len() < request.max_new_tokens;
-        active.retain(open);
-        if active.is_empty() {
-            return Ok(completions);
-        }
-        decode(device, model, request, &mut buffers, &completions, &active)?;
+        Run::new(self, model, requests)?.finish(progress)
     }
 }
 
-/// The next token of every active completion, from its row of logits.
-fn choose<B: Backend>(
-    device: &B,
-    request: &Request,
-    b: &mut Buffers<B>,
-    completions: &[Completion],
-    active: &[usize],
-) -> Result<Vec<u32>> {
-    let draw =
-        |sample: &usize| sample::draw(request.first_sample + *sample as u64, completions[*sample].ids.len() as u32);
-    let draws: Vec<[u32; sample::DRAW]> = active.iter().map(draw).collect();
-    let (rows, mut ids) = (active.len(), vec![0; active.len()]);
-    device.write_u32(draws.as_flattened(), b.draws.top_mut(rows))?;
-    device.sample(sample::Args {
-        logits: b.logits.top_mut(rows),
-        sampling: request.sampling,
-        draws: b.draws.top(rows),
-        ids: b.ids.top_mut(rows),
-    })?;
-    device.read_u32(b.ids.top(rows), &mut ids)?;
-    sample::tokens(&ids)?;
-    Ok(ids)
-}
-
-fn prompt_segment(request: &Request, queries: usize) -> Segment {
-    let len = request.prompt.len() as u32;
-    Segment { start: 0, len, parent: NO_PARENT, position: 0, query_start: 0, queries: queries as u32 }
-}
-
-/// Runs the prompt; `logits` becomes those of its last row, once for each completion.
-fn prefill<B: Backend>(device: &B, model: &Model<B>, request: &Request, b: &mut Buffers<B>) -> Result<()> {
-    let len = request.prompt.len();
-    let rows: Vec<u32> = (0..len as u32).collect();
-    let read = vec![len as u32 - 1; request.samples];
-    b.batch.load_decode(device, request.prompt, &rows, &[prompt_segment(request, len)], &read)?;
-    b.kv.set_append(device, &rows)?;
-    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)
-}
-
-/// Runs the newest token of every active completion; `logits` becomes `[active, vocab]`.
-fn decode<B: Backend>(
-    device: &B,
-    model: &Model<B>,
-    request: &Request,
-    b: &mut Buffers<B>,
-    completions: &[Completion],
-    active: &[usize],
-) -> Result<()> {
-    let prompt = request.prompt.len();
-    let done = |sample: usize| completions[sample].ids.len();
-    let slot = |sample: usize| prompt + sample * request.max_new_tokens;
-    let newest = |sample: &usize| *completions[*sample].ids.last().expect("sampled before it is decoded");
-    let tokens: Vec<u32> = active.iter().map(newest).collect();
-    let positions: Vec<u32> = active.iter().map(|s| (prompt + done(*s) - 1) as u32).collect();
-    let append: Vec<u32> = active.iter().map(|s| (slot(*s) + done(*s) - 1) as u32).collect();
-    let completion = |(query, sample): (usize, &usize)| Segment {
-        start: slot(*sample) as u32,
-        len: done(*sample) as u32,
-        parent: 0,
-        position: prompt as u32,
-        query_start: query as u32,
-        queries: 1,
-    };
-    let completions = active.iter().enumerate().map(completion);
-    let segments: Vec<Segment> = std::iter::once(prompt_segment(request, 0)).chain(completions).collect();
-    let read: Vec<u32> = (0..active.len() as u32).collect();
-    b.batch.load_decode(device, &tokens, &positions, &segments, &read)?;
-    b.kv.set_append(device, &append)?;
-    model.decode(device, &b.batch, &mut b.acts, &mut b.kv, &mut b.logits)
+/// Completions of one prompt.
+pub fn generate<B: Backend>(device: &B, model: &Model<B>, request: &Request) -> Result<Vec<Rollout>> {
+    Engine::new(device).run(model, &[*request], &mut |_| ())
 }

@@ -7,7 +7,7 @@
 //! at temperature 1 over the whole vocabulary, since it is the policy's distribution that is asked about. Completions end at
 //! `--max-new-tokens`. Not a sum of per-token estimates of another kind: those have other expectations on samples.
 
-use super::plan::sample_request;
+use super::online::{Written, prompt_of, written_text};
 use super::policy::Policy;
 use super::references::FreshReference;
 use super::settings::Settings;
@@ -17,9 +17,9 @@ use crate::data::{Content, Example, Extent, Message, Packing, Parts, Row, Sequen
 use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency};
-use crate::rollout::{self, Completion, Request, Sampling};
+use crate::rollout::{Engine, Request, Rollout, Sampling};
 
-/// Samples that are decoded together.
+/// Samples that are decoded together: their keys and values should not take more than training does.
 pub const TOGETHER: usize = 32;
 /// Where its streams of random numbers begin, beyond those of `--samples`. Every evaluation draws the same ones, so that
 /// what changes between two is the policy.
@@ -42,33 +42,36 @@ impl Estimate {
     }
 }
 
-/// A completion that the policy wrote.
-struct Sample {
-    /// Of the prompt, in [`Drift::prompts`].
-    prompt: usize,
-    completion: Completion,
+/// A held-out prompt to complete, once in the list.
+#[derive(Clone, Copy)]
+pub struct Prompt<'a> {
+    pub ids: &'a [u32],
+    pub row: usize,
+    /// Completions that it gets.
+    pub samples: usize,
 }
 
 pub struct Drift<'a, B: Backend> {
     task: &'a Task,
     settings: &'a Settings,
     fresh: Fresh<'a, B>,
-    /// Tokens of the held-out prompts to complete, each once, with the row and how many completions it gets.
-    prompts: Vec<(&'a [u32], usize, usize)>,
-    /// The rows of the held-out file, where some reference needs the text.
+    prompts: Vec<Prompt<'a>>,
+    /// The rows of the held-out file, where some reference or reward needs the text.
     rows: Vec<Row>,
+    /// What the last measurement sampled.
+    samples: Vec<Rollout>,
 }
 
 /// Held-out prompts for `samples` completions: those of the first rows, again from the start where there are fewer; equal
 /// ones together.
-pub fn prompts(task: &Task, samples: usize) -> Vec<(&[u32], usize, usize)> {
-    let mut prompts: Vec<(&[u32], usize, usize)> = Vec::new();
+pub fn prompts(task: &Task, samples: usize) -> Vec<Prompt<'_>> {
+    let mut prompts: Vec<Prompt> = Vec::new();
     let examples = task.eval.iter().flat_map(|eval| &eval.examples).cycle().take(samples);
     for example in examples {
         let Sequence { ids, first } = &example.sequences[0];
-        match prompts.iter_mut().find(|(known, ..)| *known == &ids[..*first]) {
-            Some((.., count)) => *count += 1,
-            None => prompts.push((&ids[..*first], example.row, 1)),
+        match prompts.iter_mut().find(|known| known.ids == &ids[..*first]) {
+            Some(known) => known.samples += 1,
+            None => prompts.push(Prompt { ids: &ids[..*first], row: example.row, samples: 1 }),
         }
     }
     prompts
@@ -84,17 +87,17 @@ impl<'a, B: Backend> Drift<'a, B> {
     pub fn new(device: &'a B, task: &'a Task, settings: &'a Settings, residency: Residency) -> Result<Self> {
         let prompts = prompts(task, settings.kl_samples);
         let longest =
-            prompts.iter().map(|(prompt, ..)| prompt.len()).max().unwrap_or(0) + settings.samples.max_new_tokens;
+            prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + settings.samples.max_new_tokens;
         let largest = largest(settings.packing, settings.kl_samples, longest);
         let asked = |reference: &'a FreshReference| reference.asked(largest);
         let others = task.fresh.iter().filter(|reference| !reference.is_policy);
         let fresh = Fresh::new(device, others.map(asked).collect(), settings.packing, residency)?;
         let texts = task.fresh.iter().any(|reference| reference.tokenizer.is_some());
         let rows = match &task.eval {
-            Some(eval) if texts => read_rows(&eval.path)?.1,
+            Some(eval) if texts || settings.rollouts.is_some() => read_rows(&eval.path)?.1,
             _ => Vec::new(),
         };
-        Ok(Self { task, settings, fresh, prompts, rows })
+        Ok(Self { task, settings, fresh, prompts, rows, samples: Vec::new() })
     }
 
     /// KL(policy || reference) of each reference, nats a completion. `done` is told how many completions there are.
@@ -136,42 +139,47 @@ impl<'a, B: Backend> Drift<'a, B> {
             let scored = self.fresh.score(k, &asked, Detail::Sums)?;
             estimates.push(estimate(&mut scored.iter().map(|scored| scored.sums[0])));
         }
+        self.samples = samples;
         Ok(estimates)
     }
 
-    fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Sample>> {
-        let mut samples = Vec::new();
-        for (at, (prompt, _, count)) in self.prompts.iter().enumerate() {
-            for first in (0..*count).step_by(TOGETHER) {
-                let request = request(self.settings, prompt, TOGETHER.min(count - first));
-                let first_sample = STREAM + samples.len() as u64;
-                let request = Request { first_sample, eos: self.task.tokenizer.stops(), ..request };
-                let completions = rollout::generate(device, &policy.model, &request)?;
-                samples.extend(completions.into_iter().map(|completion| Sample { prompt: at, completion }));
-                done(samples.len());
-            }
-        }
-        Ok(samples)
+    fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Rollout>> {
+        let mut requests = requests(self.settings, &self.prompts);
+        requests.iter_mut().for_each(|request| request.eos = self.task.tokenizer.stops());
+        let engine = Engine::new(device).with_max_running(TOGETHER);
+        engine.run(&policy.model, &requests, &mut |so_far| done(so_far.completions))
     }
 
-    fn example(&self, sample: &Sample) -> Example {
-        let (prompt, row, _) = self.prompts[sample.prompt];
-        let sequence = Sequence { ids: [prompt, &sample.completion.ids].concat(), first: prompt.len() };
+    /// What the last measurement sampled, to be judged.
+    pub fn written(&self) -> Result<Vec<Written>> {
+        let written = |sample: &Rollout| {
+            let Prompt { ids: prompt, row, .. } = self.prompts[sample.prompt];
+            let (ids, finished) = (sample.ids.clone(), sample.finished());
+            let text = written_text(self.task, prompt, &ids, finished)?;
+            let (source, prompt) = (prompt_of(&self.rows[row])?, prompt.to_vec());
+            Ok(Written { source, prompt, row, ids, text, finished, answer: None })
+        };
+        self.samples.iter().map(written).collect()
+    }
+
+    fn example(&self, sample: &Rollout) -> Example {
+        let Prompt { ids, row, .. } = self.prompts[sample.prompt];
+        let sequence = Sequence { ids: [ids, &sample.ids].concat(), first: ids.len() };
         Example { row, sequences: vec![sequence], ..Example::default() }
     }
 
     /// What a completion adds to its prompt: a token's text may depend on what comes before.
-    fn text(&self, sample: &Sample) -> Result<String> {
-        let (prompt, ..) = self.prompts[sample.prompt];
+    fn text(&self, sample: &Rollout) -> Result<String> {
+        let prompt = self.prompts[sample.prompt].ids;
         let decode = |ids: &[u32]| self.task.tokenizer.decode(ids);
-        let (start, whole) = (decode(prompt)?, decode(&[prompt, &sample.completion.ids].concat())?);
-        whole.strip_prefix(&start).map_or_else(|| decode(&sample.completion.ids), |text| Ok(text.to_string()))
+        let (start, whole) = (decode(prompt)?, decode(&[prompt, &sample.ids].concat())?);
+        whole.strip_prefix(&start).map_or_else(|| decode(&sample.ids), |text| Ok(text.to_string()))
     }
 
     /// The samples as another tokenizer and its chat template write them.
-    fn own(&self, tokenizer: &Tokenizer, samples: &[Sample]) -> Result<Vec<Example>> {
-        let of = |sample: &Sample| {
-            let (_, at, _) = self.prompts[sample.prompt];
+    fn own(&self, tokenizer: &Tokenizer, samples: &[Rollout]) -> Result<Vec<Example>> {
+        let of = |sample: &Rollout| {
+            let at = self.prompts[sample.prompt].row;
             let Row { parts, variables, .. } = &self.rows[at];
             let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. }) = parts else {
                 let detail = "measures completions of prompts, and these rows are whole texts, which a reference with another tokenizer cannot be asked about";
@@ -185,7 +193,7 @@ impl<'a, B: Backend> Drift<'a, B> {
             let parts = Parts::Completion { prompt: prompt.clone(), completion };
             let row = Row { parts, variables: variables.clone(), label: None, margin: None };
             let mut sequence = encode_row(tokenizer, &row)?;
-            if !sample.completion.finished && sequence.ids.len() > sequence.first + 1 {
+            if !sample.finished() && sequence.ids.len() > sequence.first + 1 {
                 // The text goes on; no end was sampled.
                 sequence.ids.pop_if(|last| tokenizer.stops().contains(last));
             }
@@ -199,8 +207,14 @@ fn answer(text: String) -> Message {
     Message::from_iter([("role".to_string(), "assistant".into()), ("content".to_string(), text.into())])
 }
 
-/// What is asked of the policy for some completions of one prompt.
-pub fn request<'a>(settings: &Settings, prompt: &'a [u32], samples: usize) -> Request<'a> {
-    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: settings.seed };
-    Request { samples, sampling, ..sample_request(settings, prompt) }
+/// What is asked of the policy.
+pub fn requests<'a>(settings: &Settings, prompts: &[Prompt<'a>]) -> Vec<Request<'a>> {
+    let mut first_sample = STREAM;
+    let request = |prompt: &Prompt<'a>| {
+        let request = Request::new(prompt.ids, settings.samples.max_new_tokens, Sampling::plain(settings.seed));
+        let request = Request { samples: prompt.samples, first_sample, ..request };
+        first_sample += prompt.samples as u64;
+        request
+    };
+    prompts.iter().map(request).collect()
 }

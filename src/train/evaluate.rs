@@ -9,6 +9,7 @@ use crate::device::range;
 use crate::error::Result;
 use crate::objectives::{Metric, Stats, Totals};
 use crate::ops::Backend;
+use crate::tasks::{Measure, Outcome};
 
 /// What preferences and likelihoods come to, whatever the objective.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -57,6 +58,8 @@ pub struct Evaluation {
     pub loss: f64,
     pub summary: Summary,
     pub metrics: Vec<(String, f64)>,
+    /// What the policy came to in each task, by name.
+    pub exams: Vec<(String, Outcome)>,
     /// KL(policy || reference), nats a completion, of the anchor and then of the references.
     pub drift: Vec<Estimate>,
     /// Seconds.
@@ -102,6 +105,12 @@ impl Evaluation {
             let name = if k == 0 { "eval_kl".to_string() } else { format!("eval_kl/{k}") };
             line.insert(format!("{name}_stderr"), (*stderr).into());
             line.insert(name, (*mean).into());
+        }
+        for (name, outcome) in &self.exams {
+            for Measure { name: metric, value, stderr } in &outcome.measures {
+                line.insert(format!("eval_{name}/{metric}"), (*value).into());
+                stderr.map(|stderr| line.insert(format!("eval_{name}/{metric}_stderr"), stderr.into()));
+            }
         }
         line.insert("eval_rows".into(), self.rows.into());
         line.insert("eval_runtime".into(), self.runtime.into());

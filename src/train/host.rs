@@ -6,13 +6,15 @@ use std::path::Path;
 
 use super::settings::Settings;
 use super::task::Task;
-use crate::data::Extent;
+use crate::data::{Extent, Sequence};
 use crate::device::cuda::STAGING_BYTES;
 use crate::model::Spec;
 use crate::ops::{self, logprob_head};
+use crate::rollout::{self, Request, Size};
 
-/// Pages of the program and its libraries, stacks, file buffers: a run of a tiny model without data has 8 MiB resident.
-const PROGRAM: usize = 9 << 20;
+/// Pages of the program and its libraries, stacks, file buffers: 8 MiB in a run of a tiny model without data, when the program was a
+/// file of 95 MB, and 5 more, in one run beside the other, now that it is one of 105 MB.
+const PROGRAM: usize = 14 << 20;
 /// A tokenizer takes 6.3 times its file once parsed (SmolLM2's tokenizer.json of 1.7 MiB: 10.8 MiB) ...
 const TOKENIZER: f64 = 6.3;
 /// ... and, with the parser's tree beside it, 28 times its file while it is read (49 MiB).
@@ -63,10 +65,13 @@ impl Host {
             + sequences().count() * SAID_PER_SEQUENCE
             + if by_token { scored * size_of::<f32>() } else { 0 };
         let others = task.references.iter().filter(|reference| reference.own.is_some());
+        let asked = || task.exams.iter().flat_map(|exam| &exam.tokens.examples);
+        let texts = || asked().flat_map(|example| &example.sequences);
+        let tokens = |sequence: &Sequence| sequence.ids.len();
         Self {
-            tokens: sequences().map(|sequence| sequence.ids.len()).sum::<usize>() + own_tokens,
-            examples: examples().count(),
-            sequences: sequences().count(),
+            tokens: sequences().chain(texts()).map(tokens).sum::<usize>() + own_tokens,
+            examples: examples().chain(asked()).count(),
+            sequences: sequences().chain(texts()).count(),
             said: task.references.len().saturating_sub(1) * said + usize::from(by_token) * said,
             other_tokenizer_bytes: others.map(|other| tokenizer_bytes(other.reference.path())).max().unwrap_or(0),
             ..Self::without_data(settings)
@@ -74,10 +79,15 @@ impl Host {
     }
 
     pub fn without_data(settings: &Settings) -> Self {
+        Self::of_model(&settings.model, settings.threads, settings.gpu)
+    }
+
+    /// Of a command that runs the model of a folder on no data set.
+    pub fn of_model(model: &Path, threads: usize, gpu: bool) -> Self {
         Self {
-            threads: settings.threads,
-            gpu: settings.gpu,
-            tokenizer_bytes: tokenizer_bytes(&settings.model),
+            threads,
+            gpu,
+            tokenizer_bytes: tokenizer_bytes(model),
             other_tokenizer_bytes: 0,
             tokens: 0,
             examples: 0,
@@ -115,6 +125,20 @@ impl Host {
             false => packed(spec, largest, rank) + self.threads * ATTENTION_VECTORS * spec.head_dim * size_of::<f32>(),
         };
         self.program() + self.resting() + arithmetic + largest.rows * PER_ROW
+    }
+}
+
+impl Host {
+    /// While a model is read whose largest tensor has so many elements.
+    pub fn loading(&self, tensor: usize) -> usize {
+        self.program() + self.resting() + tensor * size_of::<f32>()
+    }
+
+    /// While these requests are generated, with as many completions at a time as may be.
+    pub fn generating(&self, spec: &Spec, rank: usize, requests: &[Request]) -> usize {
+        let size = Size::of(spec, requests, rollout::MAX_RUNNING).extent;
+        let sampling = if self.gpu { 0 } else { self.threads * ops::sample::scratch_bytes(spec.vocab) };
+        self.working(spec, &size, rank) + sampling
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use serde_json::{Map, Value};
+
 use super::settings::Settings;
 use super::task::Task;
 use crate::error::Result;
@@ -9,7 +11,7 @@ use crate::lineage::{Lineage, Parent, config_hash};
 use crate::model::Init;
 
 /// The lineage of what a run writes; reads the weights of its model and references once, for their hashes.
-pub fn lineage(settings: &Settings, task: &Task) -> Result<Lineage> {
+pub fn lineage(settings: &Settings, task: &Task, course: Map<String, Value>) -> Result<Lineage> {
     let model = match settings.init {
         Init::Checkpoint => Parent::open("model", &settings.model)?,
         Init::Random { .. } => Parent::named("config", &settings.model, Some(config_hash(&settings.model)?)),
@@ -26,7 +28,7 @@ pub fn lineage(settings: &Settings, task: &Task) -> Result<Lineage> {
     let others = others.collect::<Result<Vec<_>>>()?;
     let adapter = |(dir, weight): &(PathBuf, f64)| Ok(Parent::open("adapter", dir)?.weighted(*weight));
     let adapters = settings.adapters.iter().map(adapter).collect::<Result<Vec<_>>>()?;
-    let mut lineage = Lineage::of("train").with_arguments(task.course(settings)?).with_parent(model);
+    let mut lineage = Lineage::of("train").with_arguments(course).with_parent(model);
     lineage = lineage.with_parents(others).with_parents(adapters).with_parents(references).with_data(
         "dataset",
         &settings.dataset,

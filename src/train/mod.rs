@@ -2,10 +2,12 @@
 
 mod drift;
 mod evaluate;
+mod exam;
 mod host;
 mod lineage;
 mod metrics;
 mod moving;
+mod online;
 mod panel;
 mod plan;
 pub mod plot;
@@ -21,12 +23,14 @@ mod tau;
 
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
+pub use exam::StopWhen;
+pub use host::Host;
 pub use metrics::evaluations;
 pub use plan::{Assumed, Choice, Memory, Phase, Plan, Workload, fit, warning};
 pub use policy::{Blueprint, Extras, Policy};
 pub use references::own_tokens;
 pub use report::Report;
 pub use run::{Outcome, run};
-pub use settings::{Moving, References, Resume, Samples, Settings};
-pub use step::{Pass, Purpose, Rows, StepResult, step};
-pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary};
+pub use settings::{Moving, References, Resume, Rollouts, Samples, Settings};
+pub use step::{Pass, Purpose, Rows, Sampled, StepResult, step};
+pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary, objective};

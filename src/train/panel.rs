@@ -32,10 +32,15 @@ pub struct Gathered<'a> {
     mismatched_refs: Vec<Vec<&'a Scored>>,
 }
 
-impl Gathered<'_> {
+impl<'a> Gathered<'a> {
+    /// Examples and `[references][examples]` what was said about them.
+    pub fn new(examples: Vec<&'a Example>, refs: Vec<Vec<&'a Scored>>) -> Self {
+        Self { examples, refs, mismatched: Vec::new(), mismatched_refs: Vec::new() }
+    }
+
     pub fn rows<'b>(&'b self, ref_weights: &'b [f64], state: &'b [f64], hidden: &'b [HiddenRows]) -> Rows<'b> {
         let Self { examples, refs, mismatched, mismatched_refs } = self;
-        Rows { examples, refs, mismatched, mismatched_refs, ref_weights, state, hidden }
+        Rows { examples, refs, mismatched, mismatched_refs, ref_weights, state, hidden, sampled: None }
     }
 
     /// What the rules for weights look at.

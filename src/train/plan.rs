@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::drift;
 use super::host::Host;
+use super::online;
 use super::policy::{Blueprint, Extras};
 use super::references::{FreshReference, TaskReference};
 use super::settings::Settings;
@@ -17,7 +18,9 @@ use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, RefHeads};
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
+use crate::rewards::Rewards;
 use crate::rollout::{self, Request, Sampling};
+use crate::tasks;
 
 /// Bytes of one phase. Phases follow each other; what lives for the whole run counts in each.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -154,8 +157,11 @@ pub struct Workload<'a> {
     /// References whose distributions the policy's are compared with.
     compared: Vec<&'a Checkpoint>,
     ln_sum_p2: bool,
+    values: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
+    /// Of each task the texts to score, and what is to be written.
+    exams: Vec<(Vec<Extent>, Vec<Request<'a>>)>,
     /// Completions under other prompts, those that go through the engine together in one list.
     mismatched: Vec<Vec<Extent>>,
     /// Indices of the training examples in the order of the run, by step; `None` where they are too many.
@@ -164,9 +170,10 @@ pub struct Workload<'a> {
     used: Vec<usize>,
     /// The first steps' examples, whose arithmetic is counted.
     sampled: Vec<Vec<&'a Example>>,
-    /// The longest prompt that is sampled from.
-    prompt: Option<&'a [u32]>,
+    /// Those that are sampled from.
+    prompts: Vec<&'a [u32]>,
     fresh: Option<FreshWork<'a>>,
+    rollouts: Option<RolloutWork<'a>>,
     host: Host,
     max_steps: Option<u64>,
     /// Examples of a step for each one that is sampled.
@@ -179,24 +186,40 @@ struct Scoring<'a> {
     own: Option<Vec<Extent>>,
 }
 
+/// Completions that are trained on.
+struct RolloutWork<'a> {
+    /// The longest prompt.
+    prompt: &'a [u32],
+    /// Those that are asked about them.
+    references: &'a [FreshReference],
+    /// The most that those of each prompt can come to.
+    stand_ins: &'a [Example],
+    rewards: &'a Rewards,
+}
+
+impl<'a> RolloutWork<'a> {
+    fn new(task: &'a Task) -> Option<Self> {
+        let rewards = task.rewards.as_ref()?;
+        let prompts = task.train.examples.iter().map(|example| &example.sequences[0]).map(|s| &s.ids[..s.first]);
+        let prompt = prompts.max_by_key(|prompt| prompt.len())?;
+        Some(Self { prompt, references: &task.sampled_by, stand_ins: &task.stand_ins, rewards })
+    }
+}
+
 /// Completions that evaluations ask of the policy, and of references what they think of them.
 struct FreshWork<'a> {
     samples: usize,
     /// Tokens of one with its prompt, at most.
     longest: usize,
-    /// The longest prompt, and how many completions are decoded at once.
-    prompt: &'a [u32],
-    together: usize,
+    prompts: Vec<drift::Prompt<'a>>,
     references: &'a [FreshReference],
 }
 
 impl<'a> FreshWork<'a> {
     fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
         let prompts = drift::prompts(task, settings.kl_samples);
-        let prompt = prompts.iter().map(|(prompt, ..)| *prompt).max_by_key(|prompt| prompt.len())?;
-        let together = prompts.iter().map(|(.., count)| *count).max()?.min(drift::TOGETHER);
-        let (samples, longest) = (settings.kl_samples, prompt.len() + settings.samples.max_new_tokens);
-        Some(Self { samples, longest, prompt, together, references: &task.fresh })
+        let longest = prompts.iter().map(|prompt| prompt.ids.len()).max()? + settings.samples.max_new_tokens;
+        Some(Self { samples: settings.kl_samples, longest, prompts, references: &task.fresh })
     }
 
     fn largest(&self, packing: Packing) -> Extent {
@@ -218,11 +241,12 @@ impl<'a> Workload<'a> {
     pub fn new(task: &'a Task, settings: &Settings) -> Self {
         let packing = settings.packing;
         let used = task.used_examples(settings);
+        let trained = if task.stand_ins.is_empty() { &task.train.examples } else { &task.stand_ins };
         let sampled = (1..=task.max_steps.min(task.steps_per_epoch).clamp(1, SAMPLED_STEPS)).collect::<Vec<_>>();
         let first = task.order(settings, 0);
         let examples = |step: &u64| {
             let (_, range) = task.place_of_step(settings, *step);
-            first[range].iter().map(|i| &task.train.examples[*i]).collect()
+            first[range].iter().map(|i| &trained[*i]).collect()
         };
         Self {
             checkpoint: &task.checkpoint,
@@ -232,14 +256,17 @@ impl<'a> Workload<'a> {
             moving: task.moving.as_ref(),
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
             ln_sum_p2: task.objective.needs().ln_sum_p2,
+            values: task.objective.needs().values,
             mismatched: under_other_prompts(task, settings),
-            train: packing.extents(&task.train.examples),
+            train: packing.extents(trained),
             eval: packing.extents(task.eval.iter().flat_map(|eval| &eval.examples)),
+            exams: task.exams.iter().map(|exam| (exam.extents(packing), exam.requests())).collect(),
             steps: steps(task, settings),
             used,
             sampled: sampled.iter().map(examples).collect(),
-            prompt: task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len()),
+            prompts: task.prompts(settings),
             fresh: FreshWork::new(task, settings),
+            rollouts: RolloutWork::new(task),
             host: Host::new(task, settings),
             max_steps: Some(task.max_steps),
             alike: 1.0,
@@ -249,31 +276,40 @@ impl<'a> Workload<'a> {
     /// The largest micro-batch of the run, of training or evaluation.
     fn largest(&self, packing: Packing, batch_size: usize) -> Extent {
         let step = |step: &Vec<usize>| packing.largest(step.iter().map(|i| &self.train[*i]));
-        let train = match &self.steps {
-            Some(steps) => steps.iter().map(step).fold(Extent::default(), Extent::max),
-            None => packing.bound(&self.train, batch_size),
+        let train = match (&self.rollouts, &self.steps) {
+            (Some(work), _) => online::largest(packing, work.stand_ins, batch_size),
+            (None, Some(steps)) => steps.iter().map(step).fold(Extent::default(), Extent::max),
+            (None, None) => packing.bound(&self.train, batch_size),
         };
         let mismatched = self.mismatched.iter().map(|together| packing.largest(together));
         let fresh = self.fresh.as_ref().map_or(Extent::default(), |fresh| fresh.largest(packing));
-        mismatched.fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
+        let exams = self.exams.iter().map(|(texts, _)| packing.largest(texts));
+        mismatched.chain(exams).fold(train.max(packing.largest(&self.eval)).max(fresh), Extent::max)
     }
 
     pub fn blueprint(&self, settings: &Settings) -> Blueprint<'a> {
         let largest = self.largest(settings.packing, settings.batch_size);
-        let samples = self.prompt.map_or(0, |prompt| prompt.len() + settings.samples.max_new_tokens);
+        let longest_prompt = self.prompts.iter().map(|prompt| prompt.len()).max();
+        let samples = longest_prompt.map_or(0, |longest| longest + settings.samples.max_new_tokens);
+        let written = self.exams.iter().flat_map(|(_, requests)| requests).map(Request::longest).max().unwrap_or(0);
         Blueprint {
             checkpoint: self.checkpoint,
             method: self.method,
             hyper: settings.hyper,
             schedule: settings.schedule(self.max_steps.unwrap_or(1)),
             largest,
-            positions: largest.longest.max(samples).max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
+            positions: largest
+                .longest
+                .max(samples)
+                .max(written)
+                .max(self.fresh.as_ref().map_or(0, |fresh| fresh.longest)),
             keep: if settings.recompute { Keep::Inputs } else { Keep::Everything },
             lora: self.lora,
             extras: Extras {
                 moving: settings.references.moving.zip(self.moving.or(Some(self.checkpoint))),
                 compared: self.compared.clone(),
                 ln_sum_p2: self.ln_sum_p2,
+                values: self.values,
             },
         }
     }
@@ -312,15 +348,19 @@ impl<'a> Workload<'a> {
         let loading = if self.method.merges() { 4 * tensor } else { tensor };
         phases.push(phase("load", working + loading, &[run]));
         phases.push(phase("train", working, &[run, pass]));
-        if let Some(prompt) = self.prompt {
-            let request = sample_request(settings, prompt);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+        let decoding =
+            |requests: &[Request], running| rollout::plan(storage, &self.checkpoint.spec, rank, requests, running);
+        if !self.prompts.is_empty() {
+            let decoding = decoding(&sample_requests(settings, &self.prompts), rollout::MAX_RUNNING);
+            phases.push(phase("sample", working, &[run, decoding]));
+        }
+        for (_, requests) in self.exams.iter().filter(|(_, requests)| !requests.is_empty()) {
+            let decoding = decoding(requests, tasks::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
         }
         let mut resident_bytes = 0;
         if let Some(fresh) = &self.fresh {
-            let request = drift::request(settings, fresh.prompt, fresh.together);
-            let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &request);
+            let decoding = decoding(&drift::requests(settings, &fresh.prompts), drift::TOGETHER);
             phases.push(phase("sample", working, &[run, decoding]));
             let largest = fresh.largest(settings.packing);
             for reference in fresh.references.iter().filter(|reference| !reference.is_policy) {
@@ -331,6 +371,7 @@ impl<'a> Workload<'a> {
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
             }
         }
+        self.rollout_phases(settings, (run, working), &phase, &mut phases);
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
             phases,
@@ -348,6 +389,32 @@ impl<'a> Workload<'a> {
         };
         plan.set_peaks();
         Ok(plan)
+    }
+
+    /// Those of completions that are trained on: written by the policy, judged, scored by references.
+    fn rollout_phases(
+        &self,
+        settings: &Settings,
+        (run, working): (Ledger, usize),
+        phase: &dyn Fn(&'static str, usize, &[Ledger]) -> Phase,
+        phases: &mut Vec<Phase>,
+    ) {
+        let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
+        let (storage, rank) = (settings.storage(), self.blueprint(settings).rank());
+        let requests = vec![online::request(settings, rollouts, work.prompt); settings.batch_size];
+        let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &requests, rollout::MAX_RUNNING);
+        let host = self.host.generating(&self.checkpoint.spec, rank, &requests);
+        phases.push(phase("rollout", working.max(host), &[run, decoding]));
+        let largest = online::largest(settings.packing, work.stand_ins, settings.batch_size);
+        let judges = work.rewards.plan(storage, &largest);
+        let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
+        with_judges.for_each(|phase| phase.weights += judges.resident);
+        let mut judging = phase("reward", working, &[run]);
+        (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
+        phases.push(judging);
+        for reference in work.references.iter().filter(|reference| !reference.is_policy) {
+            phases.push(phase("ask", working, &[run, reference.asked(largest).plan(storage)]));
+        }
     }
 
     fn hidden_rows_bytes(&self) -> usize {
@@ -393,10 +460,10 @@ impl<'a> Workload<'a> {
         }
         Ok(self.alike * dry.flops() as f64 / self.sampled.len() as f64)
     }
-
     /// From the longest example, below which no micro-batch can be, to the whole of the largest step.
     fn rows(&self, settings: &Settings) -> (usize, usize) {
-        let floor = self.train.iter().chain(&self.eval).map(|extent| extent.rows).max().unwrap_or(1);
+        let exams = self.exams.iter().flat_map(|(texts, _)| texts);
+        let floor = self.train.iter().chain(&self.eval).chain(exams).map(|extent| extent.rows).max().unwrap_or(1);
         let all = self.largest(Packing { budget: usize::MAX, ..settings.packing }, settings.batch_size);
         (floor, all.rows)
     }
@@ -448,6 +515,7 @@ pub struct Assumed {
     /// The policy's distributions are compared with the references'.
     compared: bool,
     ln_sum_p2: bool,
+    values: bool,
     example: Example,
 }
 
@@ -470,6 +538,7 @@ impl Assumed {
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
             ln_sum_p2: needs.ln_sum_p2,
+            values: needs.values,
             example: Example { sequences: vec![sequence; sequences], ..Example::default() },
         })
     }
@@ -491,14 +560,17 @@ impl Assumed {
                 .flatten()
                 .collect(),
             ln_sum_p2: self.ln_sum_p2,
+            values: self.values,
             mismatched: Vec::new(),
             train: vec![extent; full],
             eval: Vec::new(),
+            exams: Vec::new(),
             steps: Some(vec![(0..full).collect()]),
             used: (0..full).collect(),
             sampled: vec![vec![&self.example; full]],
-            prompt: None,
+            prompts: Vec::new(),
             fresh: None,
+            rollouts: None,
             host: Host::without_data(settings),
             max_steps: settings.max_steps,
             alike: settings.batch_size as f64 / full as f64,
@@ -575,15 +647,13 @@ pub fn warning(workload: &Workload, settings: &Settings, plan: &Plan, available:
     Ok(Some(format!("warning: this run takes {needed} of {memory} and {free} are available; {advice}")))
 }
 
-/// One sample of a prompt.
-pub fn sample_request<'a>(settings: &Settings, prompt: &'a [u32]) -> Request<'a> {
+/// One sample of each prompt, each from its own stream.
+pub fn sample_requests<'a>(settings: &Settings, prompts: &[&'a [u32]]) -> Vec<Request<'a>> {
     let s = settings.samples;
-    Request {
-        prompt,
-        samples: 1,
-        first_sample: 0,
-        max_new_tokens: s.max_new_tokens,
-        sampling: Sampling { temperature: s.temperature, top_p: s.top_p, seed: settings.seed },
-        eos: &[],
-    }
+    let sampling = Sampling { temperature: s.temperature, top_p: s.top_p, ..Sampling::plain(settings.seed) };
+    let request = |(first_sample, prompt): (u64, &&'a [u32])| Request {
+        first_sample,
+        ..Request::new(prompt, s.max_new_tokens, sampling)
+    };
+    (0..).zip(prompts).map(request).collect()
 }

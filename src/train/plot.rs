@@ -30,7 +30,7 @@ const LEFT: f64 = 66.0;
 const RAW_POINTS: usize = 30;
 
 /// Colours are those of Okabe and Ito, which colour-blind readers can tell apart, brightened for dark pages.
-const STYLE: &str = "
+pub const STYLE: &str = "
 .plot { font-family: system-ui, sans-serif; font-size: 12px; }
 .plot .page { fill: #ffffff; } .plot text { fill: #4b5563; } .plot .strong { fill: #111827; font-weight: 600; }
 .plot .grid { stroke: #e5e7eb; } .plot .axis { stroke: #9ca3af; }
@@ -44,7 +44,7 @@ const STYLE: &str = "
 .plot .c0 { color: #4aa8e0; } .plot .c1 { color: #ff8a3d; } .plot .c2 { color: #2cc79c; }
 .plot .c3 { color: #e39acb; } .plot .c4 { color: #f0b429; } .plot .c5 { color: #9fd8ff; }
 }";
-const COLOURS: usize = 6;
+pub const COLOURS: usize = 6;
 
 /// Draws `panels` two abreast under a common title. `x_label` belongs to every panel.
 pub fn curves_svg(title: &str, x_label: &str, panels: &[Panel]) -> String {
@@ -133,12 +133,12 @@ fn legend(series: &[Series]) -> String {
     svg
 }
 
-fn line(class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) -> String {
+pub fn line(class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) -> String {
     format!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n")
 }
 
 /// `content` is escaped already.
-fn text(class: &str, (x, y): (f64, f64), anchor: &str, size: u32, content: &str) -> String {
+pub fn text(class: &str, (x, y): (f64, f64), anchor: &str, size: u32, content: &str) -> String {
     format!(
         "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{content}</text>\n"
     )
@@ -148,7 +148,7 @@ fn add(svg: &mut String, part: std::fmt::Arguments<'_>) {
     svg.write_fmt(part).expect("a String takes everything");
 }
 
-fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -171,7 +171,7 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// A linear axis with ticks at multiples of 1, 2 or 5 times a power of ten.
-struct Axis {
+pub struct Axis {
     low: f64,
     high: f64,
     step: f64,
@@ -188,7 +188,7 @@ fn axes(series: &[Vec<(f64, f64)>]) -> Option<(Axis, Axis)> {
 }
 
 impl Axis {
-    fn new(values: impl Iterator<Item = f64> + Clone) -> Self {
+    pub fn new(values: impl Iterator<Item = f64> + Clone) -> Self {
         let (mut low, mut high) =
             (values.clone().fold(f64::INFINITY, f64::min), values.fold(f64::NEG_INFINITY, f64::max));
         // A constant gets an axis around it; f64 must also be able to tell its ends apart.
@@ -204,11 +204,11 @@ impl Axis {
         Self { low, high, step: step.unwrap_or(10.0 * power) }
     }
 
-    fn share(&self, value: f64) -> f64 {
+    pub fn share(&self, value: f64) -> f64 {
         (value - self.low) / (self.high - self.low)
     }
 
-    fn ticks(&self) -> impl Iterator<Item = f64> {
+    pub fn ticks(&self) -> impl Iterator<Item = f64> {
         // A hair of slack, as neither end need be an exact multiple.
         let (first, last) = ((self.low / self.step - 1e-6).ceil(), (self.high / self.step + 1e-6).floor());
         let step = self.step;
@@ -216,7 +216,7 @@ impl Axis {
     }
 
     /// All the digits that tell neighbouring ticks apart, and no more.
-    fn label(&self, tick: f64) -> String {
+    pub fn label(&self, tick: f64) -> String {
         let largest = self.low.abs().max(self.high.abs());
         let decimals = (-self.step.log10() - 1e-9).ceil().max(0.0) as usize;
         let scientific = largest >= 1e6 || decimals > 4;

@@ -7,7 +7,10 @@ use super::settings::Moving;
 use crate::data::{self, Extent};
 use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range};
 use crate::error::Result;
-use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Options, RefHeads, Spec};
+use crate::model::{
+    Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Options, Param, RefHeads, Spec, Terms, ValueActs,
+    ValueHead, ValueTerm,
+};
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
 
@@ -36,6 +39,8 @@ pub struct Extras<'a> {
     /// References whose distributions the policy's are compared with, over the whole vocabulary.
     pub compared: Vec<&'a Checkpoint>,
     pub ln_sum_p2: bool,
+    /// A value for each scored token.
+    pub values: bool,
 }
 
 pub struct Policy<D: Device> {
@@ -44,6 +49,8 @@ pub struct Policy<D: Device> {
     pub moving: Option<MovingReference<D>>,
     /// Of the references that distributions are compared with.
     pub heads: Option<RefHeads<D>>,
+    /// Trained beside the model, where the objective reads values.
+    pub value: Option<ValueHead<D>>,
     /// `[1, 1]`, for the search for what is not finite.
     probe: Tensor<D>,
     sizes: Sizes,
@@ -56,6 +63,7 @@ pub struct Policy<D: Device> {
 struct Pass<D: Device> {
     acts: Acts<D>,
     kl: Option<KlActs<D>>,
+    value: Option<ValueActs<D>>,
     batch: Batch<D>,
 }
 
@@ -67,17 +75,19 @@ struct Sizes {
     /// Of adapters.
     rank: usize,
     ln_sum_p2: bool,
+    values: bool,
 }
 
 impl<D: Device> Pass<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, heads: Option<&RefHeads<D>>, sizes: Sizes) -> Self {
-        let Sizes { largest, keep, rank, ln_sum_p2 } = sizes;
+        let Sizes { largest, keep, rank, ln_sum_p2, values } = sizes;
         let mut acts = Acts::new(arena, spec, &largest, keep).with_low_rank(arena, rank);
         if ln_sum_p2 {
             acts = acts.with_ln_sum_p2(arena);
         }
         let kl = heads.map(|heads| KlActs::new(arena, heads, largest.targets));
-        Self { acts, kl, batch: Batch::new(arena, &largest) }
+        let value = values.then(|| ValueActs::new(arena, &largest));
+        Self { acts, kl, value, batch: Batch::new(arena, &largest) }
     }
 }
 
@@ -110,15 +120,17 @@ impl Blueprint<'_> {
     fn run<D: Device>(&self, arena: &mut Arena<D>, pass: Ledger) -> Policy<D> {
         let spec = &self.checkpoint.spec;
         let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, self.options());
-        let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut model.trained_mut());
-        let Extras { moving, compared, ln_sum_p2 } = &self.extras;
+        let Extras { moving, compared, ln_sum_p2, values } = &self.extras;
+        let mut value = values.then(|| ValueHead::new(arena, spec));
+        let mut trained = trained(&mut model, &mut value);
+        let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut trained);
         let moving = moving.map(|(moving, start)| MovingReference::new(arena, start, self.positions, moving));
         let heads = RefHeads::new(arena, spec, compared).expect("the vocabularies were compared before");
         let heads = (heads.refs() > 0).then_some(heads);
         let probe = arena.floats(Kind::Workspace, 1, 1);
-        let (rank, ln_sum_p2) = (model.widest_rank(), *ln_sum_p2);
-        let sizes = Sizes { largest: self.largest, keep: self.keep, rank, ln_sum_p2 };
-        Policy { model, optimizer, moving, heads, probe, sizes, pass_ledger: pass, pass: None }
+        let (rank, ln_sum_p2, values) = (model.widest_rank(), *ln_sum_p2, *values);
+        let sizes = Sizes { largest: self.largest, keep: self.keep, rank, ln_sum_p2, values };
+        Policy { model, optimizer, moving, heads, value, probe, sizes, pass_ledger: pass, pass: None }
     }
 
     /// Memory of the run, and of a training step besides, on a device that stores `storage`.
@@ -137,6 +149,13 @@ impl Blueprint<'_> {
     }
 }
 
+/// Every weight that trains: the model's or its adapter's, and behind them the value head's.
+pub fn trained<'a, D: Device>(model: &'a mut Model<D>, value: &'a mut Option<ValueHead<D>>) -> Vec<&'a mut Param<D>> {
+    let mut params = model.trained_mut();
+    params.extend(value.as_mut().map(|head| &mut head.weight));
+    params
+}
+
 /// What a forward pass left of one batch.
 pub struct Seen {
     /// `[targets]` log-probabilities, nats; of a reward model `[sequences]` scores.
@@ -147,6 +166,8 @@ pub struct Seen {
     pub ln_sum_p2: Vec<f32>,
     /// `[references, targets]` KL of distributions, nats; empty where none was asked for.
     pub token_kl: Vec<f64>,
+    /// `[targets]` values, where the policy has a head for them.
+    pub values: Vec<f32>,
 }
 
 impl<B: Backend> Policy<B> {
@@ -184,7 +205,12 @@ impl<B: Backend> Policy<B> {
             self.model.token_kl(device, &pass.batch, &pass.acts, heads, kl)?;
             token_kl = kl.read(device, host.targets.len())?;
         }
-        Ok(Seen { logps, moving, ln_sum_p2: ln_sum_p2.transpose()?.unwrap_or_default(), token_kl })
+        let mut values = Vec::new();
+        if let (Some(head), Some(acts)) = (&self.value, &mut pass.value) {
+            self.model.values(device, &pass.batch, &pass.acts, (head, acts))?;
+            values = acts.read(device, host.targets.len())?;
+        }
+        Ok(Seen { logps, moving, ln_sum_p2: ln_sum_p2.transpose()?.unwrap_or_default(), token_kl, values })
     }
 
     /// Does something with the policy as it is without the adapter that trains.
@@ -201,26 +227,35 @@ impl<B: Backend> Policy<B> {
     }
 
     /// Adds to the gradients; of the batch that `forward` saw last, by each of the numbers that it left: by log-probabilities
-    /// or scores, and `[references, targets]` by the KLs, empty where there are none.
-    pub fn backward(&mut self, device: &B, derivatives: &[f64], dkl: &[f64]) -> Result<()> {
+    /// or scores, `[references, targets]` by the KLs and `[targets]` by values, empty where there are none.
+    pub fn backward(&mut self, device: &B, derivatives: &[f64], dkl: &[f64], dvalues: &[f64]) -> Result<()> {
         let _range = range(c"backward");
-        let Pass { acts, batch, kl } = self.pass.as_mut().expect("a backward follows its forward");
+        let Pass { acts, batch, kl, value } = self.pass.as_mut().expect("a backward follows its forward");
         if self.model.spec.head == Head::Score {
             return self.model.backward_scores(device, batch, derivatives, acts);
         }
         let wanted = kl.as_mut().zip(self.heads.as_ref()).filter(|_| !dkl.is_empty());
-        let term = wanted.map(|(acts, heads)| KlTerm { heads, acts, dkl });
-        self.model.backward(device, batch, derivatives, acts, term)
+        let kl = wanted.map(|(acts, heads)| KlTerm { heads, acts, dkl });
+        let wanted = value.as_mut().zip(self.value.as_mut()).filter(|_| !dvalues.is_empty());
+        let value = wanted.map(|(acts, head)| ValueTerm { head, acts, dvalues });
+        self.model.backward_of(device, batch, derivatives, acts, Terms { kl, value })
+    }
+
+    pub fn zero_grads(&mut self, device: &B) -> Result<()> {
+        let value = self.value.as_mut().and_then(|head| head.weight.grad.as_mut());
+        value.map_or(Ok(()), |grad| device.zero(grad.view_mut()))?;
+        self.model.zero_grads(device)
     }
 
     pub fn grad_norm(&mut self, device: &B) -> Result<GradNorm> {
         let _range = range(c"gradient norm");
-        self.optimizer.grad_norm(device, &self.model.trained_mut())
+        self.optimizer.grad_norm(device, &trained(&mut self.model, &mut self.value))
     }
 
     pub fn update(&mut self, device: &B, step: u64, learning_rate: f64, norm: f64) -> Result<()> {
         let _range = range(c"update");
-        self.optimizer.update(device, &mut self.model.trained_mut(), step, learning_rate, norm)?;
+        let params = &mut trained(&mut self.model, &mut self.value);
+        self.optimizer.update(device, params, step, learning_rate, norm)?;
         match &mut self.moving {
             Some(moving) => moving.follow(device, &mut self.model, step),
             None => Ok(()),

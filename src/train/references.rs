@@ -82,26 +82,56 @@ pub fn fresh_references(
     if settings.kl_samples == 0 {
         return Ok(Vec::new());
     }
-    let of = |reference: &Reference| {
-        let (Some(checkpoint), Some(init)) = (reference.checkpoint(), reference.init()) else {
-            let path = reference.path().display();
-            let detail = format!("asks references about new completions, and {path} holds only what was asked before");
-            return Err(Error::option("--kl-samples", detail));
-        };
-        let checkpoint = checkpoint.clone();
-        let own = !tokenizer.shares_vocabulary(&checkpoint.dir)?;
-        let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
-        Ok(FreshReference { checkpoint, init, tokenizer, is_policy: false })
-    };
-    let drawn = settings.lora.as_ref().is_some_and(|lora| lora.start.is_none());
-    let is_policy = drawn && settings.references.models.is_empty();
+    let of = |reference: &Reference| fresh_reference("--kl-samples", reference, tokenizer);
+    let is_policy = policy_is_reference(settings);
     let own = |reference: &TaskReference| Ok(FreshReference { is_policy, ..of(&reference.reference)? });
     let fresh = anchor.into_iter().map(of).chain(references.iter().map(own)).collect::<Result<Vec<_>>>()?;
-    if fresh.is_empty() {
+    if fresh.is_empty() && settings.rollouts.is_none() {
         let detail = "measures the distance from a reference, and there is none; give --eval-anchor, or drop it";
         return Err(Error::option("--kl-samples", detail));
     }
     Ok(fresh)
+}
+
+/// The reference is the policy without the adapter that trains.
+fn policy_is_reference(settings: &Settings) -> bool {
+    let drawn = settings.lora.as_ref().is_some_and(|lora| lora.start.is_none());
+    drawn && settings.references.models.is_empty()
+}
+
+/// A reference that can be asked about new completions, as `flag` wants it.
+fn fresh_reference(flag: &str, reference: &Reference, tokenizer: &Tokenizer) -> Result<FreshReference> {
+    let (Some(checkpoint), Some(init)) = (reference.checkpoint(), reference.init()) else {
+        let path = reference.path().display();
+        let detail = format!("asks references about new completions, and {path} holds only what was asked before");
+        return Err(Error::option(flag, detail));
+    };
+    let checkpoint = checkpoint.clone();
+    let own = !tokenizer.shares_vocabulary(&checkpoint.dir)?;
+    let tokenizer = own.then(|| Tokenizer::load(&checkpoint.dir)).transpose()?;
+    Ok(FreshReference { checkpoint, init, tokenizer, is_policy: false })
+}
+
+/// The references that are asked about completions which are trained on; none where the data's are.
+pub fn references_of_samples(
+    settings: &Settings,
+    references: &[TaskReference],
+    tokenizer: &Tokenizer,
+) -> Result<Vec<FreshReference>> {
+    if settings.rollouts.is_none() {
+        return Ok(Vec::new());
+    }
+    let is_policy = policy_is_reference(settings);
+    let of = |TaskReference { reference, .. }: &TaskReference| {
+        let fresh = fresh_reference("--reward", reference, tokenizer)?;
+        if fresh.tokenizer.is_some() {
+            let dir = fresh.checkpoint.dir.display();
+            let detail = format!("{dir} has another vocabulary than --model; it cannot be asked about sampled tokens");
+            return Err(Error::option("--ref-model", detail));
+        }
+        Ok(FreshReference { is_policy, ..fresh })
+    };
+    references.iter().map(of).collect()
 }
 
 /// The references of a run with what each of them scores.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::exam::Exam;
 use super::metrics::{EVALUATIONS, Lines, METRICS, read_lines};
 use super::plan::Plan;
 use super::plot::{Panel, Series, curves_svg, sparkline};
@@ -20,6 +21,8 @@ pub struct Report {
     metrics: Lines,
     evaluations: Lines,
     samples: Lines,
+    /// Tasks and the metric that stands for each.
+    tasks: Vec<(String, &'static str)>,
     /// What was in use at most, and what the plan said; of the process that finished the run.
     memory: Option<String>,
 }
@@ -43,8 +46,15 @@ impl Report {
             metrics,
             evaluations,
             samples,
+            tasks: Vec::new(),
             memory: None,
         })
+    }
+
+    /// Adds what the evaluations asked besides.
+    pub fn with_tasks(self, exams: &[Exam]) -> Self {
+        let tasks = exams.iter().map(|exam| (exam.task.name.clone(), exam.task.metrics()[0])).collect();
+        Self { tasks, ..self }
     }
 
     /// Adds the peak of resident memory, where the system tells it, and the plan's.
@@ -82,6 +92,12 @@ impl Report {
             let cell = |line| number(line, key).map(|value| format!("{:.decimals$}{unit}", factor * value));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {
                 let _ = writeln!(out, "{label:<24}{before:>14}{after:>14}");
+            }
+        }
+        for (name, metric) in &self.tasks {
+            let cell = |line| number(line, &format!("eval_{name}/{metric}")).map(|value| format!("{value:.4}"));
+            if let (Some(before), Some(after)) = (cell(before), cell(after)) {
+                let _ = writeln!(out, "{:<24}{before:>14}{after:>14}", format!("{name} {metric}"));
             }
         }
         out.push('\n');
@@ -151,7 +167,10 @@ impl Report {
             panel("gradient norm, before clipping", "", vec![train("training", "grad_norm")]),
             panel("learning rate", "", vec![train("training", "learning_rate")]),
         ];
-        panels.into_iter().flatten().collect()
+        let task = |(name, metric): &(String, &'static str)| {
+            panel(&format!("{name} {metric}"), "", vec![eval("policy", &format!("eval_{name}/{metric}"))])
+        };
+        panels.into_iter().chain(self.tasks.iter().map(task)).flatten().collect()
     }
 }
 

@@ -5,14 +5,14 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::policy::Policy;
+use super::policy::{Policy, trained};
 use super::task::Task;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::{read_json, write_json};
 use crate::checkpoint::peft;
 use crate::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use crate::error::{At, Error, Result};
-use crate::model::{Reader, sources};
+use crate::model::{Reader, VALUE_HEAD, sources};
 use crate::ops::Backend;
 
 const STATE: &str = "cuvee_state.json";
@@ -29,6 +29,9 @@ pub struct RunState {
     /// Optimizer steps done.
     pub step: u64,
     pub num_tokens: u64,
+    /// Tokens that the policy wrote to be trained on.
+    #[serde(default)]
+    pub sampled_tokens: u64,
     /// What the objective remembers from step to step.
     #[serde(default)]
     pub objective: Vec<f64>,
@@ -71,9 +74,15 @@ pub fn save_state<B: Backend>(
     let adapter = !policy.model.adapter_mut().is_empty();
     let (model, optimizer) = (&mut policy.model, &policy.optimizer);
     let moving = policy.moving.as_mut().map(|moving| moving.model.params_mut()).unwrap_or_default();
-    let params = model.trained_mut();
+    let params = trained(model, &mut policy.value);
     let rounded = dtype != SaveDtype::F32 && !adapter;
     let mut tensors = if rounded { sources(device, &params) } else { Vec::new() };
+    let head = params.iter().filter(|param| param.name == VALUE_HEAD && !rounded);
+    tensors.extend(head.map(|param| TensorSource {
+        name: param.name.clone(),
+        shape: param.shape(),
+        fill: Box::new(move |out: &mut [f32]| param.read(device, out)),
+    }));
     let lazy = params.iter().filter(|param| param.lazy);
     tensors.extend(lazy.filter_map(|param| param.master.as_ref().map(|master| (param, master))).map(
         |(param, master)| TensorSource {
@@ -137,10 +146,13 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let (model, optimizer) = (&mut policy.model, &mut policy.optimizer);
     let (mut reader, mut values) = (Reader::default(), Vec::new());
     let mut states = optimizer.states_mut();
-    for param in model.trained_mut() {
+    for param in trained(model, &mut policy.value) {
+        // A value head is in no model's file.
+        let value = param.name == VALUE_HEAD;
+        let file = if value { &tensors } else { model_file };
         let saved = &param.stored.tensor;
-        let saved = if adapter { peft::saved_name(saved) } else { saved.clone() };
-        param.write(device, reader.read(model_file, &saved, param)?)?;
+        let saved = if adapter && !value { peft::saved_name(saved) } else { saved.clone() };
+        param.write(device, reader.read(file, &saved, param)?)?;
         let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
         if let (true, Some(master)) = (param.lazy, &mut param.master) {
             values.resize(master.len(), 0.0);

@@ -10,9 +10,10 @@ use super::drift::Drift;
 use super::evaluate::{Evaluation, evaluate};
 use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
+use super::online::{self, Online, ROLLOUTS};
 use super::panel::Panel;
-use super::plan::{Plan, Workload, sample_request, warning};
-use super::policy::Policy;
+use super::plan::{Plan, Workload, sample_requests, warning};
+use super::policy::{Policy, trained};
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
@@ -26,13 +27,14 @@ use crate::checkpoint::{write_dir, write_file};
 use crate::error::{Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
-use crate::model::Init;
-use crate::objectives::Objective;
+use crate::model::{Init, Param, VALUE_HEAD};
 use crate::objectives::ref_weights::RefWeights;
+use crate::objectives::{Metric, Objective};
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
-use crate::rollout::{self, Request};
+use crate::rollout::Engine;
+use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
@@ -89,7 +91,18 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         _ => Some(Drift::new(device, &task, settings, residency)?),
     };
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
+    let online = match &settings.rollouts {
+        None => None,
+        Some(rollouts) => {
+            let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
+            Some(Online::new(device, &task, settings, rollouts, log)?)
+        }
+    };
+    let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
+    // A run that was to end here was perhaps killed before it did.
+    let last = super::evaluations(&settings.output_dir)?.pop().unwrap_or_default();
+    let evaluated = last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && *step > 0);
     let mut session = Session {
         device,
         settings,
@@ -102,10 +115,14 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         state: start.state,
         steps: Steps::new(&task, settings),
         drift,
+        online,
+        batch: None,
+        evaluated,
+        stopped: evaluated.and_then(|_| settings.stop_when.iter().find_map(|stop| stop.met(&last))),
         metrics,
         evaluations,
         samples,
-        lineage: lineage(settings, &task)?,
+        lineage,
         task: &task,
     };
     session.train(stop)
@@ -136,14 +153,24 @@ fn first_weights<B: Backend>(
 
 /// Gives the optimizer what does not come from a checkpoint, and says what a merge will amount to.
 fn start_optimizer<B: Backend>(device: &B, task: &Task, policy: &mut Policy<B>, step: u64) -> Result<()> {
-    let Policy { model, optimizer, .. } = policy;
+    let Policy { model, optimizer, value, .. } = policy;
     optimizer.resume(step);
-    let params = model.trained_mut();
+    let params = trained(model, value);
     if step == 0 {
         optimizer.start(device, &params)?;
     }
     let Some(tau) = &task.tau else { return Ok(()) };
-    let size = tau.read(&task.checkpoint, |read| optimizer.set_tau_ref(device, &params, read))?;
+    let size = tau.read(&task.checkpoint, |read| {
+        // No model had a value head that fine-tuning could have changed.
+        let read = &mut |param: &Param<B>, out: &mut [f32]| {
+            if param.name == VALUE_HEAD {
+                out.fill(0.0);
+                return Ok(());
+            }
+            read(param, out)
+        };
+        optimizer.set_tau_ref(device, &params, read)
+    })?;
     let added = optimizer.added();
     say(format_args!(
         "tau_ref: {} minus {}, {:.2} % of the first's norm; merge weights of the run add up to {added:.1e} of it",
@@ -195,7 +222,13 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
     };
     let state = match &from {
         Some(dir) => read_state(dir, course)?,
-        None => RunState { step: 0, num_tokens: 0, objective: objective.initial_state(), course: course.clone() },
+        None => RunState {
+            step: 0,
+            num_tokens: 0,
+            sampled_tokens: 0,
+            objective: objective.initial_state(),
+            course: course.clone(),
+        },
     };
     let lock = match held {
         Some(lock) => lock,
@@ -273,6 +306,13 @@ struct Session<'a, B: Backend> {
     saved: Option<u64>,
     steps: Steps<'a>,
     drift: Option<Drift<'a, B>>,
+    online: Option<Online<'a, B>>,
+    /// What the coming step trains on, if the policy wrote it.
+    batch: Option<online::Batch>,
+    /// The step of the last line of evaluations.jsonl.
+    evaluated: Option<u64>,
+    /// What ends the run before its last step.
+    stopped: Option<String>,
     metrics: LineLog,
     evaluations: LineLog,
     samples: LineLog,
@@ -288,8 +328,10 @@ impl<B: Backend> Session<'_, B> {
         }
         let max_steps = self.task.max_steps;
         let mut progress = Progress::new("training", max_steps, "steps").starting_at(self.state.step);
-        while self.state.step < max_steps {
-            if stop() {
+        while self.state.step < max_steps && self.stopped.is_none() {
+            // What was sampled is trained on before anything ends: it is in no checkpoint.
+            let between = self.state.step.is_multiple_of(self.task.iterations);
+            if between && stop() {
                 let detail = match self.state.step {
                     0 => "before the first step".to_string(),
                     _ => format!("{} holds everything", self.save_checkpoint()?.display()),
@@ -301,12 +343,15 @@ impl<B: Backend> Session<'_, B> {
                 return Ok(Outcome::Stopped(self.save_checkpoint()?));
             }
             self.profile(true)?;
-            let message = self.step()?;
+            let message = self.step(&mut progress)?;
             self.profile(false)?;
             progress.at(self.state.step, &message);
             self.after_step(&mut progress)?;
         }
         progress.finish();
+        if let Some(why) = &self.stopped {
+            say(format_args!("stopped after step {} of {max_steps}: {why}", self.state.step));
+        }
         self.finish().map(Outcome::Finished)
     }
 
@@ -317,23 +362,33 @@ impl<B: Backend> Session<'_, B> {
     }
 
     /// One optimizer step and its line; returns what the progress bar says.
-    fn step(&mut self) -> Result<String> {
-        let number = self.state.step + 1;
-        let gathered = self.panel.training(self.task, &mut self.steps, number);
+    fn step(&mut self, progress: &mut Progress) -> Result<String> {
+        let (number, started) = (self.state.step + 1, Instant::now());
+        let mut metrics = self.sample_batch(number, progress)?;
         let ref_weights = self.ref_weights.weights();
-        let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
+        let gathered = match &self.batch {
+            Some(batch) => batch.gathered(),
+            None => self.panel.training(self.task, &mut self.steps, number),
+        };
+        let mut rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
+        rows.sampled = self.batch.as_ref().and_then(|batch| batch.sampled.as_ref());
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
-        let (rate, started) = (self.schedule.rate(number), Instant::now());
+        let rate = self.schedule.rate(number);
         let result = step(self.device, &mut self.policy, &pass, rate);
         let tokens = gathered.examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
         let pairs = gathered.pairs();
         let result = result.map_err(|e| self.keep_last_good(e))?;
-        self.ref_weights.observe(&pairs);
-        self.state.objective = result.state;
+        if self.online.is_none() {
+            self.ref_weights.observe(&pairs);
+        }
+        if self.online.is_none() || !result.state.is_empty() {
+            self.state.objective = result.state;
+        }
         let step_time = started.elapsed().as_secs_f64();
         self.state.step = number;
         self.state.num_tokens += tokens;
+        metrics.extend(result.metrics);
         let line = Line {
             step: number,
             epoch: self.task.epoch(number),
@@ -341,15 +396,42 @@ impl<B: Backend> Session<'_, B> {
             grad_norm: result.grad_norm,
             lost_updates: result.lost_updates,
             learning_rate: rate,
-            metrics: &result.metrics,
+            metrics: &metrics,
             step_time,
             tokens: result.rows,
             num_tokens: self.state.num_tokens,
         };
         self.metrics.append(&line.to_json())?;
-        let margin = result.metrics.iter().find(|(name, _)| *name == "rewards/margins");
-        let margin = margin.map_or(String::new(), |(_, value)| format!(" margin {value:.3}"));
-        Ok(format!("loss {:.4}{margin} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+        let shown = [("rewards/margins", "margin"), ("reward", "reward")].into_iter().filter_map(|(name, label)| {
+            let found = metrics.iter().find(|metric| metric.0 == name)?;
+            Some(format!(" {label} {:.3}", found.1))
+        });
+        let shown: String = shown.collect();
+        Ok(format!("loss {:.4}{shown} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+    }
+
+    /// Lets the policy write what step `number` trains on, where it is due; what is to be said about it.
+    fn sample_batch(&mut self, number: u64, progress: &mut Progress) -> Result<Vec<Metric>> {
+        let Some(online) = &mut self.online else { return Ok(Vec::new()) };
+        let iterations = self.task.iterations;
+        let first = (number - 1).is_multiple_of(iterations);
+        if first || self.batch.is_none() {
+            let prompts = self.steps.examples(number).to_vec();
+            let weights = self.ref_weights.weights();
+            let known = (&weights[..], &self.state.objective[..]);
+            let place = ((number - 1) / iterations + 1, &prompts[..]);
+            let mut show = |how_far: &str| progress.at(number - 1, how_far);
+            let mut batch = online.sample(self.device, &mut self.policy, place, known, &mut show)?;
+            if !batch.state.is_empty() {
+                self.state.objective = std::mem::take(&mut batch.state);
+            }
+            self.state.sampled_tokens += batch.tokens;
+            self.batch = Some(batch);
+        }
+        let batch = self.batch.as_mut().expect("it was just made, or is trained on again");
+        let mut metrics = std::mem::take(&mut batch.metrics);
+        metrics.push(("num_sampled_tokens".into(), self.state.sampled_tokens as f64));
+        Ok(metrics)
     }
 
     /// A step that failed changed nothing: what came before it is worth keeping.
@@ -369,10 +451,12 @@ impl<B: Backend> Session<'_, B> {
         let due = |every: Option<u64>| every.is_some_and(|every| self.state.step.is_multiple_of(every));
         let (eval, save) = (due(self.settings.eval_steps), due(self.settings.save_steps));
         if eval && self.state.step < self.task.max_steps {
-            let line = self.evaluate(Some(progress))?.map(|e| describe(&e));
-            line.iter().for_each(|line| progress.say(line));
+            let evaluation = self.evaluate(Some(progress))?;
+            evaluation.iter().for_each(|evaluation| progress.say(&describe(evaluation)));
+            let line = evaluation.map(|evaluation| evaluation.to_json()).unwrap_or_default();
+            self.stopped = self.settings.stop_when.iter().find_map(|stop| stop.met(&line));
         }
-        if save {
+        if save || self.stopped.is_some() {
             self.save_checkpoint()?;
         }
         Ok(())
@@ -394,11 +478,11 @@ impl<B: Backend> Session<'_, B> {
         let gathered = self.panel.held_out(self.task);
         let ref_weights = self.ref_weights.weights();
         let rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
-        let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
+        let (objective, packing) = (self.task.held_out_objective(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
         let mut done = |done| show("evaluating", done, held_out);
-        let measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
+        let mut measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
         let drift = match &mut self.drift {
             Some(drift) => {
                 let all = self.settings.kl_samples;
@@ -406,6 +490,16 @@ impl<B: Backend> Session<'_, B> {
             }
             None => Vec::new(),
         };
+        if let (Some(drift), Some(online)) = (&self.drift, &mut self.online) {
+            measured.metrics.extend(online.judge_held_out(&drift.written()?)?);
+        }
+        let (device, tokenizer) = (self.device, &self.task.tokenizer);
+        let mut exams = Vec::new();
+        for exam in &self.task.exams {
+            let mut done = |done, all| show(&exam.task.name, done, all);
+            let outcome = exam.take(device, &mut self.policy, tokenizer, packing, step, &mut done)?;
+            exams.push((exam.task.name.clone(), outcome));
+        }
         own.into_iter().for_each(Progress::finish);
         let evaluation = Evaluation {
             step: self.state.step,
@@ -414,25 +508,28 @@ impl<B: Backend> Session<'_, B> {
             loss: measured.loss,
             summary: measured.summary,
             metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
+            exams,
             drift,
             runtime: started.elapsed().as_secs_f64(),
         };
         self.evaluations.append(&evaluation.to_json())?;
+        self.evaluated = Some(step);
         Ok(Some(evaluation))
     }
 
     /// One completion for each sample prompt, each from its own random stream.
     fn sample(&mut self) -> Result<()> {
         self.policy.rest();
-        let eos = self.task.tokenizer.stops();
-        for (i, prompt) in self.task.prompts(self.settings).into_iter().enumerate() {
-            let request = Request { first_sample: i as u64, eos, ..sample_request(self.settings, prompt) };
-            let completion = rollout::generate(self.device, &self.policy.model, &request)?.remove(0);
+        let (prompts, eos) = (self.task.prompts(self.settings), self.task.tokenizer.stops());
+        let mut requests = sample_requests(self.settings, &prompts);
+        requests.iter_mut().for_each(|request| request.eos = eos);
+        let completions = Engine::new(self.device).run(&self.policy.model, &requests, &mut |_| ())?;
+        for (prompt, completion) in prompts.into_iter().zip(completions) {
             self.samples.append(&json!({
                 "step": self.state.step,
                 "prompt": self.task.tokenizer.decode(prompt)?,
                 "completion": self.task.tokenizer.decode(&completion.ids)?,
-                "finished": completion.finished,
+                "finished": completion.finished(),
             }))?;
         }
         Ok(())
@@ -447,6 +544,7 @@ impl<B: Backend> Session<'_, B> {
         self.policy.rest();
         // Lines that the checkpoint counts on must not be younger than it.
         [&self.metrics, &self.evaluations, &self.samples].into_iter().try_for_each(LineLog::sync)?;
+        self.online.iter().try_for_each(Online::sync)?;
         let trainer_state = self.trainer_state();
         let (device, settings, task, state) = (self.device, self.settings, self.task, &self.state);
         let (policy, lineage) = (&mut self.policy, self.lineage.clone().with_argument("step", self.state.step));
@@ -483,7 +581,9 @@ impl<B: Backend> Session<'_, B> {
 
     fn finish(&mut self) -> Result<Report> {
         self.check_weights()?;
-        self.evaluate(None)?;
+        if self.evaluated != Some(self.state.step) {
+            self.evaluate(None)?;
+        }
         self.sample()?;
         self.policy.rest();
         let output: &Path = &self.settings.output_dir;
@@ -492,7 +592,7 @@ impl<B: Backend> Session<'_, B> {
             self.lineage.write(output)?;
         }
         self.trainer_state().write(output, output)?;
-        let report = Report::read(output, self.task.objective.name())?;
+        let report = Report::read(output, self.task.objective.name())?.with_tasks(&self.task.exams);
         report.write_plot()?;
         finish(output)?;
         say_what_it_needs(self.settings);
@@ -517,5 +617,10 @@ fn describe(e: &Evaluation) -> String {
     let accuracy = e.summary.accuracy.map_or(String::new(), |a| format!(", pair accuracy {:.1} %", 100.0 * a));
     let drift = e.drift.first().map_or(String::new(), |kl| format!(", KL {:.2}", kl.mean));
     let perplexity = e.summary.perplexity.map_or(String::new(), |perplexity| format!(", perplexity {perplexity:.2}"));
-    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}", e.step, e.loss)
+    let exam = |(name, outcome): &(String, tasks::Outcome)| {
+        let headline = outcome.headline();
+        format!(", {name} {} {:.4}", headline.name, headline.value)
+    };
+    let exams: String = e.exams.iter().map(exam).collect();
+    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}{exams}", e.step, e.loss)
 }

@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
 use crate::device::DType;
@@ -9,6 +10,7 @@ use crate::objectives::kl::KlPenaltyOptions;
 use crate::objectives::mrpo::Blend;
 use crate::objectives::ref_weights::Rule;
 use crate::optim::{self, Decay, Hyper, Schedule};
+use crate::rewards::RewardSpec;
 
 /// A run, completely: what the command line and the recipe come down to.
 #[derive(Clone, Debug)]
@@ -24,7 +26,14 @@ pub struct Settings {
     pub anchor: Option<PathBuf>,
     /// Completions that an evaluation asks of the policy to see how far it has gone; 0 = none.
     pub kl_samples: usize,
-    /// Train on this many rows, chosen at random.
+    /// Tasks that evaluations give to the policy, by name.
+    pub eval_tasks: Vec<(String, PathBuf)>,
+    /// Any of these ends the run.
+    pub stop_when: Vec<StopWhen>,
+    /// Rows of the file that are left out at its start, and how many after those are looked at.
+    pub skip: usize,
+    pub take: Option<usize>,
+    /// Train on this many of these rows, chosen at random.
     pub limit: Option<usize>,
     pub dataset: PathBuf,
     pub eval_dataset: Option<PathBuf>,
@@ -69,6 +78,8 @@ pub struct Settings {
     /// What the checkpoints hold.
     pub dtype: SaveDtype,
     pub samples: Samples,
+    /// Train on completions that the policy writes, not on those of the data.
+    pub rollouts: Option<Rollouts>,
     /// The same, as a recipe to be kept with the results.
     pub recipe: String,
 }
@@ -115,6 +126,21 @@ pub enum Resume {
     /// At the newest checkpoint of the output folder, or at the start if it has none.
     Newest,
     At(PathBuf),
+}
+
+/// Completions that the policy writes to be trained on.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rollouts {
+    /// At least one.
+    pub rewards: Vec<RewardSpec>,
+    /// Completions of each prompt.
+    pub samples: usize,
+    /// Optimizer steps on the same completions.
+    pub iterations: u64,
+    /// Tokens of a completion at most.
+    pub max_new_tokens: usize,
+    pub temperature: f64,
+    pub top_p: f64,
 }
 
 /// Generations shown before and after training.

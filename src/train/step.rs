@@ -24,8 +24,68 @@ pub struct Rows<'a> {
     pub ref_weights: &'a [f64],
     /// What the objective remembers.
     pub state: &'a [f64],
+    /// What is known of the examples if they were sampled.
+    pub sampled: Option<&'a Sampled>,
     /// `[references]` where their final hidden rows are found, for KLs over the whole vocabulary; empty where none is wanted.
     pub hidden: &'a [HiddenRows],
+}
+
+/// What is known of sampled completions before the policy looks at them again.
+#[derive(Default)]
+pub struct Sampled {
+    /// `[examples]` how many sequences were sampled; after them an example may have the data's own completion.
+    samples: Vec<usize>,
+    /// `[examples + 1]` sequences of example e: `starts[e]..starts[e + 1]`.
+    starts: Vec<usize>,
+    /// Of all sequences in order.
+    pub stats: Stats,
+}
+
+impl Sampled {
+    /// `samples[e]` sequences of example e were sampled, each of `longest` tokens at most.
+    pub fn new(examples: &[Example], samples: Vec<usize>, longest: usize) -> Self {
+        let mut starts = vec![0];
+        starts.extend(examples.iter().scan(0, |end, example| {
+            *end += example.sequences.len();
+            Some(*end)
+        }));
+        let mut stats = Stats { offsets: vec![0], longest: longest as f64, ..Stats::default() };
+        for sequence in examples.iter().flat_map(|example| &example.sequences) {
+            let len = sequence.ids.len() - sequence.first;
+            stats.offsets.push(stats.offsets[stats.lens.len()] + len);
+            stats.lens.push(len as f64);
+        }
+        let mut sampled = Self { samples, starts, stats };
+        let (mut groups, mut answers) = (Vec::new(), Vec::new());
+        sampled.trees(0..examples.len(), &mut groups, &mut answers);
+        (sampled.stats.groups, sampled.stats.answers) = (groups, answers);
+        sampled
+    }
+
+    /// Groups and answers of some examples, counted from the first of them.
+    fn trees(&self, examples: Range<usize>, groups: &mut Vec<Range<usize>>, answers: &mut Vec<usize>) {
+        let base = self.starts[examples.start];
+        for e in examples {
+            let (start, end) = (self.starts[e] - base, self.starts[e + 1] - base);
+            groups.push(start..start + self.samples[e]);
+            answers.extend((start + self.samples[e] < end).then_some(end - 1));
+        }
+    }
+
+    /// Adds what is known of some examples to what was measured of them.
+    fn tell(&self, examples: Range<usize>, stats: &mut Stats) {
+        let sequences = self.starts[examples.start]..self.starts[examples.end];
+        let tokens = self.stats.offsets[sequences.start]..self.stats.offsets[sequences.end];
+        let of = |values: &[f64], range: &Range<usize>| values.get(range.clone()).unwrap_or_default().to_vec();
+        self.trees(examples, &mut stats.groups, &mut stats.answers);
+        stats.longest = self.stats.longest;
+        stats.advantages = of(&self.stats.advantages, &sequences);
+        stats.old_token_logps = of(&self.stats.old_token_logps, &tokens);
+        stats.sampled_token_logps = of(&self.stats.sampled_token_logps, &tokens);
+        stats.token_advantages = of(&self.stats.token_advantages, &tokens);
+        stats.returns = of(&self.stats.returns, &tokens);
+        stats.old_values = of(&self.stats.values, &tokens);
+    }
 }
 
 /// What a step says about itself.
@@ -50,26 +110,32 @@ struct Micro {
     examples: Range<usize>,
 }
 
-/// What is known of a batch before it is run. An example of two sequences is a pair, whoever needs to know.
-fn shape(needs: &Needs, host: &data::Batch, examples: &[&Example]) -> Stats {
-    let pairs = host.examples.iter().filter(|sequences| sequences.len() == 2);
+/// What is known of a batch, which has the rows at `at`, before it is run. An example of two sequences is a pair, whoever needs
+/// to know, unless they were sampled.
+fn shape(needs: &Needs, host: &data::Batch, rows: &Rows, at: Range<usize>) -> Stats {
+    let examples = &rows.examples[at.clone()];
+    let pairs = host.examples.iter().filter(|sequences| sequences.len() == 2 && rows.sampled.is_none());
     let labels = examples.iter().flat_map(|example| match example.sequences.len() {
         2 => vec![true, false],
         _ => vec![example.label.unwrap_or(true)],
     });
     let margins = examples.iter().filter(|example| example.sequences.len() == 2);
-    Stats {
+    let mut stats = Stats {
         lens: examples.iter().flat_map(|e| &e.sequences).map(|s| (s.ids.len() - s.first) as f64).collect(),
         pairs: pairs.map(|sequences| (sequences.start, sequences.start + 1)).collect(),
         labels: if needs.labels { labels.collect() } else { Vec::new() },
         margins: if needs.margins { margins.map(|e| e.margin.unwrap_or(0.0)).collect() } else { Vec::new() },
         ..Stats::default()
+    };
+    if let Some(sampled) = rows.sampled {
+        sampled.tell(at, &mut stats);
     }
+    stats
 }
 
 /// Everything of a micro-batch that an objective reads.
 fn stats(needs: &Needs, host: &data::Batch, seen: &Seen, rows: &Rows, at: Range<usize>) -> Stats {
-    let mut stats = shape(needs, host, &rows.examples[at.clone()]);
+    let mut stats = shape(needs, host, rows, at.clone());
     let exact = |values: &[f32]| values.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
     match needs.scores {
         true => stats.scores = exact(&seen.logps),
@@ -92,6 +158,9 @@ fn stats(needs: &Needs, host: &data::Batch, seen: &Seen, rows: &Rows, at: Range<
     if needs.ln_sum_p2 {
         stats.ln_sum_p2 = exact(&seen.ln_sum_p2);
     }
+    if needs.values {
+        stats.values = exact(&seen.values);
+    }
     if needs.token_kl {
         stats.token_kl = seen.token_kl.chunks(host.targets.len()).map(<[f64]>::to_vec).collect();
     }
@@ -105,22 +174,23 @@ pub fn sums(host: &data::Batch, logps: &[f32]) -> Vec<f64> {
     host.sequences.iter().map(|range| logps[range.clone()].iter().map(|x| f64::from(*x)).sum()).collect()
 }
 
-/// Refuses an objective that reads what no forward pass here computes.
-pub fn check_needs(name: &str, needs: &Needs) -> Result<()> {
-    let missing = [
-        ("groups", needs.groups),
-        ("rewards", needs.rewards),
-        ("log-probabilities of a sampling policy", needs.old_token_logps),
-        ("entropies", needs.entropy),
-        ("values", needs.values),
-    ];
-    match missing.iter().find(|(_, needed)| *needed) {
-        None => Ok(()),
-        Some((what, _)) => {
-            let detail = format!("{name} needs {what}, which training on a fixed data set does not compute");
-            Err(Error::option("--objective", detail))
-        }
+/// Refuses an objective that reads what is not there: completions of the policy's own, if it is not `online`.
+pub fn check_needs(name: &str, needs: &Needs, online: bool) -> Result<()> {
+    if needs.rewards && !online {
+        let detail =
+            "missing; give what the policy's completions are rewarded by: a reward model's folder, or a file of rules";
+        return Err(Error::option("--reward", format!("{detail} ({name} learns from nothing else)")));
     }
+    if online && !needs.rewards && !needs.pairs {
+        let detail = format!("{name} learns from the data's completions, not from the policy's own; drop it");
+        return Err(Error::option("--reward", detail));
+    }
+    if needs.entropy {
+        let detail =
+            format!("{name} as it is set up here needs the entropy of every token, which training does not compute");
+        return Err(Error::option("--top-entropy-quantile", detail));
+    }
+    Ok(())
 }
 
 /// Derivative by each number that the forward pass left. By a target's log-probability it is that by its sequence's sum plus
@@ -145,11 +215,16 @@ fn dkl(host: &data::Batch, grads: &Grads, first_token: usize) -> Vec<f64> {
     grads.token_kl.iter().flat_map(of_reference).collect()
 }
 
+/// `[targets]` derivatives by values; empty where there are none.
+fn dvalues(host: &data::Batch, grads: &Grads, first_token: usize) -> Vec<f64> {
+    grads.values.get(first_token..first_token + host.targets.len()).unwrap_or_default().to_vec()
+}
+
 /// Runs one step. Nothing is updated when anything is not finite.
 pub fn step<B: Backend>(device: &B, policy: &mut Policy<B>, pass: &Pass, learning_rate: f64) -> Result<StepResult> {
     let _range = range(c"step");
     let micros = pass.micros(pass.rows.examples);
-    policy.model.zero_grads(device)?;
+    policy.zero_grads(device)?;
     let outcome = match pass.objective.scope() {
         Scope::Pair => pass.micro_by_micro(device, policy, &micros)?,
         Scope::Batch => pass.all_at_once(device, policy, &micros)?,
@@ -199,7 +274,7 @@ impl Pass<'_> {
     fn totals(&self, needs: &Needs, micros: &[Micro]) -> Totals {
         let mut totals = Totals::default();
         for micro in micros {
-            totals += Totals::of(&shape(needs, &micro.host, &self.rows.examples[micro.examples.clone()]));
+            totals += Totals::of(&shape(needs, &micro.host, &self.rows, micro.examples.clone()));
         }
         totals
     }
@@ -214,7 +289,8 @@ impl Pass<'_> {
             let stats = stats(&needs, &micro.host, &seen, &self.rows, micro.examples.clone());
             let outcome = self.objective.evaluate(&stats, &totals);
             let grads = &outcome.grads;
-            policy.backward(device, &derivatives(&micro.host, grads, 0, 0), &dkl(&micro.host, grads, 0))?;
+            let (by_number, by_value) = (derivatives(&micro.host, grads, 0, 0), dvalues(&micro.host, grads, 0));
+            policy.backward(device, &by_number, &dkl(&micro.host, grads, 0), &by_value)?;
             sum.loss += outcome.loss;
             join_metrics(&mut sum.metrics, &outcome.metrics);
         }
@@ -232,7 +308,8 @@ impl Pass<'_> {
                 self.forward(device, policy, &micro.host, &self.rows.examples[micro.examples.clone()], true)?;
             }
             let by_number = derivatives(&micro.host, &outcome.grads, first_sequence, first_token);
-            policy.backward(device, &by_number, &dkl(&micro.host, &outcome.grads, first_token))?;
+            let by_value = dvalues(&micro.host, &outcome.grads, first_token);
+            policy.backward(device, &by_number, &dkl(&micro.host, &outcome.grads, first_token), &by_value)?;
             first_sequence += micro.host.sequences.len();
             first_token += micro.host.targets.len();
         }
@@ -336,6 +413,16 @@ fn append(all: &mut Stats, next: Stats) {
     all.offsets.extend(next.offsets.into_iter().map(|offset| offset + tokens));
     all.token_logps.extend(next.token_logps);
     join(&mut all.ref_token_logps, next.ref_token_logps);
+    all.groups.extend(next.groups.into_iter().map(|group| group.start + sequences..group.end + sequences));
+    all.answers.extend(next.answers.into_iter().map(|answer| answer + sequences));
+    all.longest = all.longest.max(next.longest);
+    all.advantages.extend(next.advantages);
+    all.old_token_logps.extend(next.old_token_logps);
+    all.sampled_token_logps.extend(next.sampled_token_logps);
+    all.token_advantages.extend(next.token_advantages);
+    all.returns.extend(next.returns);
+    all.values.extend(next.values);
+    all.old_values.extend(next.old_values);
     all.ln_sum_p2.extend(next.ln_sum_p2);
     join(&mut all.token_kl, next.token_kl);
     (all.ref_weights, all.state) = (next.ref_weights, next.state);

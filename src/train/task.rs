@@ -1,13 +1,16 @@
 //! What a run needs before it touches a device: files read, names looked up, sizes known.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::plan::sample_request;
+use super::exam::{self, Exam};
+use super::online::stand_in;
+use super::plan::sample_requests;
 use super::references::{
-    FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, task_references,
+    FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
+    task_references,
 };
 use super::settings::{References, Settings};
 use super::step::check_needs;
@@ -18,9 +21,10 @@ use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
 use crate::objectives::kl::KlPenalty;
-use crate::objectives::{Objective, mrpo};
+use crate::objectives::{Choice, Objective, Params, mrpo};
 use crate::optim;
 use crate::references::Reference;
+use crate::rewards::Rewards;
 
 /// Rows of a micro-batch where the user does not say: large enough to keep the cores busy, small enough for the
 /// activations of a 135M model to fit beside a browser.
@@ -47,9 +51,21 @@ pub struct Task {
     pub anchor: Option<Reference>,
     /// Those that are asked about the policy's own completions, the anchor first.
     pub fresh: Vec<FreshReference>,
+    /// Those that are asked about completions which are trained on.
+    pub sampled_by: Vec<FreshReference>,
+    /// What completions are rewarded by.
+    pub rewards: Option<Rewards>,
+    /// Of each training example the most that completions of its prompt can come to; empty where none are sampled.
+    pub stand_ins: Vec<Example>,
+    /// What held-out rows are evaluated with, where the objective can say nothing about them: the likelihood of their completions.
+    pub likelihood: Option<Box<dyn Objective>>,
     pub train: Dataset,
     pub eval: Option<Dataset>,
+    /// What evaluations ask the policy besides.
+    pub exams: Vec<Exam>,
     pub steps_per_epoch: u64,
+    /// Steps on the same examples.
+    pub iterations: u64,
     pub max_steps: u64,
 }
 
@@ -62,7 +78,8 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
         objective = Box::new(KlPenalty::new(objective, penalty.clone()));
     }
     let (name, needs) = (objective.name(), objective.needs());
-    check_needs(name, &needs)?;
+    check_needs(name, &needs, settings.rollouts.is_some())?;
+    check_rollouts(settings, name)?;
     let (given, most) = (models.len(), *needs.refs.end());
     if settings.references.moving.is_some() && most == 0 {
         return Err(Error::option("--ref-sync-steps", format!("{name} reads no reference that could move; drop it")));
@@ -72,6 +89,43 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
         return Err(Error::option("--ref-model", detail));
     }
     Ok(objective)
+}
+
+/// What sampling does not go together with.
+fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
+    let Some(rollouts) = &settings.rollouts else { return Ok(()) };
+    let References { rule, moving, .. } = &settings.references;
+    let refuse = |flag: &str, detail: String| Err(Error::option(flag, detail));
+    if moving.is_some() {
+        return refuse(
+            "--ref-sync-steps",
+            "a reference that follows the policy is not asked about samples; drop it".into(),
+        );
+    }
+    if rule.observes() {
+        return refuse("--ref-weights", "weights that follow pairs of the data have none here; give fixed ones".into());
+    }
+    if settings.kl_penalty.is_some() {
+        return refuse("--kl-penalty", format!("{name} on samples has a KL of its own: give --beta"));
+    }
+    if rollouts.samples < 2 && name != "reinforce" {
+        return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
+    }
+    let steps = [
+        ("--max-steps", settings.max_steps),
+        ("--save-steps", settings.save_steps),
+        ("--stop-at-step", settings.stop_at_step),
+    ];
+    match steps.into_iter().find(|(_, steps)| steps.is_some_and(|steps| !steps.is_multiple_of(rollouts.iterations))) {
+        Some((flag, _)) => {
+            let n = rollouts.iterations;
+            refuse(
+                flag,
+                format!("ends between two steps on the same completions; give a multiple of --num-iterations {n}"),
+            )
+        }
+        None => Ok(()),
+    }
 }
 
 /// The language model of the settings under its adapters.
@@ -119,7 +173,12 @@ fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
 /// What is trained: a language model, or one with a reward head where the objective is about scores.
 pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Result<Checkpoint> {
     let scores = objective.needs().scores;
-    for (flag, asked) in [("--samples", settings.samples.count), ("--kl-samples", settings.kl_samples)] {
+    let asked = [
+        ("--samples", settings.samples.count),
+        ("--kl-samples", settings.kl_samples),
+        ("--eval-task", settings.eval_tasks.len()),
+    ];
+    for (flag, asked) in asked {
         if scores && asked > 0 {
             let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
             return Err(Error::option(flag, detail));
@@ -153,21 +212,35 @@ impl Task {
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
         let needs = objective.needs();
+        keep_part(&mut train, settings.skip, settings.take)?;
         if let Some(limit) = settings.limit {
             keep_some(&mut train, limit, settings.seed)?;
         }
-        if !needs.pairs && !needs.labels {
+        if !needs.pairs && !needs.labels || settings.rollouts.is_some() {
             // What an objective never reads is not trained on. Held-out pairs stay: accuracy needs both sides.
             train.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
         }
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
+        let rollouts = settings.rollouts.as_ref();
+        let rewards = rollouts.map(|rollouts| Rewards::open(&rollouts.rewards)).transpose()?;
+        let stand_ins = rollouts.map_or(Vec::new(), |rollouts| {
+            let stand_in = |example: &Example| stand_in(example, rollouts, needs.answers, needs.pairs);
+            train.examples.iter().map(stand_in).collect()
+        });
+        let likelihood = needs.rewards.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
+        let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
+        let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
+        let known = exam::metrics(&exams, settings.kl_samples > 0);
+        settings.stop_when.iter().try_for_each(|stop| stop.check(&known))?;
         let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
         let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
         if let Some(checkpoint) = anchor.as_ref().and_then(Reference::checkpoint) {
             check_anchor(checkpoint, &tokenizer, eval.as_ref())?;
         }
         let fresh = fresh_references(settings, &references, anchor.as_ref(), &tokenizer)?;
-        let steps_per_epoch = train.examples.len().div_ceil(settings.batch_size) as u64;
+        let sampled_by = references_of_samples(settings, &references, &tokenizer)?;
+        let iterations = rollouts.map_or(1, |rollouts| rollouts.iterations);
+        let steps_per_epoch = iterations * train.examples.len().div_ceil(settings.batch_size) as u64;
         let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
         let max_steps = settings.max_steps.unwrap_or(by_epochs);
         if needs.token_kl {
@@ -185,13 +258,19 @@ impl Task {
             moving,
             anchor,
             fresh,
+            sampled_by,
+            rewards,
+            stand_ins,
+            likelihood,
             train,
             eval,
+            exams,
             steps_per_epoch,
+            iterations,
             max_steps,
         };
-        let longest = task.prompts(settings).into_iter().max_by_key(|prompt| prompt.len());
-        longest.map_or(Ok(()), |prompt| sample_request(settings, prompt).check(&task.checkpoint.spec))?;
+        let requests = sample_requests(settings, &task.prompts(settings));
+        requests.iter().try_for_each(|request| request.check(&task.checkpoint.spec))?;
         Ok(task)
     }
 
@@ -213,6 +292,11 @@ impl Task {
         start.map(|dir| Ok(AdapterFile::open(dir)?.hash())).transpose()
     }
 
+    /// What held-out rows are evaluated with.
+    pub fn held_out_objective(&self) -> &dyn Objective {
+        self.likelihood.as_ref().unwrap_or(&self.objective).as_ref()
+    }
+
     pub fn datasets(&self) -> Vec<&Dataset> {
         std::iter::once(&self.train).chain(&self.eval).collect()
     }
@@ -225,7 +309,7 @@ impl Task {
 
     /// The epoch of step `step`, counted from 1, and which part of the epoch's order it takes.
     pub fn place_of_step(&self, settings: &Settings, step: u64) -> (u64, Range<usize>) {
-        let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch);
+        let (epoch, index) = ((step - 1) / self.steps_per_epoch, (step - 1) % self.steps_per_epoch / self.iterations);
         let first = index as usize * settings.batch_size;
         (epoch, first..(first + settings.batch_size).min(self.train.examples.len()))
     }
@@ -247,8 +331,11 @@ impl Task {
         }
     }
 
-    /// Indices of the training examples that some step of the run will see, in the order of the file.
+    /// Indices of the training examples whose completions some step of the run will see, in the order of the file.
     pub fn used_examples(&self, settings: &Settings) -> Vec<usize> {
+        if settings.rollouts.is_some() {
+            return Vec::new();
+        }
         let (last_epoch, range) = self.place_of_step(settings, self.max_steps);
         if last_epoch > 0 {
             return (0..self.train.examples.len()).collect();
@@ -319,6 +406,14 @@ impl Task {
             let [base, tuned] = tau.identities(settings)?;
             (course["base_model"], course["tau_model"]) = (json!(hex(base)), json!(hex(tuned)));
         }
+        if let (Some(rollouts), Some(rewards)) = (&settings.rollouts, &self.rewards) {
+            course["reward"] = json!(hex(rewards.identity()?));
+            course["num_generations"] = json!(rollouts.samples);
+            course["num_iterations"] = json!(rollouts.iterations);
+            course["max_completion_length"] = json!(rollouts.max_new_tokens);
+            course["rollout_temperature"] = json!(rollouts.temperature);
+            course["rollout_top_p"] = json!(rollouts.top_p);
+        }
         let optimizer = settings.optimizer.resolved()?;
         for (name, value) in settings.objective.resolved()?.iter().chain(optimizer.iter()) {
             course[name] = json!(value);
@@ -375,7 +470,7 @@ fn load_dataset(
     let (needs, form) = (objective.needs(), dataset.form);
     let wanted = match form {
         Form::Pairs => None,
-        _ if needs.pairs => Some("trains on pairs (prompt, chosen, rejected)"),
+        _ if needs.pairs && settings.rollouts.is_none() => Some("trains on pairs (prompt, chosen, rejected)"),
         Form::Unpaired if !needs.labels => Some("would learn what is labelled undesirable, too"),
         Form::Completions | Form::Text if needs.labels => Some("trains on labels (prompt, completion, label) or pairs"),
         _ => None,
@@ -388,11 +483,31 @@ fn load_dataset(
     Ok(dataset)
 }
 
+/// Leaves out the first `skip` rows of the file, and those after the `take` that follow. Rows that were dropped count.
+fn keep_part(train: &mut Dataset, skip: usize, take: Option<usize>) -> Result<()> {
+    let (rows, path) = (train.rows, train.path.display());
+    let end = skip + take.unwrap_or(0);
+    if end > rows {
+        let flag = if skip > rows { "--skip" } else { "--take" };
+        return Err(Error::option(flag, format!("reaches to row {end}, {path} has {rows}; give less, or drop it")));
+    }
+    let wanted = skip..take.map_or(rows, |_| end);
+    train.examples.retain(|example| wanted.contains(&example.row));
+    if train.examples.is_empty() {
+        let flag = if take.is_some() { "--take" } else { "--skip" };
+        return Err(Error::option(flag, format!("leaves nothing of the {rows} rows of {path} to train on")));
+    }
+    Ok(())
+}
+
 /// Keeps `limit` rows, chosen at random, in the order of the file. Of one seed, fewer rows are among more rows.
 fn keep_some(train: &mut Dataset, limit: usize, seed: u64) -> Result<()> {
     let rows = train.examples.len();
     if limit > rows {
-        let detail = format!("{limit} rows asked for, {} has {rows}; give fewer, or drop it", train.path.display());
+        let detail = format!(
+            "{limit} rows asked for, {rows} are there to choose from in {}; give fewer, or drop it",
+            train.path.display()
+        );
         return Err(Error::option("--limit", detail));
     }
     let random = Philox::named(seed, LIMIT);

@@ -5,4 +5,5 @@ pub mod case;
 pub mod checks;
 pub mod kl;
 pub mod ops;
+pub mod rollouts;
 pub mod tiny;

@@ -10,8 +10,10 @@ use cuvee::model::{Checkpoint, Head, Keep, KvCache};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
 use cuvee::optim::{self, Decay, Hyper, Optimizer, Schedule};
+use cuvee::rollout::Engine;
 
 use crate::common::kl::KlRig;
+use crate::common::rollouts;
 use crate::common::tiny::{self, Rig, Size, Step, Tiny, read};
 use crate::fixtures::{Expected, check_folder};
 use crate::{Body, Case, Mode};
@@ -198,6 +200,25 @@ fn token_kl(name: &str, storage: DType) {
     assert!(run() == (found, gradients), "{name}: other numbers the second time");
 }
 
+/// Completions of many requests: on one device their log-probabilities are those of scoring, and in f32 they are the CPU's.
+fn rollout(name: &str, storage: DType) {
+    let (tiny, prompts) = (model(name), rollouts::prompts(8));
+    let requests = rollouts::requests(&prompts, &[]);
+    let mut rig = rollouts::rig(open(storage), &tiny);
+    let found = rollouts::run(&Engine::new(&rig.device), &rig, &requests);
+    let in_turns = rollouts::run(&Engine::new(&rig.device).with_max_running(3), &rig, &requests);
+    rollouts::assert_same(name, &in_turns, &found);
+    for rollout in &found {
+        let expected = rollouts::scored(&mut rig, &requests, rollout);
+        assert!(rollout.logps.iter().map(|logp| f64::from(*logp)).eq(expected), "{name}: request {}", rollout.prompt);
+    }
+    if storage == DType::F32 {
+        let cpu = rollouts::rig(Cpu::new(1).unwrap(), &tiny);
+        let expected = rollouts::run(&Engine::new(&cpu.device), &cpu, &requests);
+        assert!(found.iter().map(|rollout| &rollout.ids).eq(expected.iter().map(|rollout| &rollout.ids)), "{name}");
+    }
+}
+
 /// What transformers computes of the models in `tests/data/fixtures`.
 fn fixtures() -> impl Iterator<Item = Case> {
     let root = PathBuf::from(env::var_os("CUVEE_TEST_ROOT").unwrap_or_else(|| ".".into()));
@@ -227,9 +248,11 @@ pub fn all() -> Vec<Case> {
                 ("reward", reward),
                 ("decoding", decoding),
                 ("token_kl", token_kl),
+                ("rollout", rollout),
             ];
             let takes = |what: &str| match what {
                 "token_kl" => name == "llama",
+                "rollout" => ["llama", "qwen3"].contains(&name),
                 "lora" => ["llama", "qwen3", "neox", "gpt2"].contains(&name),
                 _ => true,
             };

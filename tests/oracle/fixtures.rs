@@ -258,14 +258,10 @@ fn continuation(dir: &Path, case: &Value) -> Result<(), Failed> {
         options,
     );
     load(&cpu, &checkpoint, &Weights::open(dir)?, &mut model)?;
-    let request = Request {
-        prompt: &prompt,
-        samples: 1,
-        first_sample: 0,
-        max_new_tokens: theirs.len(),
-        sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
-        eos: &[],
-    };
+    let penalty = case["repetition_penalty"].as_f64().unwrap_or(1.0);
+    let sampling = Sampling { repetition_penalty: penalty, ..Sampling::greedy() };
+    let no_repeat_ngram_size = case["no_repeat_ngram_size"].as_u64().unwrap_or(0) as usize;
+    let request = Request { no_repeat_ngram_size, ..Request::new(&prompt, theirs.len(), sampling) };
     let ours = generate(&cpu, &model, &request)?.remove(0).ids;
     match ours[..sure] == theirs[..sure] {
         true => Ok(()),

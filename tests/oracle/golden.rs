@@ -4,8 +4,10 @@
 
 mod losses;
 mod merge;
+mod metrics;
 mod optimizers;
 mod references;
+mod rollouts;
 mod soups;
 
 use std::collections::BTreeMap;
@@ -13,7 +15,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use cuvee::objectives::{Choice, Objective, Params};
+use cuvee::objectives::{Choice, Objective, Outcome, Params};
 use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 
@@ -26,13 +28,13 @@ type Check = fn(&Value, &mut Tally) -> Result<(), Failed>;
 /// Every known file: how to check it, or what is missing.
 const FILES: &[(&str, Result<Check, &str>)] = &[
     ("childtuning", Ok(optimizers::childtuning)),
-    ("extra", Err("GMPO, A*-PO, adaptive KL and XPO are not built yet")),
-    ("grao", Err("GRAO is not built yet")),
-    ("grpo", Err("group objectives are not built yet")),
+    ("extra", Ok(rollouts::extra)),
+    ("grao", Ok(rollouts::grao)),
+    ("grpo", Ok(rollouts::grpo)),
     ("kl_estimators", Ok(references::kl_estimators)),
     ("kto_bco", Ok(losses::kto_bco)),
     ("merge", Ok(merge::merge)),
-    ("metrics", Err("agreement metrics are not built yet")),
+    ("metrics", Ok(metrics::metrics)),
     ("mrpo", Ok(references::mrpo)),
     ("mrpo_token_level", Ok(references::mrpo_token_level)),
     ("multi_ref_theory", Ok(references::multi_ref_theory)),
@@ -41,7 +43,7 @@ const FILES: &[(&str, Result<Check, &str>)] = &[
     ("preference_losses", Ok(losses::preference_losses)),
     ("reference_free", Ok(losses::reference_free)),
     ("reward_model", Ok(losses::reward_model)),
-    ("rl", Err("RLOO and PPO are not built yet")),
+    ("rl", Ok(rollouts::rl)),
     ("scaling_law", Err("scaling-law fits are not built yet")),
     ("sft", Ok(losses::sft)),
     ("soups", Ok(soups::soups)),
@@ -166,4 +168,9 @@ fn numbers(value: &Value) -> Result<Vec<f64>, String> {
 
 fn rows(value: &Value) -> Result<Vec<Vec<f64>>, String> {
     value.as_array().ok_or("not an array")?.iter().map(numbers).collect()
+}
+
+fn metric(outcome: &Outcome, name: &str) -> Result<f64, Failed> {
+    let found = outcome.metrics.iter().find(|metric| metric.0 == name);
+    Ok(found.ok_or_else(|| format!("the metric {name} is missing"))?.1)
 }

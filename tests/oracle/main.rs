@@ -1,5 +1,5 @@
 //! Numbers of others: golden values, Hugging Face models with the log-probabilities and gradients that
-//! transformers computes for them, scores of reward models, PEFT's adapters, TRL's losses and tokens, the memory that the system counts. One named test per file
+//! transformers computes for them, scores of reward models, PEFT's adapters, TRL's losses and tokens, the memory that the system counts, tasks as lm-evaluation-harness judges them. One named test per file
 //! or folder.
 
 mod chat;
@@ -10,6 +10,7 @@ mod memory;
 mod reward;
 #[path = "../common/fixtures.rs"]
 mod shared;
+mod tasks;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,7 @@ fn main() {
         reward::trials(&root),
         lora::trials(&root),
         memory::trials(&root),
+        tasks::trials(&root),
     ];
     let trials = all.into_iter().flatten().collect();
     libtest_mimic::run(&args, trials).exit();

@@ -1,7 +1,7 @@
 //! The plan against the memory that the system counts for a run of a real model.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use libtest_mimic::{Completion, Failed, Trial};
@@ -15,15 +15,69 @@ pub fn trials(root: &Path) -> Vec<Trial> {
     let trial = |(name, flags): (&str, &'static [&'static str])| {
         let root = root.to_path_buf();
         Trial::ignorable_test(format!("memory::{MODEL}::{name}"), move || {
-            let model = std::env::var_os("CUVEE_MODELS_DIR").map(|dir| PathBuf::from(dir).join(MODEL));
-            let Some(model) = model.filter(|dir| dir.join("config.json").exists()) else {
+            let Some(model) = at_hand() else {
                 return Ok(Completion::ignored_with("the model is not at hand; see CUVEE_MODELS_DIR"));
             };
             planned_is_measured(&root, &model, flags).map(|()| Completion::Completed)
         })
     };
+    let generate = {
+        let root = root.to_path_buf();
+        Trial::ignorable_test(format!("memory::{MODEL}::generate"), move || {
+            let Some(model) = at_hand() else {
+                return Ok(Completion::ignored_with("the model is not at hand; see CUVEE_MODELS_DIR"));
+            };
+            said_is_measured(&root, &model).map(|()| Completion::Completed)
+        })
+    };
     let runs = [("everything", &[] as &[&str]), ("recompute", &["--recompute"]), ("lora", &["--lora-rank", "16"])];
-    runs.map(trial).into()
+    runs.map(trial).into_iter().chain([generate]).collect()
+}
+
+fn at_hand() -> Option<PathBuf> {
+    let model = PathBuf::from(std::env::var_os("CUVEE_MODELS_DIR")?).join(MODEL);
+    model.join("config.json").exists().then_some(model)
+}
+
+/// What generation says that it takes, for many prompts with completions that all run at once.
+fn said_is_measured(root: &Path, model: &Path) -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let [errors, out] = ["stderr", "out.jsonl"].map(|name| dir.path().join(name));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cuvee"));
+    command.args(["generate", "--samples", "2", "--max-new-tokens", "3", "--device", "cpu", "--max-running", "64"]);
+    command.arg("--model").arg(model).arg("--out").arg(out);
+    command.arg("--prompts").arg(root.join("assets/film-reviews/heldout.jsonl.gz"));
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&errors)?).spawn()?;
+    let peak = peak_of(child)?;
+    let text = std::fs::read_to_string(errors)?;
+    let said = text.lines().find_map(|line| line.split_once(" MiB in all")).ok_or("it says nothing of memory")?;
+    let planned = said.0.trim().parse::<f64>()? * f64::from(1 << 20);
+    close(planned, peak)
+}
+
+fn close(planned: f64, peak: f64) -> Result<(), Failed> {
+    match (planned - peak).abs() > TOLERANCE * peak {
+        true => Err(format!("planned {planned} bytes, measured {peak}").into()),
+        false => Ok(()),
+    }
+}
+
+/// The most memory that it had, as the system counts, once it has ended well.
+fn peak_of(mut child: Child) -> Result<f64, Failed> {
+    let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0.0f64);
+    let ended = loop {
+        if let Some(ended) = child.try_wait()? {
+            break ended;
+        }
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix(" kB"));
+        peak = peak.max(line.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0.0) * 1024.0);
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    match ended.success() {
+        true => Ok(peak),
+        false => Err(format!("the run ended with {ended}").into()),
+    }
 }
 
 fn planned_is_measured(root: &Path, model: &Path, flags: &[&str]) -> Result<(), Failed> {
@@ -39,22 +93,5 @@ fn planned_is_measured(root: &Path, model: &Path, flags: &[&str]) -> Result<(), 
     let plan: Value = serde_json::from_slice(&cuvee("plan").arg("--json").output()?.stdout)?;
     let planned = plan["peak_bytes"].as_f64().ok_or("the plan has no peak")?;
 
-    let mut child = cuvee("train").stdout(Stdio::null()).spawn()?;
-    let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0.0f64);
-    let ended = loop {
-        if let Some(ended) = child.try_wait()? {
-            break ended;
-        }
-        let text = std::fs::read_to_string(&status).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix(" kB"));
-        peak = peak.max(line.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0.0) * 1024.0);
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    if !ended.success() {
-        return Err(format!("the run ended with {ended}").into());
-    }
-    if (planned - peak).abs() > TOLERANCE * peak {
-        return Err(format!("planned {planned} bytes, measured {peak}").into());
-    }
-    Ok(())
+    close(planned, peak_of(cuvee("train").stdout(Stdio::null()).spawn()?)?)
 }

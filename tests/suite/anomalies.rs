@@ -367,7 +367,7 @@ fn flags_and_recipes_that_are_wrong() {
         (2, format!("{SHORT} {run} --learning-rate -1"), &["--learning-rate", "a number above 0"]),
         (2, format!("{SHORT} {run} --eval-steps 2"), &["--eval-steps: does nothing without --eval-dataset"]),
         (2, format!("{SHORT} --output-dir run"), &["--model: missing"]),
-        (2, "list losses".into(), &["objectives, modifiers, optimizers, merges, architectures"]),
+        (2, "list losses".into(), &["objectives, modifiers, optimizers, merges, rewards, architectures"]),
         (2, "tran".into(), &["'train'"]),
         (1, format!("{no_beta} {run}"), &["--beta: sigmoid requires it", "for example `--beta 0.1`"]),
         (1, format!("{SHORT} {run}").replace("sigmoid", "sft"), &["--beta", "sft"]),

@@ -331,7 +331,14 @@ fn samples_depend_on_their_seed_and_number_alone() {
         assert_eq!(done.code, Some(0), "{}", done.stderr);
         let lines: Vec<Value> = done.stdout.lines().map(parse).collect();
         for line in &lines {
-            assert_eq!(keys(line.as_object().unwrap()), ["prompt", "completion", "ids", "finished"]);
+            let logps = ["logps", "sampled_logps"];
+            let text = ["row", "sample", "prompt", "completion", "ids", "finish", "finished"];
+            assert_eq!(keys(line.as_object().unwrap()), [&text[..], &logps].concat());
+            assert!(
+                logps
+                    .into_iter()
+                    .all(|key| line[key].as_array().unwrap().len() == line["ids"].as_array().unwrap().len())
+            );
             assert_eq!(line["prompt"], json!("Review: The film"));
             let ids = line["ids"].as_array().unwrap();
             assert!(ids.len() == 12 || line["finished"] == json!(true), "{line}");
@@ -356,6 +363,67 @@ fn samples_depend_on_their_seed_and_number_alone() {
     let empty = Running::new(&mut empty).wait();
     assert_eq!(empty.code, Some(1), "{}", empty.stderr);
     assert!(empty.error().contains("--prompt"), "{}", empty.stderr);
+}
+
+/// Prompts of a file, text or messages, get what each gets alone, and what scoring says of it.
+#[test]
+fn a_file_of_prompts_is_completed() {
+    let w = Workspace::new();
+    w.write_lines("prompts.jsonl", &[json!({"prompt": "Review: The film", "id": 3}), json!({"prompt": "Review:"})]);
+    let flags =
+        "--samples 3 --max-new-tokens 9 --temperature 0.9 --top-k 50 --min-p 0.001 --repetition-penalty 1.1 --seed 5";
+    let line = format!("generate --model model --prompts prompts.jsonl --out out.jsonl {flags}");
+    let done = w.ok(&line);
+    assert!(
+        done.stdout.is_empty() && done.stderr.contains("tokens/s") && done.stderr.contains(" in all"),
+        "{}",
+        done.stderr
+    );
+    let lines = w.lines("out.jsonl");
+    let numbers = |key: &str| lines.iter().map(|line| line[key].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!((numbers("row"), numbers("sample")), (vec![0, 0, 0, 1, 1, 1], vec![0, 1, 2, 0, 1, 2]));
+    let mut alone = w.command_of(&["generate", "--model", "model", "--prompt", "Review: The film", "--json"]);
+    let alone = Running::new(alone.args(flags.split(' '))).wait();
+    for (alone, line) in alone.stdout.lines().zip(&lines) {
+        assert_eq!(parse(alone).as_object().unwrap(), line);
+    }
+    let before = w.read("out.jsonl");
+    w.ok(&format!("{line} --max-running 2 --threads 1"));
+    assert!(w.read("out.jsonl") == before, "two at a time give other texts");
+
+    // A completion that ends is scored with its end; of the others the scored one goes on.
+    let row = |line: &Line| json!({"prompt": line["prompt"], "completion": line["completion"]});
+    w.write_lines("scored.jsonl", &lines.iter().map(row).collect::<Vec<_>>());
+    w.ok("logps --model model --dataset scored.jsonl --out logps.jsonl");
+    let mut compared = 0;
+    for (line, scored) in lines.iter().zip(w.lines("logps.jsonl")) {
+        let logps: Vec<f64> = line["logps"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        if line["finish"] == "eos" && scored["tokens"].as_u64() == Some(logps.len() as u64) {
+            assert_eq!(scored["logps"].as_f64(), Some(logps.iter().sum()));
+            compared += 1;
+        }
+    }
+    println!("{compared} completions ended and were scored");
+
+    let stopped = w.ok("generate --model model --prompt Review: --stop e --max-new-tokens 30 --json --seed 1").stdout;
+    let stopped = parse(&stopped);
+    assert!(stopped["finish"] != "length" && !stopped["completion"].as_str().unwrap().contains('e'), "{stopped}");
+    let out = "--out x.jsonl";
+    w.fails(1, &format!("generate --model model --prompts nothing.jsonl {out}"), &["nothing.jsonl: cannot be read"]);
+    w.fails(1, &line.replace("out.jsonl", "prompts.jsonl"), &["--out: ", "is the data set itself"]);
+    w.fails(1, &format!("{line} --ram 1MiB"), &["--max-new-tokens: one completion takes"]);
+    for (flags, part) in [
+        ("--prompts prompts.jsonl", "--out"),
+        ("--prompt a --out x.jsonl", "--prompts"),
+        ("--prompt a --min-new-tokens 9 --max-new-tokens 8", "--min-new-tokens: 9 is more than"),
+        ("--prompt a --temperature 0 --top-k 3", "--top-k: does nothing at --temperature 0"),
+        ("--prompt a --temperature 0 --min-p 0.1", "--min-p: does nothing at --temperature 0"),
+        ("--prompt a --repetition-penalty 0", "--repetition-penalty"),
+        ("--prompt a --min-p 2", "--min-p"),
+        ("", "--prompt"),
+    ] {
+        w.fails(2, &format!("generate --model model {flags}"), &[part]);
+    }
 }
 
 /// The cached decoder and the scorer are one model: at temperature 0 no other token has a larger log-probability.

@@ -104,6 +104,14 @@ fn constants(objective: &dyn Objective, stats: &Stats) -> Stats {
             *reference = logp - 0.05 * (((logp - *reference) / 0.05).round() + s as f64 / 16.0);
         }
     }
+    if objective.name() == "cispo" {
+        // Every ratio is above its cap.
+        still.old_token_logps = still.token_logps.iter().map(|logp| logp - 5.0).collect();
+    }
+    if objective.name() == "vespo" {
+        // Every log-ratio is beyond where it is cut.
+        still.old_token_logps = still.token_logps.iter().map(|logp| logp + 30.0).collect();
+    }
     if !objective.initial_state().is_empty() {
         // A running mean over more rewards than a batch can move.
         still.state = vec![0.3, 1e300];
@@ -241,15 +249,24 @@ fn repeated(one: &Stats, times: usize) -> Stats {
         labels: copies(&one.labels, times),
         mismatched_logps: copies(&one.mismatched_logps, times),
         mismatched_ref_logps: each(&one.mismatched_ref_logps),
-        rewards: copies(&one.rewards, times),
+        groups: (0..times)
+            .flat_map(|n| one.groups.iter().map(move |g| g.start + n * sequences..g.end + n * sequences))
+            .collect(),
+        answers: (0..times).flat_map(|n| one.answers.iter().map(move |answer| answer + n * sequences)).collect(),
+        rewards: each(&one.rewards),
+        advantages: copies(&one.advantages, times),
         scores: copies(&one.scores, times),
         offsets,
         token_logps: copies(&one.token_logps, times),
         ref_token_logps: each(&one.ref_token_logps),
         old_token_logps: copies(&one.old_token_logps, times),
+        sampled_token_logps: copies(&one.sampled_token_logps, times),
+        token_advantages: copies(&one.token_advantages, times),
+        returns: copies(&one.returns, times),
         entropy: copies(&one.entropy, times),
         ln_sum_p2: copies(&one.ln_sum_p2, times),
         values: copies(&one.values, times),
+        old_values: copies(&one.old_values, times),
         token_kl: each(&one.token_kl),
         ..one.clone()
     }
@@ -518,6 +535,77 @@ fn accuracy_counts_strict_wins() {
     assert!(outcome.metrics.contains(&("rewards/accuracies".into(), 0.5)), "{:?}", outcome.metrics);
 }
 
+/// With the answer in the group, advantages of samples and answer add up to 0; without it, those of the samples do.
+#[test]
+fn graos_third_term_only_rescales_the_other_two() {
+    let grao = |exploration: f64, imitation: f64, alignment: f64, without: bool| {
+        let mut params = Params::from_iter([
+            ("exploration_weight", exploration),
+            ("imitation_weight", imitation),
+            ("alignment_weight", alignment),
+        ]);
+        params.set("group_without_answer", without);
+        build("grao", &params).unwrap()
+    };
+    let mut random = Random(11);
+    let mut stats = Stats {
+        logps: random.vec(9, -50.0..-1.0),
+        lens: (1..=9).map(f64::from).collect(),
+        groups: std::iter::once(0..8).collect(),
+        answers: vec![8],
+        rewards: vec![random.vec(9, -1.0..1.0)],
+        reward_weights: vec![1.0],
+        ..Stats::default()
+    };
+    for (without, imitation) in [(false, 0.5 + 0.6 / 8.0), (true, 0.5)] {
+        let (three, two) = (grao(1.0, 0.5, 0.6, without), grao(1.6, imitation, 0.0, without));
+        stats.advantages = three.credit(&stats).advantages;
+        assert_eq!(stats.advantages, two.credit(&stats).advantages);
+        let [three, two] = [three, two].map(|objective| objective.evaluate(&stats, &Totals::of(&stats)));
+        assert!((three.loss - two.loss).abs() < 1e-12 * three.loss.abs().max(1.0), "{} and {}", three.loss, two.loss);
+        for (a, b) in three.grads.logps.iter().zip(&two.grads.logps) {
+            assert!((a - b).abs() < 1e-12, "{a} and {b}");
+        }
+    }
+    // The cap holds the answer's whole coefficient.
+    let params = Params::from_iter([("imitation_cap", 0.01)]);
+    let capped = build("grao", &params).unwrap().evaluate(&stats, &Totals::of(&stats));
+    assert!((capped.grads.logps[8].abs() - 0.01 / 9.0).abs() < 1e-15, "{}", capped.grads.logps[8]);
+}
+
+/// What stands still in credit: a reward is compared within its prompt, a KL in the reward counts, the last token of PPO gets it.
+#[test]
+fn credit_is_by_prompt_and_holds_to_the_reference() {
+    let mut stats = Stats {
+        lens: vec![1.0, 2.0, 1.0, 1.0],
+        offsets: vec![0, 1, 3, 4, 5],
+        groups: vec![0..2, 2..4],
+        rewards: vec![vec![1.0, 3.0, 10.0, 10.0]],
+        reward_weights: vec![2.0],
+        old_token_logps: vec![-1.0, -1.0, -1.0, -1.0, -1.0],
+        ref_token_logps: vec![vec![-1.0, -2.0, -3.0, -1.0, -1.0]],
+        values: vec![0.0; 5],
+        ..Stats::default()
+    };
+    let credit = |name: &str, beta: f64, stats: &Stats| {
+        let mut params = Params::from_iter([("beta", beta)]);
+        if name == "ppo" {
+            params.set("gae_lambda", 1.0);
+        }
+        build(name, &params).unwrap().credit(stats)
+    };
+    assert_eq!(credit("dr_grpo", 0.0, &stats).advantages, [-2.0, 2.0, 0.0, 0.0]);
+    assert_eq!(credit("rloo", 0.0, &stats).advantages, [-4.0, 4.0, 0.0, 0.0]);
+    // 3 nats from the reference over the second completion's two tokens.
+    assert_eq!(credit("rloo", 1.0, &stats).advantages, [-1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(credit("ppo", 0.0, &stats).returns, [2.0, 6.0, 6.0, 20.0, 20.0]);
+    assert_eq!(credit("ppo", 1.0, &stats).returns, [2.0, 3.0, 4.0, 20.0, 20.0]);
+    stats.rewards = vec![vec![f64::NAN, 3.0, f64::NAN, f64::NAN]];
+    for name in ["grpo", "rloo", "reinforce"] {
+        assert_eq!(credit(name, 0.0, &stats).advantages, [0.0; 4], "{name}");
+    }
+}
+
 // ---- what the user types --------------------------------------------------------------------------------------
 
 #[test]
@@ -685,6 +773,11 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
     let mismatched_logps = near(&logps);
     let mismatched_ref_logps = (0..refs).map(|_| near(&mismatched_logps)).collect();
     let old_token_logps = near(&token_logps);
+    let sampled_token_logps = near(&token_logps);
+    let values = near(&vec![0.0; tokens]);
+    let old_values = near(&values);
+    // Two groups, each followed by what the data answers.
+    let (groups, answers) = (vec![0..1, 2..7], vec![1, 7]);
 
     let offsets = || (0..=SEQUENCES).map(|s| lens[..s].iter().sum()).collect();
     Stats {
@@ -697,16 +790,24 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
         labels: when(needs.labels, || (0..SEQUENCES).map(|s| s % 3 == 0).collect()),
         mismatched_logps: when(needs.mismatched, || mismatched_logps),
         mismatched_ref_logps: when(needs.mismatched, || mismatched_ref_logps),
-        groups: when(needs.groups, || vec![0..2, 2..5, 5..SEQUENCES]),
-        rewards: when(needs.rewards, || random.vec(SEQUENCES, -1.0..1.0)),
+        longest: when(needs.groups, || 9.0),
+        groups: when(needs.groups && needs.answers, || groups),
+        answers: when(needs.answers, || answers),
+        rewards: when(needs.rewards, || vec![random.vec(SEQUENCES, -1.0..1.0)]),
+        reward_weights: when(needs.rewards, || vec![1.0]),
+        advantages: when(needs.advantages, || random.vec(SEQUENCES, -2.0..2.0)),
         scores: when(needs.scores, || random.vec(SEQUENCES, -spread..spread)),
         offsets: when(needs.per_token(), offsets),
         token_logps: when(needs.token_logps, || token_logps),
         ref_token_logps: when(needs.ref_token_logps, || ref_token_logps),
         old_token_logps: when(needs.old_token_logps, || old_token_logps),
+        sampled_token_logps: when(needs.sampled_token_logps, || sampled_token_logps),
+        token_advantages: when(needs.token_advantages, || random.vec(tokens, -2.0..2.0)),
+        returns: when(needs.token_advantages, || random.vec(tokens, -spread..spread)),
         entropy: when(needs.entropy, || random.vec(tokens, 0.0..5.0)),
         ln_sum_p2: when(needs.ln_sum_p2, || random.vec(tokens, -5.0..0.0)),
-        values: when(needs.values, || random.vec(tokens, -spread..spread)),
+        values: when(needs.values, || values),
+        old_values: when(needs.values, || old_values),
         token_kl: when(needs.token_kl, || (0..refs).map(|_| random.vec(tokens, 0.0..spread)).collect()),
         ref_weights: when(needs.ref_weights, || (0..refs).map(|_| 1.0 / refs as f64).collect()),
         state: vec![],
@@ -737,15 +838,23 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
         mismatched_logps: cut(&stats.mismatched_logps, &range),
         mismatched_ref_logps: stats.mismatched_ref_logps.iter().map(|x| cut(x, &range)).collect(),
         groups: groups.map(|group| group.start - base..group.end - base).collect(),
-        rewards: cut(&stats.rewards, &range),
+        answers: stats.answers.iter().filter(|answer| range.contains(answer)).map(|answer| answer - base).collect(),
+        rewards: stats.rewards.iter().map(|x| cut(x, &range)).collect(),
+        reward_weights: stats.reward_weights.clone(),
+        advantages: cut(&stats.advantages, &range),
+        longest: stats.longest,
         scores: cut(&stats.scores, &range),
         offsets: cut(&stats.offsets, &(base..range.end + 1)).iter().map(|t| t - tokens.start).collect(),
         token_logps: cut(&stats.token_logps, &tokens),
         ref_token_logps: stats.ref_token_logps.iter().map(|x| cut(x, &tokens)).collect(),
         old_token_logps: cut(&stats.old_token_logps, &tokens),
+        sampled_token_logps: cut(&stats.sampled_token_logps, &tokens),
+        token_advantages: cut(&stats.token_advantages, &tokens),
+        returns: cut(&stats.returns, &tokens),
         entropy: cut(&stats.entropy, &tokens),
         ln_sum_p2: cut(&stats.ln_sum_p2, &tokens),
         values: cut(&stats.values, &tokens),
+        old_values: cut(&stats.old_values, &tokens),
         token_kl: stats.token_kl.iter().map(|x| cut(x, &tokens)).collect(),
         ref_weights: stats.ref_weights.clone(),
         state: vec![],

@@ -9,6 +9,7 @@ mod out;
 use clap::{ArgMatches, Args, Subcommand};
 
 use crate::error::Result;
+pub use models::ModelArg;
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(

@@ -1,7 +1,7 @@
 use rayon::prelude::*;
 
-use super::{Backward, Forward, LogprobHead, TILE_ROWS};
-use crate::device::Cpu;
+use super::{Backward, Forward, LogprobHead, TILE_ROWS, TILE_VOCAB};
+use crate::device::{Cpu, View};
 use crate::error::Result;
 use crate::ops::logits::{ROWS_PER_TASK, tiles};
 use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
@@ -82,6 +82,21 @@ impl LogprobHead for Cpu {
             });
             t.add_gradients(self, d.hidden, [logits, h, w], dh, dweight.as_deref_mut());
         }
+        Ok(())
+    }
+
+    fn logprob_head_known(&self, logits: View<Self>, a: Forward<Self>) -> Result<()> {
+        let d = a.check()?;
+        crate::ops::require("logprob_head_known", "logits", logits.shape(), [d.rows, d.vocab])?;
+        let results = a.logp.into_f32s().par_iter_mut().zip(a.lse.into_f32s()).zip(a.target.u32s());
+        self.run(|| {
+            logits.f32s().par_chunks(d.vocab).zip(results).for_each(|(logits, ((logp, lse), target))| {
+                let (mut max, mut sums) = (f32::NEG_INFINITY, Sums::default());
+                logits.chunks(TILE_VOCAB).for_each(|tile| accumulate(self.isa(), tile, &mut max, &mut sums));
+                *lse = max + sums.exp.ln();
+                *logp = logits[*target as usize] - *lse;
+            });
+        });
         Ok(())
     }
 }

@@ -354,7 +354,7 @@ fn likely_below(isa: Isa, s: &Scalars, tensors: &Tensors, count: usize) -> u32 {
     for (i, sample) in sample.chunks_exact_mut(LANES).enumerate() {
         // Multiples of the golden ratio lie evenly, and on no column of a matrix.
         let share = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let at = (share as usize * (len / LANES) >> 32) * LANES;
+        let at = ((share as usize * (len / LANES)) >> 32) * LANES;
         tensors.sample(isa, s, at, sample);
     }
     let rank = 2 * count * sample.len() / len + LANES;

@@ -1,48 +1,99 @@
-use std::cmp::Reverse;
+use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::{Args, DRAW, INFINITE, NOT_A_NUMBER, Sample, Sampling, UNIT_BITS};
-use crate::device::{Cpu, Isa};
+use super::{Args, BANNED, INFINITE, NOT_A_NUMBER, ODDS, Row, Sample, UNIT_BITS, certain, odds};
+use crate::device::{Cpu, Isa, Scratch};
 use crate::error::Result;
-use crate::ops::simd::{dispatched, exp_of_negative};
+use crate::ops::simd::{LANES, dispatched, exp_of_negative};
+
+thread_local! {
+    /// The weights of one row; grown to the vocabulary and kept.
+    static WEIGHTS: RefCell<Scratch> = RefCell::default();
+}
+
+/// Memory that a thread keeps for its row.
+pub fn scratch_bytes(vocab: usize) -> usize {
+    Scratch::bytes(vocab)
+}
 
 impl Sample for Cpu {
     fn sample(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
         let vocab = a.logits.cols();
-        let (logits, draws, ids) = (a.logits.into_f32s(), a.draws.u32s(), a.ids.into_u32s());
+        let (rows, edits): (&[Row], _) = (bytemuck::cast_slice(a.rows.u32s()), a.edits.u32s());
+        let (logits, ids, chances): (&[f32], _, _) = (a.logits.into_f32s(), a.ids.into_u32s(), a.odds.into_u32s());
         self.run(|| {
-            let rows = logits.par_chunks_mut(vocab).zip(draws.par_chunks(DRAW)).zip(ids);
-            rows.for_each(|((logits, draw), id)| *id = choose(self.isa(), logits, &a.sampling, draw));
+            let results = ids.par_iter_mut().zip(chances.par_chunks_mut(ODDS));
+            logits.par_chunks(vocab).zip(rows).zip(results).for_each(|((logits, row), (id, odds))| {
+                WEIGHTS.with_borrow_mut(|scratch| {
+                    let (chosen, of) =
+                        choose(self.isa(), logits, row, row.edits(edits), &mut scratch.grown(vocab)[..vocab]);
+                    *id = chosen;
+                    odds.copy_from_slice(&of);
+                });
+            });
         });
         Ok(())
     }
 }
 
-fn choose(isa: Isa, logits: &mut [f32], sampling: &Sampling, draw: &[u32]) -> u32 {
-    if let Some(bad) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
-        return bad as u32 | if logits[bad].is_nan() { NOT_A_NUMBER } else { INFINITE };
+fn choose(isa: Isa, logits: &[f32], row: &Row, edits: &[u32], weights: &mut [f32]) -> (u32, [u32; ODDS]) {
+    if !sound(isa, logits) {
+        let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).expect("just seen");
+        return (bad as u32 | if logits[bad].is_nan() { NOT_A_NUMBER } else { INFINITE }, certain());
     }
-    let likeliest = (1..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
-    let temperature = sampling.temperature as f32;
-    if temperature == 0.0 {
-        return likeliest as u32;
+    weights.copy_from_slice(logits);
+    for edit in edits {
+        let logit = &mut weights[(edit & !BANNED) as usize];
+        *logit = row.edited(*edit, *logit);
     }
-    weigh(isa, logits[likeliest], temperature, logits);
-    let (weights, total) = (&*logits, logits.iter().map(|w| mass(*w)).sum::<u64>());
-    let nucleus = match sampling.share() {
-        u64::MAX => Nucleus { least: 0.0, last: weights.len(), mass: total },
-        share => nucleus(weights, (u128::from(total) * u128::from(share)).div_ceil(1 << 64) as u64),
+    let max = highest(isa, weights);
+    let likeliest = weights.iter().position(|l| *l == max).expect("the maximum is one of them");
+    if row.temperature == 0.0 {
+        return (likeliest as u32, certain());
+    }
+    let edited = |id: usize| {
+        let edit = edits.iter().find(|edit| (*edit & !BANNED) as usize == id);
+        edit.map_or(logits[id], |edit| row.edited(*edit, logits[id]))
     };
-    let mut left = ((u128::from(sampling.word(draw)) * u128::from(nucleus.mass)) >> 64) as u64;
+    weigh(isa, max, row.temperature, weights);
+    let kept = Kept::new(weights, row);
+    let mut left = ((u128::from(row.word()) * u128::from(kept.mass)) >> 64) as u64;
     let drawn = weights.iter().enumerate().position(|(id, w)| {
-        let held = nucleus.of(id, *w);
+        let held = kept.of(id, *w);
         let past = left < held;
         left = left.saturating_sub(held);
         past
     });
-    drawn.unwrap_or(likeliest) as u32
+    drawn.map_or((likeliest as u32, certain()), |id| (id as u32, odds((edited(id) - max) / row.temperature, kept.mass)))
+}
+
+dispatched! {
+    /// Neither NaN nor above all numbers.
+    fn sound(logits: &[f32]) -> bool {
+        let mut all = [true; LANES];
+        let (vectors, tail) = logits.as_chunks::<LANES>();
+        for l in vectors {
+            for i in 0..LANES {
+                all[i] &= l[i] < f32::INFINITY;
+            }
+        }
+        all.into_iter().all(|all| all) && tail.iter().all(|l| *l < f32::INFINITY)
+    }
+}
+
+dispatched! {
+    fn highest(logits: &[f32]) -> f32 {
+        let mut top = [f32::NEG_INFINITY; LANES];
+        let (vectors, tail) = logits.as_chunks::<LANES>();
+        for l in vectors {
+            for i in 0..LANES {
+                top[i] = if l[i] > top[i] { l[i] } else { top[i] };
+            }
+        }
+        top.iter().chain(tail).fold(f32::NEG_INFINITY, |top, l| top.max(*l))
+    }
 }
 
 dispatched! {
@@ -57,27 +108,57 @@ fn mass(weight: f32) -> u64 {
     (weight * (1u64 << UNIT_BITS) as f32) as u64
 }
 
-/// Tokens of a larger weight than `least`, and of those of this weight the ids up to `last`.
-struct Nucleus {
+/// What is drawn from: tokens of a larger weight than `least`, and of those of this weight the ids up to `last`.
+struct Kept {
     least: f32,
     last: usize,
     mass: u64,
 }
 
-impl Nucleus {
+impl Kept {
+    fn new(weights: &[f32], row: &Row) -> Self {
+        let all = weights.len() - 1;
+        let held = |least: f32| weights.iter().filter(|w| **w >= least).map(|w| mass(*w)).sum::<u64>();
+        let from = |least: f32| Self { least, last: all, mass: held(least) };
+        let mut kept = match row.top_k as usize {
+            0 => from(0.0),
+            k if k >= weights.len() => from(0.0),
+            k => from(cut(weights, |_| 1, k as u64).0),
+        };
+        if kept.mass > 0 && row.share() != u64::MAX {
+            let wanted = (u128::from(kept.mass) * u128::from(row.share())).div_ceil(1 << 64).max(1) as u64;
+            let (least, above) = cut(weights, mass, wanted);
+            // As many of this weight as are needed.
+            let ties = (wanted - above).div_ceil(mass(least));
+            let of_weight = weights.iter().enumerate().filter(|(_, w)| **w == least).map(|(id, _)| id);
+            let last = of_weight.take(ties as usize).last().expect("one is needed");
+            kept = Self { least, last, mass: above + ties * mass(least) };
+        }
+        if row.min_p > kept.least { from(row.min_p) } else { kept }
+    }
+
     fn of(&self, id: usize, weight: f32) -> u64 {
         if weight > self.least || (weight == self.least && id <= self.last) { mass(weight) } else { 0 }
     }
 }
 
-/// The likeliest tokens until they hold `wanted`.
-fn nucleus(weights: &[f32], wanted: u64) -> Nucleus {
-    let mut order: Vec<usize> = (0..weights.len()).filter(|id| mass(weights[*id]) > 0).collect();
-    order.sort_unstable_by_key(|id| (Reverse(weights[*id].to_bits()), *id));
-    let mut held = 0;
-    let last = order.into_iter().find(|id| {
-        held += mass(weights[*id]);
-        held >= wanted
-    });
-    last.map_or(Nucleus { least: 0.0, last: 0, mass: 0 }, |last| Nucleus { least: weights[last], last, mass: held })
+/// The largest weight for which those of it and above hold `wanted`, and what those above it hold: eight bits at a time.
+fn cut(weights: &[f32], of: impl Fn(f32) -> u64, wanted: u64) -> (f32, u64) {
+    let (mut least, mut above) = (0, 0);
+    for shift in [24, 16, 8, 0] {
+        let mut held = [0u64; 256];
+        for weight in weights {
+            // Past 255: another start.
+            if let Some(held) = held.get_mut(((weight.to_bits() ^ least) >> shift) as usize) {
+                *held += of(*weight);
+            }
+        }
+        let mut digit = 255;
+        while digit > 0 && above + held[digit] < wanted {
+            above += held[digit];
+            digit -= 1;
+        }
+        least |= (digit as u32) << shift;
+    }
+    (f32::from_bits(least), above)
 }

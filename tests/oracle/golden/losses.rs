@@ -1,10 +1,10 @@
 //! Golden values of losses: on sequences, on tokens, without a reference, on labels, of reward models.
 
-use cuvee::objectives::{Grads, Outcome, Params, Stats, Totals};
+use cuvee::objectives::{Grads, Params, Stats, Totals};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use super::{TOLERANCE, Tally, build, cases, close, close_to, log_softmax, numbers, rows, text};
+use super::{TOLERANCE, Tally, build, cases, close, close_to, log_softmax, metric, numbers, rows, text};
 
 /// Losses on sequence log-probs. `grad_*` are of the sum over the batch, `loss` is the mean.
 pub fn preference_losses(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
@@ -44,7 +44,7 @@ pub fn preference_losses(file: &Value, tally: &mut Tally) -> Result<(), Failed> 
             ("logps/chosen", mean("chosen_logps")?),
             ("logps/rejected", mean("rejected_logps")?),
         ] {
-            close(&what(metric), &[self::metric(&outcome, metric)?], &[expected])?;
+            close(&what(metric), &[super::metric(&outcome, metric)?], &[expected])?;
         }
         tally.checked += 1;
     }
@@ -313,11 +313,6 @@ fn registered<'a>(loss_type: &'a str, given: &Value) -> Result<(&'a str, Params)
         }
     }
     Ok((name, params))
-}
-
-fn metric(outcome: &Outcome, name: &str) -> Result<f64, Failed> {
-    let found = outcome.metrics.iter().find(|metric| metric.0 == name);
-    Ok(found.ok_or_else(|| format!("the metric {name} is missing"))?.1)
 }
 
 /// The first half is chosen, the second rejected.

@@ -1,9 +1,10 @@
-//! `cuvee compare`
+//! `cuvee compare` of references.
 
 use std::sync::atomic::Ordering;
 
-use super::args::CompareArgs;
-use super::device::{self, Job};
+use crate::cli::args::CompareArgs;
+use crate::cli::device::{self, Job};
+use crate::cli::{print, train};
 use crate::error::{At, Error, Result};
 use crate::lab::{Comparison, Table, compare};
 use crate::ops::Backend;
@@ -18,15 +19,15 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     let table = device::run(&run.engine, run.dtype, run.cache_dir.as_deref(), args)?;
     table.write(&args.output_dir)?;
     let folder = args.output_dir.display();
-    super::print(&format!("{}\ncurves  {folder}/compare.svg\nnumbers {folder}/compare.json\n", table.text()))
+    print(&format!("{}\ncurves  {folder}/compare.svg\nnumbers {folder}/compare.json\n", table.text()))
 }
 
 impl Job for &CompareArgs {
     type Output = Table;
 
     fn run<B: Backend>(self, device: &B) -> Result<Table> {
-        let stop = super::train::stop_on_signal()?;
-        let mut settings = super::train::from_run(&self.run, B::APART)?;
+        let stop = train::stop_on_signal()?;
+        let mut settings = train::from_run(&self.run, B::APART)?;
         settings.dataset = self.dataset.clone();
         settings.output_dir = self.output_dir.clone();
         let max_steps = settings.max_steps.ok_or_else(|| {

@@ -1,0 +1,324 @@
+//! An experiment as processes of this program, and what they leave as a report.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use toml::{Table, Value};
+
+use super::experiment::{Experiment, Variant, What, reference};
+use super::measure::{evaluated, logged};
+use crate::checkpoint::run_dir;
+use crate::cli::{print, recipe, train};
+use crate::error::{At, Error, Result};
+use crate::lab::{Arm, Axes, Job, Makes, Measured, Metrics, Outcome, Report, Runner, Step};
+use crate::machine::processor;
+use crate::merge;
+use crate::progress::say;
+
+const RECIPE: &str = "recipe.toml";
+/// Flags that change no result.
+const WITHOUT_EFFECT: [&str; 3] = ["threads", "cache_dir", "profile_steps"];
+
+/// One run of a variant.
+struct Run {
+    variant: usize,
+    /// None: of all seeds.
+    seed: Option<u64>,
+    job: usize,
+    eval: Option<usize>,
+    /// Where its model is, and where its logs are.
+    model: PathBuf,
+    logs: PathBuf,
+}
+
+/// Jobs as they are made, each behind what it needs.
+struct Plan<'a> {
+    experiment: &'a Experiment,
+    jobs: Vec<Job>,
+    runs: Vec<Run>,
+    threads: Option<usize>,
+}
+
+pub fn run(experiment: &Experiment) -> Result<()> {
+    let mut plan = Plan::new(experiment);
+    plan.all()?;
+    let output = &experiment.output_dir;
+    fs::create_dir_all(output).at(output)?;
+    let _lock = run_dir::lock(output)?;
+    let stop = train::stop_on_signal()?;
+    let program = std::env::current_exe().at("the path of this program")?;
+    let (jobs, arms) = (plan.jobs.len(), experiment.variants.len());
+    say(format_args!("{arms} variants, {} runs and {} evaluations", plan.runs.len(), jobs - plan.runs.len()));
+    let stop = || stop.load(Ordering::Relaxed);
+    let outcomes = Runner { program: &program, jobs: experiment.jobs, stop: &stop }.run(&plan.jobs)?;
+    let report = plan.report(&outcomes)?;
+    report.write(output)?;
+    let folder = output.display();
+    match experiment.json {
+        true => print(&format!("{}\n", report.to_json()))?,
+        false => print(&format!("{}\ntable   {folder}/compare.md\nfigure  {folder}/compare.svg\n", report.text()))?,
+    }
+    match outcomes.iter().filter(|outcome| **outcome != Outcome::Done).count() {
+        0 => Ok(()),
+        missing => Err(Error::file(
+            output,
+            format!("{missing} of {jobs} runs are missing, see above; the same command tries them again"),
+        )),
+    }
+}
+
+/// A hash of what a file or folder holds; of a folder's files their names, sizes and times, as models are large.
+fn content(path: &Path) -> Result<String> {
+    let found = fs::metadata(path).at(path)?;
+    let mut hasher = blake3::Hasher::new();
+    if found.is_file() {
+        hasher.update_reader(fs::File::open(path).at(path)?).at(path)?;
+    } else {
+        let mut entries: Vec<_> = fs::read_dir(path).at(path)?.collect::<std::io::Result<_>>().at(path)?;
+        entries.sort_by_key(|entry| entry.file_name());
+        for entry in entries {
+            let found = entry.metadata().at(path)?;
+            hasher.update(format!("{:?} {} {:?}", entry.file_name(), found.len(), found.modified().ok()).as_bytes());
+        }
+    }
+    Ok(hasher.finalize().to_hex()[..16].to_string())
+}
+
+fn key(parts: &[String]) -> String {
+    blake3::hash(parts.join("\n").as_bytes()).to_hex()[..16].to_string()
+}
+
+impl<'a> Plan<'a> {
+    fn new(experiment: &'a Experiment) -> Self {
+        // Processes that run together share the cores.
+        let threads = match (experiment.jobs, experiment.threads) {
+            (1, threads) => threads,
+            (jobs, threads) => Some((threads.unwrap_or_else(|| processor().allowed) / jobs).max(1)),
+        };
+        Self { experiment, jobs: Vec::new(), runs: Vec::new(), threads }
+    }
+
+    fn all(&mut self) -> Result<()> {
+        let Experiment { variants, seed, seeds, .. } = self.experiment;
+        for (at, variant) in variants.iter().enumerate() {
+            let of_variant = |error| Error::file(&self.experiment.recipe, format!("{}: {error}", variant.name));
+            let seeds: Vec<Option<u64>> =
+                if variant.shared { vec![None] } else { (*seed..seed + seeds).map(Some).collect() };
+            for seed in seeds {
+                let made = self.make(at, variant, seed).map_err(of_variant)?;
+                self.runs.push(made);
+            }
+        }
+        for run in 0..self.runs.len() {
+            if !self.experiment.measure.tasks.is_empty() && !variants[self.runs[run].variant].scores {
+                self.runs[run].eval = Some(self.evaluate(run)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The run of a variant that goes with a seed.
+    fn run_of(&self, variant: usize, seed: Option<u64>) -> &Run {
+        let fits = |run: &&Run| run.variant == variant && (run.seed == seed || run.seed.is_none());
+        self.runs.iter().find(fits).or(self.runs.iter().find(|run| run.variant == variant)).expect("it comes before")
+    }
+
+    /// A table with folders in place of names; with it the jobs that it needs, and what its result depends on.
+    fn filled(
+        &self,
+        command: &clap::Command,
+        table: &Table,
+        seed: Option<u64>,
+    ) -> Result<(Table, Vec<usize>, Vec<String>)> {
+        let (mut needs, mut parts) = (Vec::new(), vec![command.get_name().to_string()]);
+        let mut folder = |path: &str| match reference(&self.experiment.variants, path) {
+            None => {
+                // A weight behind a folder is no part of its name.
+                let whole = Path::new(path);
+                let bare = if whole.exists() {
+                    whole
+                } else {
+                    Path::new(path.rsplit_once('=').map_or(path, |(path, _)| path))
+                };
+                parts.push(content(bare)?);
+                Ok(path.to_string())
+            }
+            Some(found) => {
+                let (variant, rest) = found.expect("names were looked up");
+                let run = self.run_of(variant, seed);
+                needs.push(run.job);
+                parts.push(self.jobs[run.job].key.clone() + rest);
+                Ok(format!("{}{rest}", run.model.display()))
+            }
+        };
+        let filled = recipe::with_paths(command, table, &mut folder)?;
+        // Paths count by what they hold; everything else by its text.
+        let bare = recipe::with_paths(command, table, &mut |_| Ok(String::new()))?;
+        let mut settings: Vec<String> = bare
+            .iter()
+            .filter(|(key, _)| !WITHOUT_EFFECT.contains(&key.as_str()))
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
+        settings.sort();
+        parts.extend(settings);
+        needs.sort_unstable();
+        needs.dedup();
+        Ok((filled, needs, parts))
+    }
+
+    fn make(&mut self, at: usize, variant: &Variant, seed: Option<u64>) -> Result<Run> {
+        let number = seed.unwrap_or(self.experiment.seed);
+        let dir = self.experiment.output_dir.join("runs").join(variant.folder()).join(format!("seed-{number}"));
+        let command = variant.what.command();
+        let mut table = variant.what.table().clone();
+        if self.draws(&variant.what) {
+            table.insert("seed".into(), Value::Integer(number as i64));
+        }
+        let (table, needs, parts) = self.filled(&command, &table, seed)?;
+        let model = dir.join("model");
+        let (mut file, mut logs) = (None, model.clone());
+        let steps = match &variant.what {
+            What::Merge(_) => {
+                let args = ["merge".into(), flag("output-dir", &model)].into_iter().chain(recipe::flags_of(&table));
+                vec![Step { args: args.collect(), makes: Makes::Folder(model.clone()) }]
+            }
+            What::Train(_) => {
+                let adapter = ["lora_rank", "lora_start"].iter().any(|key| table.contains_key(*key));
+                logs = if adapter { dir.join("adapter") } else { model.clone() };
+                let mut whole = table.clone();
+                whole.insert("output_dir".into(), logs.to_string_lossy().into_owned().into());
+                let head =
+                    "# Written by `cuvee compare`; what it left to defaults stands in the recipe of the model.\n\n";
+                file = Some((RECIPE, head.to_string() + &recipe::as_seen_from(&dir, &whole)));
+                let mut args: Vec<OsString> =
+                    vec!["train".into(), dir.join(RECIPE).into(), "--resume-from-checkpoint=auto".into()];
+                args.extend(self.threads.map(|threads| format!("--threads={threads}").into()));
+                let mut steps = vec![Step { args, makes: Makes::Run }];
+                if adapter {
+                    steps.push(fold(&table, &logs, &model));
+                }
+                steps
+            }
+        };
+        let name = match seed {
+            Some(seed) => format!("{}, seed {seed}", variant.name),
+            None => variant.name.clone(),
+        };
+        self.jobs.push(Job { name, dir, needs, key: key(&parts), file, steps });
+        Ok(Run { variant: at, seed, job: self.jobs.len() - 1, eval: None, model, logs })
+    }
+
+    /// Whether a seed changes what comes out.
+    fn draws(&self, what: &What) -> bool {
+        match what {
+            What::Train(_) => true,
+            What::Merge(table) => {
+                let method = table.get("method").and_then(Value::as_str);
+                method.and_then(|name| merge::find(name).ok()).is_some_and(|method| method.random)
+            }
+        }
+    }
+
+    /// The evaluation of a run; its place.
+    fn evaluate(&mut self, run: usize) -> Result<usize> {
+        let (measure, run) = (&self.experiment.measure, &self.runs[run]);
+        let command = recipe::subcommand("eval");
+        let (rest, mut needs, mut parts) = self.filled(&command, &measure.flags, run.seed)?;
+        let mut args: Vec<OsString> = vec!["eval".into(), "--json".into(), flag("model", &run.model)];
+        needs.push(run.job);
+        parts.push(self.jobs[run.job].key.clone());
+        for (name, path) in [("baseline", Some(&measure.baseline)), ("reward-model", measure.reward_model.as_ref())] {
+            let Some(path) = path else { continue };
+            let folder = match reference(&self.experiment.variants, path) {
+                Some(found) => {
+                    let other = self.run_of(found.expect("names were looked up").0, run.seed);
+                    needs.push(other.job);
+                    parts.push(self.jobs[other.job].key.clone());
+                    other.model.clone()
+                }
+                None => {
+                    parts.push(content(Path::new(path))?);
+                    PathBuf::from(path)
+                }
+            };
+            args.push(flag(name, &folder));
+        }
+        for (name, file) in &measure.tasks {
+            parts.push(format!("{name} {}", content(Path::new(file))?));
+            args.push(format!("--task={name}={file}").into());
+        }
+        args.extend(recipe::flags_of(&rest));
+        args.extend(self.threads.map(|threads| format!("--threads={threads}").into()));
+        needs.sort_unstable();
+        needs.dedup();
+        let dir = self.jobs[run.job].dir.join("eval");
+        let steps = vec![Step { args, makes: Makes::Output(dir.join("eval.json")) }];
+        let name = format!("evaluation of {}", self.jobs[run.job].name);
+        self.jobs.push(Job { name, dir, needs, key: key(&parts), file: None, steps });
+        Ok(self.jobs.len() - 1)
+    }
+
+    fn metrics(&self, run: &Run) -> Result<Metrics> {
+        let mut metrics = logged(&run.logs);
+        if let Some(eval) = run.eval {
+            metrics.extend(evaluated(&self.jobs[eval].dir.join("eval.json"), &run.model.to_string_lossy())?);
+        }
+        Ok(metrics)
+    }
+
+    fn report(&self, outcomes: &[Outcome]) -> Result<Report> {
+        let measure = &self.experiment.measure;
+        let mut arms = Vec::new();
+        for (at, variant) in self.experiment.variants.iter().enumerate().filter(|(_, variant)| !variant.scores) {
+            let (mut runs, mut failed) = (Vec::new(), Vec::new());
+            for run in self.runs.iter().filter(|run| run.variant == at) {
+                let jobs = [Some(run.job), run.eval].into_iter().flatten();
+                let why = jobs.filter_map(|job| Some((&self.jobs[job].name, why(&outcomes[job])?))).next();
+                match why {
+                    Some((name, why)) => failed.push(format!("{name}: {why}")),
+                    None => runs.push(Measured { seed: run.seed, metrics: self.metrics(run)? }),
+                }
+            }
+            let (name, method, point) = (variant.name.clone(), variant.method.clone(), variant.point.clone());
+            arms.push(Arm { name, method, point, runs, failed });
+        }
+        let axes = Axes {
+            baseline: measure.baseline.trim_start_matches('@').to_string(),
+            reward: measure.reward.clone(),
+            ability: measure.ability.clone(),
+            tolerance: measure.tolerance,
+            metrics: measure.metrics.clone(),
+        };
+        Ok(Report { seeds: self.experiment.seeds, axes, arms })
+    }
+}
+
+fn why(outcome: &Outcome) -> Option<String> {
+    match outcome {
+        Outcome::Done => None,
+        Outcome::Failed(lines) => Some(format!("\n{lines}")),
+        Outcome::Skipped(missing) => Some(format!("left out, as {missing} is missing")),
+    }
+}
+
+fn flag(name: &str, path: &Path) -> OsString {
+    let mut flag = OsString::from(format!("--{name}="));
+    flag.push(path);
+    flag
+}
+
+/// An adapter on its model is a model like others, which whatever comes next can start from.
+fn fold(table: &Table, adapter: &Path, model: &Path) -> Step {
+    let base = table.get("model").and_then(Value::as_str).unwrap_or_default();
+    let args = vec![
+        "merge".into(),
+        "adapters".into(),
+        "--method=delta".into(),
+        flag("adapter", adapter),
+        flag("model", Path::new(base)),
+        flag("output-dir", model),
+    ];
+    Step { args, makes: Makes::Folder(model.to_path_buf()) }
+}

@@ -1,0 +1,404 @@
+//! Completions that the policy writes for the prompts of a step, what they are worth, and what references say about them.
+//!
+//! A batch of prompts is completed once and trained on for `--num-iterations` steps. An objective that learns from rewards
+//! sees all samples of a prompt as a group, and the data's own completion beside them where it wants that. One that learns
+//! from pairs sees the best sample of a prompt as chosen and the worst as rejected (online DPO, Guo et al., arXiv:2402.04792);
+//! a prompt whose samples are worth the same teaches it nothing.
+
+use super::drift::Estimate;
+use super::panel::Gathered;
+use super::policy::Policy;
+use super::references::FreshReference;
+use super::settings::{Rollouts, Settings};
+use super::step::Sampled;
+use super::task::Task;
+use crate::checkpoint::run_dir::LineLog;
+use crate::data::{Content, Example, Extent, Packing, Parts, Row, Sequence, read_rows};
+use crate::device::range;
+use crate::error::{Error, Result};
+use crate::objectives::advantages::weighted;
+use crate::objectives::{Metric, Stats};
+use crate::ops::Backend;
+use crate::references::{Detail, Fresh, Residency, Scored};
+use crate::rewards::{Jury, Rewards, Sample};
+use crate::rollout::{Engine, Request, Sampling};
+
+/// What was sampled, one line a completion.
+pub const ROLLOUTS: &str = "rollouts.jsonl";
+/// Where its streams of random numbers begin, beyond those of samples that are only looked at.
+const STREAM: u64 = 1 << 41;
+
+/// A completion on its way to being judged.
+#[derive(Clone)]
+pub struct Written {
+    /// As the data has it.
+    pub source: Content,
+    /// As the policy reads it.
+    pub prompt: Vec<u32>,
+    /// Of the data set.
+    pub row: usize,
+    pub ids: Vec<u32>,
+    pub text: String,
+    /// Ended by itself.
+    pub finished: bool,
+    /// The data's own completion of the prompt.
+    pub answer: Option<String>,
+}
+
+/// The completions of one batch of prompts.
+pub struct Batch {
+    examples: Vec<Example>,
+    /// `[references][examples]`
+    refs: Vec<Vec<Scored>>,
+    /// None where they were made to pairs.
+    pub sampled: Option<Sampled>,
+    /// Of rewards and completions; of the first step on them alone.
+    pub metrics: Vec<Metric>,
+    /// What the objective remembers now, if it remembers anything of rewards.
+    pub state: Vec<f64>,
+    /// That the policy wrote.
+    pub tokens: u64,
+}
+
+impl Batch {
+    pub fn gathered(&self) -> Gathered<'_> {
+        Gathered::new(self.examples.iter().collect(), self.refs.iter().map(|said| said.iter().collect()).collect())
+    }
+}
+
+/// What a step on an example costs at most: every completion as long as it may be.
+pub fn stand_in(example: &Example, rollouts: &Rollouts, answers: bool, pairs: bool) -> Example {
+    let answer = &example.sequences[0];
+    let prompt = &answer.ids[..answer.first];
+    let sampled = Sequence { ids: [prompt, &vec![0; rollouts.max_new_tokens]].concat(), first: answer.first };
+    let mut sequences = vec![sampled; if pairs { 2 } else { rollouts.samples }];
+    sequences.extend(answers.then(|| answer.clone()));
+    Example { sequences, ..example.clone() }
+}
+
+/// What is asked of the policy for one prompt.
+pub fn request<'a>(settings: &Settings, rollouts: &Rollouts, prompt: &'a [u32]) -> Request<'a> {
+    let Rollouts { samples, max_new_tokens, temperature, top_p, .. } = *rollouts;
+    let sampling = Sampling { temperature, top_p, ..Sampling::plain(settings.seed) };
+    Request { samples, ..Request::new(prompt, max_new_tokens, sampling) }
+}
+
+/// The largest micro-batch of a step of `batch_size` prompts. Completions are as long as they may be, or shorter: then more of them
+/// share one.
+pub fn largest(packing: Packing, stand_ins: &[Example], batch_size: usize) -> Extent {
+    let extents = packing.extents(stand_ins);
+    let most = |of: fn(&Extent) -> usize| extents.iter().map(of).max().unwrap_or(0);
+    let together = batch_size.min(stand_ins.len());
+    let one = most(|extent| extent.rows);
+    let rows = (together * one).min(packing.budget.max(one));
+    Extent {
+        rows,
+        targets: rows,
+        segments: together * most(|extent| extent.segments),
+        sequences: together * most(|extent| extent.sequences),
+        longest: most(|extent| extent.longest),
+    }
+}
+
+pub struct Online<'a, B: Backend> {
+    task: &'a Task,
+    settings: &'a Settings,
+    rollouts: &'a Rollouts,
+    fresh: Fresh<'a, B>,
+    jury: Jury<'a>,
+    rewards: &'a Rewards,
+    /// Of the training data, for their prompts as they are written there.
+    rows: Vec<Row>,
+    log: LineLog,
+}
+
+impl<'a, B: Backend> Online<'a, B> {
+    pub fn new(
+        device: &'a B,
+        task: &'a Task,
+        settings: &'a Settings,
+        rollouts: &'a Rollouts,
+        log: LineLog,
+    ) -> Result<Self> {
+        let largest = largest(settings.packing, &task.stand_ins, settings.batch_size);
+        let others = task.sampled_by.iter().filter(|reference| !reference.is_policy);
+        let asked = others.map(|reference: &'a FreshReference| reference.asked(largest)).collect();
+        let fresh = Fresh::new(device, asked, settings.packing, Residency::Streamed)?;
+        let rewards = task.rewards.as_ref().expect("opened with the task");
+        let jury = Jury::new(device, rewards, settings.packing);
+        let rows = read_rows(&task.train.path)?.1;
+        Ok(Self { task, settings, rollouts, fresh, jury, rewards, rows, log })
+    }
+
+    pub fn sync(&self) -> Result<()> {
+        self.log.sync()
+    }
+
+    /// Completes the prompts of these training examples; `number` counts such batches from 1, `show` is told how far it is.
+    pub fn sample(
+        &mut self,
+        device: &B,
+        policy: &mut Policy<B>,
+        (number, prompts): (u64, &[usize]),
+        (ref_weights, state): (&[f64], &[f64]),
+        show: &mut dyn FnMut(&str),
+    ) -> Result<Batch> {
+        let _range = range(c"rollouts");
+        policy.rest();
+        let data: Vec<&'a Example> = prompts.iter().map(|i| &self.task.train.examples[*i]).collect();
+        let needs = self.task.objective.needs();
+        let (each, written, sampled_logps) = self.complete(device, policy, (number, &data), needs.answers, show)?;
+        let rewards = self.judge(&written)?;
+        let weights = self.rewards.weights();
+        let total = weighted(&rewards, &weights);
+        self.write((number - 1) * self.rollouts.iterations + 1, &written, &rewards)?;
+        let samples: Vec<usize> = (0..written.len()).filter(|s| s % each < self.rollouts.samples).collect();
+        let mut metrics = self.metrics(&samples, &written, (&rewards, &total));
+        let tokens = samples.iter().map(|s| written[*s].ids.len() as u64).sum();
+        if !needs.rewards {
+            let examples = best_and_worst(&data, &written, &total, each);
+            metrics.push(("pairs".into(), examples.len() as f64 / data.len() as f64));
+            let refs = self.ask(device, policy, &examples)?;
+            return Ok(Batch { examples, refs, sampled: None, metrics, state: Vec::new(), tokens });
+        }
+        let group = |(example, written): (&&Example, &[Written])| Example {
+            row: example.row,
+            sequences: written.iter().map(sequence).collect(),
+            ..Example::default()
+        };
+        let examples: Vec<Example> = data.iter().zip(written.chunks(each)).map(group).collect();
+        let refs = self.ask(device, policy, &examples)?;
+        let counts = vec![self.rollouts.samples; examples.len()];
+        let mut sampled = Sampled::new(&examples, counts, self.rollouts.max_new_tokens);
+        let stats = &mut sampled.stats;
+        (stats.rewards, stats.reward_weights, stats.state) = (rewards, weights, state.to_vec());
+        if needs.old_token_logps || needs.values {
+            let (scored, values) = scored(device, policy, self.settings.packing, &examples)?;
+            (stats.old_token_logps, stats.values) = (exact(&scored).1, values);
+            stats.sampled_token_logps = sampled_logps;
+            metrics.extend(mismatch(stats));
+        }
+        (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(|said| exact(said)).unzip();
+        stats.ref_weights = ref_weights.to_vec();
+        let credit = self.task.objective.credit(stats);
+        (stats.advantages, stats.token_advantages) = (credit.advantages, credit.token_advantages);
+        stats.returns = credit.returns;
+        metrics.extend(credit.metrics);
+        Ok(Batch { examples, refs, sampled: Some(sampled), metrics, state: credit.state, tokens })
+    }
+
+    /// As many completions of each prompt, one prompt after the other; last, if wanted, the data's own. Then what the sampler said of
+    /// each token, in that order, 0 of those that it did not sample.
+    fn complete(
+        &self,
+        device: &B,
+        policy: &Policy<B>,
+        (number, data): (u64, &[&'a Example]),
+        answers: bool,
+        show: &mut dyn FnMut(&str),
+    ) -> Result<(usize, Vec<Written>, Vec<f64>)> {
+        let (samples, batch) = (self.rollouts.samples, self.settings.batch_size as u64);
+        let split = |example: &'a Example| example.sequences[0].ids.split_at(example.sequences[0].first);
+        let request = |(at, example): (usize, &&'a Example)| Request {
+            first_sample: STREAM + ((number - 1) * batch + at as u64) * samples as u64,
+            eos: self.task.tokenizer.stops(),
+            ..request(self.settings, self.rollouts, split(example).0)
+        };
+        let requests: Vec<Request> = data.iter().enumerate().map(request).collect();
+        let all = data.len() * samples;
+        let rollouts = Engine::new(device).run(&policy.model, &requests, &mut |done| {
+            show(&format!("sampling {}/{all}, {} tokens", done.completions, done.tokens));
+        })?;
+        let (mut written, mut logps) = (Vec::new(), Vec::new());
+        for (example, rollouts) in data.iter().zip(rollouts.chunks(samples)) {
+            let (prompt, own) = split(example);
+            let (answer, source) = (written_text(self.task, prompt, own, true)?, prompt_of(&self.rows[example.row])?);
+            let mut one = |ids: &[u32], finished: bool| {
+                let text = written_text(self.task, prompt, ids, finished)?;
+                let (source, prompt, answer) = (source.clone(), prompt.to_vec(), Some(answer.clone()));
+                written.push(Written { source, prompt, row: example.row, ids: ids.to_vec(), text, finished, answer });
+                Result::Ok(())
+            };
+            for rollout in rollouts {
+                one(&rollout.ids, rollout.finished())?;
+                logps.extend(rollout.logps.iter().map(|x| f64::from(*x)));
+            }
+            if answers {
+                one(own, true)?;
+                logps.resize(logps.len() + own.len(), 0.0);
+            }
+        }
+        Ok((samples + usize::from(answers), written, logps))
+    }
+
+    /// `[R][completions]`
+    fn judge(&mut self, written: &[Written]) -> Result<Vec<Vec<f64>>> {
+        let samples: Vec<Sample> = written.iter().map(Written::sample).collect();
+        self.jury.score(&samples)
+    }
+
+    /// What held-out completions are worth, as metrics of an evaluation.
+    pub fn judge_held_out(&mut self, written: &[Written]) -> Result<Vec<Metric>> {
+        let rewards = self.judge(written)?;
+        let total = weighted(&rewards, &self.rewards.weights());
+        let known: Vec<f64> = total.iter().copied().filter(|x| !x.is_nan()).collect();
+        let mut metrics = self.metrics(&(0..written.len()).collect::<Vec<_>>(), written, (&rewards, &total));
+        // Samples of different prompts are no group.
+        metrics.retain(|(name, _)| !["reward_std", "frac_reward_zero_std"].contains(&&**name));
+        if !known.is_empty() {
+            metrics.push(("reward_stderr".into(), Estimate::of(&known).stderr));
+        }
+        Ok(metrics)
+    }
+
+    fn write(&mut self, step: u64, written: &[Written], rewards: &[Vec<f64>]) -> Result<()> {
+        let names = self.rewards.names();
+        for (s, one) in written.iter().enumerate() {
+            let by_name = names.iter().zip(rewards).map(|(name, said)| (name.clone(), said[s].into()));
+            let by_name: serde_json::Map<String, serde_json::Value> = by_name.collect();
+            self.log.append(&serde_json::json!({
+                "step": step,
+                "row": one.row,
+                "prompt": self.task.tokenizer.decode(&one.prompt)?,
+                "completion": one.text,
+                "finished": one.finished,
+                "rewards": by_name,
+            }))?;
+        }
+        Ok(())
+    }
+
+    /// Of the completions at `samples`.
+    fn metrics(&self, samples: &[usize], written: &[Written], (rewards, total): (&[Vec<f64>], &[f64])) -> Vec<Metric> {
+        let mean = |of: &dyn Fn(usize) -> f64| {
+            let known = samples.iter().map(|s| of(*s)).filter(|x| !x.is_nan());
+            let (sum, count) = known.fold((0.0, 0.0_f64), |(sum, count), x| (sum + x, count + 1.0));
+            sum / count.max(1.0)
+        };
+        let size = self.rollouts.samples;
+        let spread = |group: &[usize]| {
+            let mean = group.iter().map(|s| total[*s]).sum::<f64>() / size as f64;
+            (group.iter().map(|s| (total[*s] - mean).powi(2)).sum::<f64>() / (size as f64 - 1.0).max(1.0)).sqrt()
+        };
+        let spreads: Vec<f64> = samples.chunks(size).map(spread).collect();
+        let prompts = spreads.len().max(1) as f64;
+        let mut metrics: Vec<Metric> = vec![
+            ("reward".into(), mean(&|s| total[s])),
+            ("reward_std".into(), spreads.iter().sum::<f64>() / prompts),
+            ("frac_reward_zero_std".into(), spreads.iter().filter(|std| **std == 0.0).count() as f64 / prompts),
+            ("completions/mean_length".into(), mean(&|s| written[s].ids.len() as f64)),
+            ("completions/clipped_ratio".into(), mean(&|s| f64::from(u8::from(!written[s].finished)))),
+        ];
+        for (name, said) in self.rewards.names().iter().zip(rewards) {
+            metrics.push((format!("rewards/{name}/mean").into(), mean(&|s| said[s])));
+        }
+        let spreads = self.jury.spreads().map(|(name, spread)| (format!("rewards/{name}/spread").into(), spread));
+        metrics.extend(spreads);
+        metrics
+    }
+
+    /// `[references][examples]`
+    fn ask(&mut self, device: &B, policy: &mut Policy<B>, examples: &[Example]) -> Result<Vec<Vec<Scored>>> {
+        policy.rest();
+        let (asked, mut others) = (examples.iter().collect::<Vec<_>>(), 0..);
+        let of = |reference: &FreshReference| match reference.is_policy {
+            true => {
+                let packing = self.settings.packing;
+                policy.without_adapter(|policy| Ok(scored(device, policy, packing, examples)?.0))
+            }
+            false => self.fresh.score(others.next().expect("endless"), &asked, Detail::Tokens),
+        };
+        self.task.sampled_by.iter().map(of).collect()
+    }
+}
+
+impl Written {
+    fn sample(&self) -> Sample<'_> {
+        Sample {
+            prompt: &self.source,
+            completion: &self.text,
+            answer: self.answer.as_deref(),
+            row: self.row,
+            prompt_ids: &self.prompt,
+            completion_ids: &self.ids,
+            finished: self.finished,
+        }
+    }
+}
+
+/// The prompt of a row.
+pub fn prompt_of(row: &Row) -> Result<Content> {
+    match &row.parts {
+        Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. } => Ok(prompt.clone()),
+        Parts::Text { .. } => {
+            let detail = "rewards completions of prompts, and these rows are whole texts; give rows with a prompt";
+            Err(Error::option("--reward", detail))
+        }
+    }
+}
+
+/// What a completion adds to its prompt, without the token that ends it: a token's text may depend on what comes before.
+pub fn written_text(task: &Task, prompt: &[u32], ids: &[u32], finished: bool) -> Result<String> {
+    let decode = |ids: &[u32]| task.tokenizer.decode(ids);
+    let ends = finished && ids.last().is_some_and(|last| task.tokenizer.stops().contains(last));
+    let ids = &ids[..ids.len() - usize::from(ends)];
+    let (start, whole) = (decode(prompt)?, decode(&[prompt, ids].concat())?);
+    whole.strip_prefix(&start).map_or_else(|| decode(ids), |text| Ok(text.to_string()))
+}
+
+/// Sums and tokens of what a reference said.
+fn exact(scored: &[Scored]) -> (Vec<f64>, Vec<f64>) {
+    let tokens = scored.iter().flat_map(|s| &s.tokens).flatten().map(|x| f64::from(*x)).collect();
+    (scored.iter().flat_map(|s| &s.sums).copied().collect(), tokens)
+}
+
+fn sequence(written: &Written) -> Sequence {
+    let Written { prompt, ids, .. } = written;
+    Sequence { ids: [&prompt[..], ids].concat(), first: prompt.len() }
+}
+
+/// How far what was scored is from what was sampled, nats a token: nothing in f32 on one device.
+fn mismatch(stats: &Stats) -> [Metric; 2] {
+    let differences =
+        stats.old_token_logps.iter().zip(&stats.sampled_token_logps).map(|(old, said)| (old - said).abs());
+    let (sum, most) = differences.fold((0.0, 0.0_f64), |(sum, most), x| (sum + x, most.max(x)));
+    let tokens = stats.old_token_logps.len().max(1) as f64;
+    [("sampling/logp_difference_mean".into(), sum / tokens), ("sampling/logp_difference_max".into(), most)]
+}
+
+/// Pairs of those prompts whose completions, `each` of them, differ in what they are worth; the first of equals.
+fn best_and_worst(data: &[&Example], written: &[Written], total: &[f64], each: usize) -> Vec<Example> {
+    let pair = |(at, example): (usize, &&Example)| {
+        let known = (at * each..(at + 1) * each).filter(|s| !total[*s].is_nan());
+        let best = known.clone().reduce(|best, s| if total[s] > total[best] { s } else { best })?;
+        let worst = known.reduce(|worst, s| if total[s] < total[worst] { s } else { worst })?;
+        (total[best] > total[worst]).then(|| Example {
+            row: example.row,
+            sequences: [best, worst].map(|s| sequence(&written[s])).to_vec(),
+            ..Example::default()
+        })
+    };
+    data.iter().enumerate().filter_map(pair).collect()
+}
+
+/// What the policy as it is says of each example, and `[T]` its values, if it has a head for them.
+fn scored<B: Backend>(
+    device: &B,
+    policy: &mut Policy<B>,
+    packing: Packing,
+    examples: &[Example],
+) -> Result<(Vec<Scored>, Vec<f64>)> {
+    let all: Vec<&Example> = examples.iter().collect();
+    let (mut scored, mut values) = (Vec::with_capacity(examples.len()), Vec::new());
+    for (_, host) in packing.batches(&all) {
+        let seen = policy.forward(device, &host, &[])?;
+        values.extend(seen.values.iter().map(|x| f64::from(*x)));
+        for sequences in &host.examples {
+            let of = host.sequences[sequences.clone()].iter();
+            let tokens: Vec<Vec<f32>> = of.map(|range| seen.logps[range.clone()].to_vec()).collect();
+            let sums = tokens.iter().map(|tokens| tokens.iter().map(|x| f64::from(*x)).sum()).collect();
+            scored.push(Scored { sums, tokens });
+        }
+    }
+    Ok((scored, values))
+}

@@ -1,0 +1,152 @@
+//! Training on completions that the policy writes, in runs as users start them.
+
+use serde_json::Value;
+
+use crate::program::{Line, Workspace, results};
+
+const TRAIN: &str = "train --learning-rate 3e-3 --model model --dataset train.jsonl --batch-size 4 --max-completion-length 6 \
+    --reward rules.toml";
+const FOUR: &str = "--max-steps 4 --num-generations 4";
+
+/// Short completions of ordinary words are worth most.
+fn workspace() -> Workspace {
+    let w = Workspace::with_reviews(16);
+    w.write(
+        "rules.toml",
+        "[[reward]]\nkind = 'length'\nunit = 'characters'\nmax = 4\nslope = 0.1\n\n[[reward]]\nkind = 'repetition'\nweight = 0.5\nn = 2\n",
+    );
+    w
+}
+
+fn train(w: &Workspace, run: &str, flags: &str) -> String {
+    w.ok(&format!("{TRAIN} {FOUR} --output-dir {run} {flags}")).stderr
+}
+
+/// metrics.jsonl without times.
+fn steps(w: &Workspace, run: &str) -> Vec<Line> {
+    let lines = w.lines(&format!("{run}/metrics.jsonl")).into_iter();
+    lines.map(|line| line.into_iter().filter(|(key, _)| key != "step_time").collect()).collect()
+}
+
+fn number(line: &Line, key: &str) -> f64 {
+    line.get(key).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {key} in {line:?}"))
+}
+
+/// Everything that learns from samples takes steps that change the policy and says what it saw.
+#[test]
+fn every_objective_on_samples_trains() {
+    let w = workspace();
+    for flags in [
+        "--objective grpo",
+        "--objective grpo --beta 0.1 --num-iterations 2 --scale-rewards batch",
+        "--objective dapo --off-policy-mask-threshold 1",
+        "--objective dr_grpo",
+        "--objective gspo --num-iterations 2",
+        "--objective gmpo --beta 0.1",
+        "--objective luspo",
+        "--objective cispo",
+        "--objective sapo",
+        "--objective vespo",
+        "--objective rloo --beta 0.05 --normalize-advantages",
+        "--objective reinforce --baseline batch",
+        "--objective grao",
+        "--objective grao --imitation-weight 0 --group-without-answer",
+        "--objective ppo --beta 0.05 --num-iterations 2 --whiten-rewards --kl-target 3",
+        "--objective sigmoid --beta 0.1",
+    ] {
+        let run = flags.trim_start_matches("--").replace([' ', '.'], "_");
+        train(&w, &run, &format!("{flags} --eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5"));
+        let lines = steps(&w, &run);
+        assert_eq!(lines.len(), 4, "{flags}");
+        assert!(number(&lines[3], "grad_norm") > 0.0, "{flags}: {lines:?}");
+        assert!(number(&lines[0], "reward") <= 0.0 && number(&lines[0], "reward_std") > 0.0, "{flags}");
+        assert!(
+            lines[0].contains_key("rewards/length/mean") && lines[0].contains_key("rewards/repetition/mean"),
+            "{flags}"
+        );
+        let rollouts = w.lines(&format!("{run}/rollouts.jsonl"));
+        let each = if flags.contains("grao") { 5 } else { 4 };
+        let batches = if flags.contains("iterations") { 2 } else { 4 };
+        assert_eq!(rollouts.len(), batches * 4 * each, "{flags}");
+        assert!(rollouts[0]["rewards"]["length"].is_number() && rollouts[0]["completion"].is_string(), "{flags}");
+        let evaluations = w.lines(&format!("{run}/evaluations.jsonl"));
+        assert!(number(&evaluations[1], "eval_reward").is_finite(), "{flags}");
+        assert!(w.read(&format!("{run}/model.safetensors")) != w.read("model/model.safetensors"), "{flags}");
+    }
+}
+
+/// On the policy's own samples, before any update on them, ratios are 1: the first loss of GRPO is minus the mean advantage,
+/// 0, and nothing is clipped.
+#[test]
+fn the_first_step_on_samples_is_on_policy() {
+    let w = workspace();
+    train(&w, "run", "--objective grpo --num-iterations 2");
+    for (i, line) in steps(&w, "run").iter().enumerate() {
+        let loss = number(line, "loss");
+        assert!(i % 2 == 1 || loss.abs() < 1e-9, "step {}: {loss}", i + 1);
+        assert!(i % 2 == 0 || loss.abs() > 1e-9, "step {}: the second step is off-policy", i + 1);
+        assert_eq!(line.contains_key("reward"), i % 2 == 0);
+    }
+    assert_eq!(number(&steps(&w, "run")[3], "num_sampled_tokens"), number(&steps(&w, "run")[2], "num_sampled_tokens"));
+}
+
+#[test]
+fn rewards_rise() {
+    let w = workspace();
+    w.ok(&format!("{TRAIN} --max-steps 30 --num-generations 8 --output-dir run --objective grpo"));
+    let rewards = w.column("run/metrics.jsonl", "rewards/length/mean");
+    let mean = |rewards: &[f64]| rewards.iter().sum::<f64>() / rewards.len() as f64;
+    let (before, after) = (mean(&rewards[..5]), mean(&rewards[25..]));
+    assert!(after > before + 0.1, "{before} before, {after} after: {rewards:?}");
+}
+
+#[test]
+fn a_stopped_run_continues_to_the_same_bits_and_threads_change_nothing() {
+    let w = workspace();
+    for (name, flags) in [
+        ("grpo", "--objective grpo --beta 0.1 --num-iterations 2"),
+        ("grao", "--objective grao"),
+        ("ppo", "--objective ppo --beta 0.1 --kl-target 0.01 --kl-horizon 10 --num-iterations 2"),
+        ("ppo-bf16", "--objective ppo --dtype bf16"),
+        ("online-dpo", "--objective sigmoid --beta 0.1"),
+    ] {
+        let [whole, run] = ["whole", "run"].map(|part| format!("{name}-{part}"));
+        train(&w, &whole, &format!("{flags} --threads 2 --save-steps 4"));
+        train(&w, &run, &format!("{flags} --stop-at-step 2 --threads 1"));
+        train(&w, &run, &format!("{flags} --save-steps 4 --resume-from-checkpoint auto --threads 1"));
+        assert_eq!(steps(&w, &whole), steps(&w, &run), "{name}");
+        assert_eq!(w.read(&format!("{whole}/rollouts.jsonl")), w.read(&format!("{run}/rollouts.jsonl")), "{name}");
+        let [whole, run] = [whole, run].map(|run| results(&w.path(&run)));
+        for file in ["model.safetensors", "checkpoint-4/optimizer.safetensors"] {
+            assert!(whole[file] == run[file], "{name}: {file}");
+        }
+    }
+}
+
+/// The adapter's reference is the model without it, also of samples.
+#[test]
+fn adapters_learn_from_samples() {
+    let w = workspace();
+    train(&w, "run", "--objective grpo --beta 0.1 --lora-rank 4");
+    let lines = steps(&w, "run");
+    assert_eq!(number(&lines[0], "kl"), 0.0, "the adapter starts at nothing");
+    assert!(number(&lines[3], "kl") > 0.0 && w.exists("run/adapter_model.safetensors"), "{lines:?}");
+}
+
+#[test]
+fn what_cannot_be_sampled_or_rewarded_is_refused() {
+    let w = workspace();
+    let base = TRAIN.replace("--reward rules.toml", "");
+    w.fails(2, &format!("{base} --objective grpo --output-dir x"), &["--max-completion-length", "--reward"]);
+    let plain = "train --model model --dataset train.jsonl --max-steps 2 --output-dir x --objective";
+    w.fails(1, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
+    w.fails(1, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
+    w.fails(1, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --num-iterations 4"), &["--max-steps", "multiple of"]);
+    w.fails(1, &format!("{plain} grpo --reward rules.toml --kl-penalty 0.1"), &["--kl-penalty", "--beta"]);
+    w.write_lines("texts.jsonl", &[serde_json::json!({"text": "A film."})]);
+    let texts = plain.replace("train.jsonl", "texts.jsonl");
+    w.fails(1, &format!("{texts} grpo --reward rules.toml"), &["whole texts"]);
+}
