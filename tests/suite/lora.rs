@@ -11,7 +11,7 @@ use cuvee::ops::Backend;
 use serde_json::{Value, json};
 
 use crate::common::tiny::{self, Rig, SEED, Size, Tiny, adapted, read, weights};
-use crate::program::{Workspace, results};
+use crate::program::{Line, Workspace, results};
 
 fn host(size: Size) -> HostBatch {
     HostBatch::new(&size.examples(), Sharing::On)
@@ -423,8 +423,10 @@ fn the_head_of_a_reward_model_trains_beside_an_adapter() {
 
     let scores = |model: &str| -> Vec<[f64; 2]> {
         w.ok(&format!("score --model {model} --dataset heldout.jsonl --max-length 40 --out scores.jsonl"));
-        let columns = ["score_chosen", "score_rejected"].map(|key| w.column("scores.jsonl", key));
-        columns[0].iter().zip(&columns[1]).map(|(a, b)| [*a, *b]).collect()
+        let sides = ["score_chosen", "score_rejected"];
+        // A row that --max-length leaves out has no score.
+        let scored = |line: &Line| line.contains_key(sides[0]).then(|| sides.map(|side| line[side].as_f64().unwrap()));
+        w.lines("scores.jsonl").iter().filter_map(scored).collect()
     };
     let trained = scores("whole");
     let right = trained.iter().filter(|[chosen, rejected]| chosen > rejected).count() as f64 / trained.len() as f64;
