@@ -336,10 +336,6 @@ impl<D: Device> Room<D> {
         blend.rows = weights.len() / blend.weights.cols();
         device.write_f32(weights, blend.weights.top_mut(blend.rows))
     }
-
-    fn rows(&mut self, rows: usize, rank: usize) -> ViewMut<'_, D> {
-        self.scratch.top_mut(rows * rank).reshape(rows, rank)
-    }
 }
 
 impl<B: Backend> LowRank<B> {
@@ -364,7 +360,8 @@ impl<B: Backend> LowRank<B> {
         if !self.on {
             return Ok(());
         }
-        let scratch = room.rows(x.rows(), self.a.value.rows());
+        let (rows, rank) = (x.rows(), self.rank());
+        let scratch = room.scratch.top_mut(rows * rank).reshape(rows, rank);
         let (a, b, scale) = (self.a.value.view(), self.b.value.view(), self.scale);
         let [da, db] = [&mut self.a.grad, &mut self.b.grad].map(|grad| grad.as_mut().map(Tensor::view_mut));
         device.low_rank_backward(low_rank::Backward { dy, x, a, b, scale, scratch, dx, da, db })
