@@ -141,9 +141,9 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
         }
         self.waiting.retain(|(request, _)| *request != key);
         let prompts = std::mem::take(&mut self.prompts);
-        let (gone, stays) = prompts.into_iter().partition(|prompt| prompt.request == key);
+        let (gone, stays): (Vec<_>, _) = prompts.into_iter().partition(|prompt| prompt.request == key);
         self.prompts = stays;
-        for prompt in Vec::<Prompt>::from(gone) {
+        for prompt in gone {
             prompt.running.iter().for_each(|running| self.slots.free(running.slot));
             self.slots.free(prompt.slot);
         }

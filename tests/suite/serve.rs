@@ -520,7 +520,7 @@ fn sixty_four_clients_get_what_each_gets_alone() {
     let asked = |i: usize| {
         let soup = json!({"a": i as f64 / 640.0, "b": (63 - i) as f64 / 900.0});
         let prompt = ["The film was", "I", "An actor who", "It is not"][i % 4];
-        let stop = if i % 3 == 0 { json!(["the"]) } else { json!(null) };
+        let stop = if i.is_multiple_of(3) { json!(["the"]) } else { json!(null) };
         json!({"prompt": prompt, "max_tokens": 5 + i % 40, "temperature": (i % 2) as f64, "seed": i, "soup": soup, "stop": stop, "logprobs": 1})
     };
     let alone: Vec<Value> = (0..64).map(|i| server.complete(asked(i)).ok()).collect();
