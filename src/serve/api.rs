@@ -1,5 +1,6 @@
 //! The routes: what is asked goes to the thread that computes, and what it tells becomes an answer.
 
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -135,7 +136,7 @@ impl App {
 
     /// Refuses who has not the key.
     fn admit(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let Some(key) = &self.api_key else { return Ok(()) };
+        let Some(key) = &self.api_key else { return local(headers) };
         let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
         // Hashes take the same time to compare whatever they have in common.
@@ -239,6 +240,20 @@ impl App {
         self.metrics.prompt_tokens.fetch_add(answer.prompt_tokens() as u64, Relaxed);
         Ok((answer, receiver))
     }
+}
+
+/// Refuses who calls this machine by a foreign name: a page's own name may be made to lead here, and a browser then lets it ask.
+fn local(headers: &HeaderMap) -> Result<(), Refusal> {
+    let Some(host) = headers.get(header::HOST) else { return Ok(()) };
+    let host = host.to_str().unwrap_or_default();
+    let port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
+    let name = host.rsplit_once(':').filter(|(_, rest)| port(rest)).map_or(host, |(name, _)| name);
+    let address: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
+    if name == "localhost" || address.is_some_and(|address| address.is_loopback()) {
+        return Ok(());
+    }
+    let message = format!("without an API key this server answers to localhost only, and was called {host:?}");
+    Err(Refusal::new(StatusCode::FORBIDDEN, message))
 }
 
 /// A number that follows from both, SplitMix64's way (Steele et al., 2014).
@@ -360,5 +375,31 @@ impl hyper::body::Body for Live {
                 return Poll::Ready(Some(Ok(Frame::data(events.into()))));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_machine_are_local() {
+        let called = |host: &str| local(&HeaderMap::from_iter([(header::HOST, host.parse().unwrap())])).is_ok();
+        for host in ["localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "[::1]", "127.9.9.9:1"] {
+            assert!(called(host), "{host}");
+        }
+        for host in ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1:8000", "0.0.0.0", ""] {
+            assert!(!called(host), "{host}");
+        }
+        assert!(local(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn numbers_that_follow_each_other_have_nothing_in_common() {
+        let numbers: Vec<u64> = (0..1000).map(|count| mixed(7, count) >> 32).collect();
+        let mut sorted = numbers.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        assert_eq!(sorted.len(), numbers.len());
     }
 }

@@ -89,7 +89,9 @@ pub fn run<B: Backend>(
     });
     let engine = Engine::new(device).with_tokenizer(&tokenizer);
     let session = engine.session(model, size)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().at("runtime")?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // Few threads read requests, so that the cores are the model's.
+    let runtime = runtime.worker_threads(2).max_blocking_threads(4).enable_all().build().at("runtime")?;
     let (fail, failed) = watch::channel(false);
     say(format_args!("listening on http://{}", listener.local_addr().at("listener")?));
     let over = Arc::new(AtomicBool::new(false));
