@@ -20,6 +20,7 @@ mod recipe;
 mod references;
 mod rollouts;
 mod score;
+mod soup;
 mod tasks;
 mod train;
 
@@ -98,6 +99,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Soup(args) => soup::run(&args),
         Command::Lineage(args) => lineage::run(&args),
     };
     match result {
@@ -162,6 +164,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
+        Command::Soup(args) => args.check(flags)?,
         Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
     }
     Ok(cli)
