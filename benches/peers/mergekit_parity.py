@@ -1,6 +1,6 @@
 """cuvee merge beside mergekit on real checkpoints, method by method: the largest difference of any weight.
 
-    python benches/peers/mergekit_parity.py CUVEE BASE MODEL MODEL [MODEL..] --out DIR
+    python benches/peers/mergekit_parity.py CUVEE BASE MODEL MODEL [MODEL..] --out DIR [--methods linear ties]
 
 BASE and the MODELs are folders of one architecture. Both programs read the same YAML, compute and write f32. Two things of
 mergekit are replaced so that there is something to compare: its random masks, by cuvee's (Philox4x32-10, here in numpy),
@@ -34,6 +34,7 @@ parser.add_argument("models", nargs="+")
 parser.add_argument("--out", required=True)
 parser.add_argument("--seed", type=int, default=7)
 parser.add_argument("--plain", action="store_true")
+parser.add_argument("--methods", nargs="+", help="only cases of these")
 a = parser.parse_args()
 out = pathlib.Path(a.out)
 out.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,8 @@ cases = {
 worst = 0.0
 for name, recipe in cases.items():
     if recipe["merge_method"] == "model_stock" and len(a.models) < 2:
+        continue
+    if a.methods and recipe["merge_method"] not in a.methods:
         continue
     path = out / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=1))

@@ -35,6 +35,11 @@ pub fn b_name(module: &str) -> String {
     format!("{PREFIX}{module}{B}")
 }
 
+/// What a file calls a tensor of the model; those of adapters have their names already.
+pub fn saved_name(tensor: &str) -> String {
+    if tensor.starts_with(PREFIX) { tensor.to_string() } else { format!("{PREFIX}{tensor}") }
+}
+
 /// Whether a tensor of a file is an A.
 pub fn is_a(name: &str) -> bool {
     name.ends_with(A)
@@ -68,6 +73,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: Vec<(String, f64)>,
     /// `CAUSAL_LM`, `SEQ_CLS`, ...
     pub task_type: Option<String>,
+    /// The head of a reward model trained besides and is kept whole: `modules_to_save` is `["score"]`.
+    pub has_head: bool,
 }
 
 impl Default for AdapterConfig {
@@ -84,6 +91,7 @@ impl Default for AdapterConfig {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             task_type: Some("CAUSAL_LM".into()),
+            has_head: false,
         }
     }
 }
@@ -104,6 +112,7 @@ const READ: &[&str] = &[
     "lora_alpha",
     "lora_dropout",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -123,7 +132,6 @@ const INITS: &[&str] = &["corda_config", "eva_config", "loftq_config", "lora_ga_
 const REFUSED: &[(&str, &str)] = &[
     ("use_dora", "DoRA learns the length of each row of a weight, too"),
     ("lora_bias", "B has a bias"),
-    ("modules_to_save", "whole modules were trained, too"),
     ("trainable_token_indices", "rows of the embedding were trained, too"),
     ("layer_replication", "the base's layers are repeated"),
     ("target_parameters", "parameters that are no linear modules are adapted"),
@@ -131,6 +139,11 @@ const REFUSED: &[(&str, &str)] = &[
     ("use_qalora", "inputs are pooled in groups (QALoRA)"),
     ("use_bdlora", "the matrices are block-diagonal (BD-LoRA)"),
 ];
+
+/// What PEFT writes as `modules_to_save` of a reward model: it has one of the two.
+const HEADS: &[&str] = &["classifier", "score"];
+/// The head of transformers' `..ForSequenceClassification` models that cuvee reads.
+const HEAD: &str = "score.weight";
 
 /// Initializations that leave the base as it is.
 const PLAIN_INITS: &[&str] = &["gaussian", "eva", "orthogonal", "mica"];
@@ -147,8 +160,16 @@ impl AdapterConfig {
     /// What a module's `B A` is multiplied with.
     pub fn scaling(&self, module: &str) -> Result<f64> {
         let alpha = first_fit(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
-        let rank = self.rank(module)? as f64;
-        Ok(alpha / if self.rslora { rank.sqrt() } else { rank })
+        Ok(self.of(alpha, self.rank(module)?))
+    }
+
+    /// The same, where no pattern fits.
+    pub fn default_scaling(&self) -> f64 {
+        self.of(self.lora_alpha, self.lora_rank)
+    }
+
+    fn of(&self, alpha: f64, rank: usize) -> f64 {
+        alpha / if self.rslora { (rank as f64).sqrt() } else { rank as f64 }
     }
 
     fn names(&self, module: &str) -> bool {
@@ -184,6 +205,7 @@ impl AdapterConfig {
             rank_pattern: fields.patterns("rank_pattern", |key, value| fields.rank(key, Some(value)))?,
             alpha_pattern: fields.patterns("alpha_pattern", |key, value| fields.number(key, Some(value)))?,
             task_type: fields.text("task_type"),
+            has_head: fields.is_set("modules_to_save"),
         };
         Ok(config)
     }
@@ -209,7 +231,7 @@ impl AdapterConfig {
             "bias": "none",
             "init_lora_weights": true,
             "use_dora": false,
-            "modules_to_save": null,
+            "modules_to_save": self.has_head.then_some(["score"]),
         })
     }
 }
@@ -264,6 +286,17 @@ impl Fields<'_> {
         if let Some((key, what)) = REFUSED.iter().find(|(key, _)| self.is_set(key)) {
             let value = &self.fields[*key];
             return self.fail(format!("\"{key}\" is {value}: {what}, which cuvee does not apply; {TO_WHOLE_MODEL}"));
+        }
+        let is_head = |module: &Value| module.as_str().is_some_and(|name| HEADS.contains(&name));
+        match self.get("modules_to_save") {
+            Some(Value::Array(modules)) if modules.iter().all(is_head) => {}
+            None | Some(Value::Null) => {}
+            Some(modules) => {
+                return self.fail(format!(
+                    "\"modules_to_save\" is {modules}: whole modules were trained, too, which cuvee does not apply, but for the \
+                     score of a reward model; {TO_WHOLE_MODEL}"
+                ));
+            }
         }
         match self.get("bias") {
             None | Some(Value::Null) => {}
@@ -348,6 +381,8 @@ pub struct AdapterFile {
     /// `adapter_model.safetensors`
     pub weights: Weights,
     modules: BTreeMap<String, Module>,
+    /// Inputs of the reward model's head, where one is here.
+    head: Option<usize>,
 }
 
 impl AdapterFile {
@@ -369,11 +404,12 @@ impl AdapterFile {
         }
         let mut config = AdapterConfig::parse(&dir.join(CONFIG))?;
         let weights = Weights::open_file(&path)?;
+        let head = head(&weights, &path, &config)?;
         let modules = modules(&weights, &path, &config)?;
         if !modules.keys().all(|module| config.names(module)) {
             config.target_modules = modules.keys().cloned().collect();
         }
-        Ok(Self { config, weights, modules })
+        Ok(Self { config, weights, modules, head })
     }
 
     /// The adapted modules as the base's checkpoint calls them: `model.layers.0.self_attn.q_proj`. Sorted.
@@ -417,6 +453,16 @@ impl AdapterFile {
         self.read(&b_name(module), [outputs, rank], out)
     }
 
+    /// Inputs of a reward model's head, where the file has one.
+    pub fn head(&self) -> Option<usize> {
+        self.head
+    }
+
+    /// Reads that head, `[1, inputs]`.
+    pub fn read_head(&self, out: &mut Vec<f32>) -> Result<[usize; 2]> {
+        self.read(&saved_name(HEAD), [1, self.head.expect("whoever reads it asked for it")], out)
+    }
+
     fn read(&self, name: &str, shape: [usize; 2], out: &mut Vec<f32>) -> Result<[usize; 2]> {
         out.resize(shape[0] * shape[1], 0.0);
         self.weights.read(name, &shape, out)?;
@@ -437,6 +483,22 @@ impl AdapterFile {
             self.weights.hash_into(&b_name(name), hasher);
             hasher.update(&module.scaling.to_le_bytes());
         }
+        if self.head.is_some() {
+            self.weights.hash_into(&saved_name(HEAD), hasher);
+        }
+    }
+}
+
+/// Inputs of the reward model's head that the config speaks of.
+fn head(weights: &Weights, path: &Path, config: &AdapterConfig) -> Result<Option<usize>> {
+    let name = saved_name(HEAD);
+    match weights.shape(&name) {
+        _ if !config.has_head => Ok(None),
+        Some(&[1, inputs]) => Ok(Some(inputs)),
+        Some(shape) => {
+            Err(Error::file(path, format!("{name:?} has shape {shape:?}, expected one output: [1, inputs]")))
+        }
+        None => Err(Error::file(path, format!("holds no {name:?}, which {CONFIG} says was trained; is it complete?"))),
     }
 }
 
@@ -444,7 +506,7 @@ impl AdapterFile {
 fn modules(weights: &Weights, path: &Path, config: &AdapterConfig) -> Result<BTreeMap<String, Module>> {
     let fail = |detail: String| Err(Error::file(path, detail));
     let mut modules = BTreeMap::new();
-    for name in weights.names() {
+    for name in weights.names().filter(|name| !config.has_head || *name != saved_name(HEAD)) {
         let module = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(A).or(rest.strip_suffix(B)));
         let Some(module) = module else { return fail(unknown_tensor(name)) };
         let [a, b] = [a_name(module), b_name(module)];

@@ -73,10 +73,8 @@ fn masks<'a, T: Real>(tensor: &Tensor<T>, values: &Values) -> Result<Vec<Mask<'a
     for (count, cuts) in counts.chunks_exact(2).zip(cuts.chunks_exact(2)) {
         let (small, kept) = (cuts[0], cuts[1]);
         masks[count[0].model] = Box::new(move |start, row: &mut Row<T>| {
-            for (i, value) in row.delta.iter_mut().enumerate() {
-                let keep = kept.counts(*value, start + i) && !small.counts(*value, start + i);
-                *value = if keep { *value } else { T::default() };
-            }
+            small.drop(start, row.delta);
+            kept.keep(start, row.delta);
         });
     }
     if values.choice("rescale") == "l1" { sparse::restore_l1(tensor, masks) } else { Ok(masks) }

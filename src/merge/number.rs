@@ -29,6 +29,11 @@ pub trait Real:
     /// A whole number that grows with the magnitude; the sign is left out.
     fn key(self) -> u64;
 
+    /// The magnitude of that key; infinity for those above its own, which are not numbers.
+    fn of_key(key: u64) -> Self;
+
+    fn abs(self) -> Self;
+
     /// A method's code for this type.
     fn prepare(of: &Prepare) -> Prepared<Self>;
 }
@@ -46,6 +51,14 @@ impl Real for f32 {
 
     fn key(self) -> u64 {
         self.abs().to_bits().into()
+    }
+
+    fn of_key(key: u64) -> Self {
+        Self::from_bits(key.min(Self::INFINITY.to_bits().into()) as u32)
+    }
+
+    fn abs(self) -> Self {
+        self.abs()
     }
 
     fn prepare(of: &Prepare) -> Prepared<Self> {
@@ -66,6 +79,14 @@ impl Real for f64 {
 
     fn key(self) -> u64 {
         self.abs().to_bits()
+    }
+
+    fn of_key(key: u64) -> Self {
+        Self::from_bits(key.min(Self::INFINITY.to_bits()))
+    }
+
+    fn abs(self) -> Self {
+        self.abs()
     }
 
     fn prepare(of: &Prepare) -> Prepared<Self> {

@@ -57,11 +57,32 @@ pub struct Cut {
 }
 
 impl Cut {
-    pub fn counts<T: Real>(&self, value: T, index: usize) -> bool {
-        let key = value.key();
-        let beyond = if self.end == End::Largest { key > self.key } else { key < self.key };
-        beyond || (key == self.key && index < self.ties_before)
+    /// Zeroes those of a run of elements that are not counted.
+    pub fn keep<T: Real>(&self, start: usize, values: &mut [T]) {
+        self.zero(start, values, false);
     }
+
+    /// Zeroes those that are counted.
+    pub fn drop<T: Real>(&self, start: usize, values: &mut [T]) {
+        self.zero(start, values, true);
+    }
+
+    fn zero<T: Real>(&self, start: usize, values: &mut [T], counted: bool) {
+        let (ties, others) = values.split_at_mut(self.ties_before.saturating_sub(start).min(values.len()));
+        let at = T::of_key(self.key);
+        // Four plain comparisons, so that each is a loop without branches.
+        match (self.end, counted) {
+            (End::Largest, false) => (zero(ties, |x| x < at), zero(others, |x| x <= at)),
+            (End::Largest, true) => (zero(ties, |x| x >= at), zero(others, |x| x > at)),
+            (End::Smallest, false) => (zero(ties, |x| x > at), zero(others, |x| x >= at)),
+            (End::Smallest, true) => (zero(ties, |x| x <= at), zero(others, |x| x < at)),
+        };
+    }
+}
+
+/// Zeroes what has such a magnitude.
+fn zero<T: Real>(values: &mut [T], falls: impl Fn(T) -> bool) {
+    values.iter_mut().for_each(|value| *value = if falls(value.abs()) { T::default() } else { *value });
 }
 
 /// Binary digits that are told apart in one pass: few enough that the counts stay in a core's nearest cache.

@@ -39,11 +39,7 @@ pub(super) fn trim<'a, T: Real>(tensor: &Tensor<T>, kept: &[usize]) -> Result<Ve
         return Ok(masks);
     }
     for (count, cut) in counts.iter().zip(sparse::cuts(tensor, &counts)?) {
-        masks[count.model] = Box::new(move |start: usize, row: &mut Row<T>| {
-            for (i, value) in row.delta.iter_mut().enumerate() {
-                *value = if cut.counts(*value, start + i) { *value } else { T::default() };
-            }
-        });
+        masks[count.model] = Box::new(move |start: usize, row: &mut Row<T>| cut.keep(start, row.delta));
     }
     Ok(masks)
 }

@@ -24,7 +24,7 @@ pub fn found_name(checkpoint: &Checkpoint, weights: &Weights, name: &str) -> Str
 fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
     let architecture = checkpoint.architecture;
     let head = (architecture.naming)(&checkpoint.spec, Slot::Head, 0).tensor;
-    let unread = checkpoint.stored_head == Head::Tied || checkpoint.fresh_head.is_some();
+    let unread = checkpoint.stored_head == Head::Tied || checkpoint.stored_head != checkpoint.spec.head;
     (unread && architecture.spellings(&head).iter().any(|head| head == name)) || architecture.is_buffer(name)
 }
 
@@ -33,7 +33,7 @@ fn redundant(checkpoint: &Checkpoint, name: &str) -> bool {
 pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, model: &mut Model<D>) -> Result<()> {
     let mut used = Vec::new();
     let mut reader = Reader::default();
-    let fresh = checkpoint.drawn_head();
+    let (fresh, adapter) = (checkpoint.drawn_head(), checkpoint.adapter_head());
     for param in model.params_mut() {
         if let Some((name, seed)) = &fresh
             && param.name == *name
@@ -42,6 +42,13 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
             continue;
         }
         let name = found_name(checkpoint, weights, &param.stored.tensor);
+        if let Some(adapter) = adapter.filter(|_| param.name == checkpoint.score_name()) {
+            let mut head = Vec::new();
+            adapter.read_head(&mut head)?;
+            param.write(device, &head)?;
+            used.push(name);
+            continue;
+        }
         param.write(device, reader.read(weights, &name, param)?)?;
         used.push(name);
     }
@@ -59,8 +66,11 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
 impl Checkpoint {
     /// The weight that is drawn and not loaded, and its seed.
     pub fn drawn_head(&self) -> Option<(String, u64)> {
-        let name = || (self.architecture.naming)(&self.spec, Slot::Score, 0).name();
-        self.fresh_head.map(|seed| (name(), seed))
+        self.fresh_head.map(|seed| (self.score_name(), seed))
+    }
+
+    fn score_name(&self) -> String {
+        (self.architecture.naming)(&self.spec, Slot::Score, 0).name()
     }
 }
 
@@ -121,6 +131,8 @@ pub fn sources<'a, D: Device>(device: &'a D, params: &'a [&mut Param<D>]) -> Vec
                 return param.read(device, out);
             }
             let mut weight = Vec::new();
+            // What no part has is 0.
+            out.fill(0.0);
             parts.iter().try_for_each(|param| {
                 weight.resize(param.value.len(), 0.0);
                 param.read(device, &mut weight)?;

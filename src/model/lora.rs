@@ -33,8 +33,13 @@ impl Lora {
         let file = AdapterFile::open(dir)?;
         let targets = file.modules();
         let of = |module: &String| (file.rank(module), file.scaling(module));
-        let (rank, scale) = of(&targets[0]);
-        if let Some(other) = targets.iter().find(|module| of(module) != (rank, scale)) {
+        let (config, first) = (&file.config, of(&targets[0]));
+        let one = (config.lora_rank, config.default_scaling());
+        // Where a tensor holds several weights its rank is the sum of theirs, and the config's that of one.
+        let adds_up = |(rank, scale): (usize, f64)| rank.is_multiple_of(one.0) && same_scale(scale, one.1);
+        let is_one = targets.iter().map(of).all(adds_up);
+        let (rank, scale) = if is_one { one } else { first };
+        if let Some(other) = targets.iter().find(|module| !is_one && of(module) != first) {
             let detail = format!(
                 "{other} has rank {} and scale {}, {} has {rank} and {scale}; an adapter that trains has one of each",
                 file.rank(other),
@@ -58,27 +63,31 @@ impl Lora {
         self.targets.is_empty() || self.targets.iter().any(|target| names(target, module))
     }
 
-    /// Refuses targets that name nothing, and those that a checkpoint keeps together with others.
+    /// Refuses targets that name nothing.
     pub fn check<D: Device>(&self, model: &mut Model<D>) -> Result<()> {
         let layers: Vec<Stored> = model.linears_mut().map(|linear| linear.weight.stored.clone()).collect();
-        let known = endings(layers.iter().filter(|stored| stored.is_alone())).join(",");
-        let fail = |detail| Err(Error::option("--target-modules", detail));
-        if let Some(target) = self.targets.iter().find(|t| !layers.iter().any(|stored| names(t, module_of(stored)))) {
-            return fail(format!("{target} names no linear layer of this model; it has {known}"));
+        match self.targets.iter().find(|t| !layers.iter().any(|stored| names(t, module_of(stored)))) {
+            None => Ok(()),
+            Some(target) => {
+                let known = endings(layers.iter()).join(",");
+                let detail = format!("{target} names no linear layer of this model; it has {known}");
+                Err(Error::option("--target-modules", detail))
+            }
         }
-        if let Some(stored) = layers.iter().find(|stored| !stored.is_alone() && self.trains(module_of(stored))) {
-            let name = ending(stored);
-            return fail(format!(
-                "{name} holds queries, keys and values in one tensor, whose adapter would share its A; that is not trained yet: \
-                 give --target-modules {known}"
-            ));
-        }
-        Ok(())
     }
 
-    /// How PEFT writes it down; `base` is what it adapts.
+    /// How PEFT writes it down; `base` is what it adapts. Where a tensor holds several weights, its rank and alpha are the
+    /// sums of theirs, so that the scale stays.
     pub fn config(&self, base: &str, linears: &[&Stored]) -> AdapterConfig {
         let targets = if self.targets.is_empty() { endings(linears.iter().copied()) } else { self.targets.clone() };
+        let mut fused: Vec<(String, usize)> = Vec::new();
+        for stored in linears.iter().filter(|stored| !stored.is_alone()) {
+            let known = (ending(stored).to_string(), stored.parts());
+            if !fused.contains(&known) {
+                fused.push(known);
+            }
+        }
+        let alpha = |parts: usize| self.alpha * if self.rslora { (parts as f64).sqrt() } else { parts as f64 };
         AdapterConfig {
             lora_rank: self.rank,
             lora_alpha: self.alpha,
@@ -86,9 +95,16 @@ impl Lora {
             target_modules: targets,
             base_model: Some(base.to_string()),
             fan_in_fan_out: linears.iter().any(|stored| stored.is_transposed()),
+            rank_pattern: fused.iter().map(|(name, parts)| (name.clone(), parts * self.rank)).collect(),
+            alpha_pattern: fused.iter().map(|(name, parts)| (name.clone(), alpha(*parts))).collect(),
             ..AdapterConfig::default()
         }
     }
+}
+
+/// But for the rounding of an alpha that was written down.
+fn same_scale(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-12 * b.abs()
 }
 
 /// PEFT's rule: the whole name of a module, or the end of it that follows a dot.
@@ -183,7 +199,7 @@ impl<D: Device> LowRank<D> {
 
     pub fn trained(arena: &mut Arena<D>, weight: &Param<D>, lora: &Lora) -> Self {
         let module = module_of(&weight.stored);
-        let stored = [Stored::whole(a_name(module)), Stored::whole(b_name(module))];
+        let stored = weight.stored.adapter([a_name(module), b_name(module)], lora.rank);
         Self::new(arena, weight, stored, lora.rank, lora.scale() as f32, true)
     }
 
@@ -229,6 +245,45 @@ impl<D: Device> LowRank<D> {
         }
         self.a.write(device, &all_a)?;
         self.b.write(device, &all_b)
+    }
+
+    /// Starts as an adapter of the layer. Where the layer's tensor holds several weights, the adapter may be one that was
+    /// trained here, or have one A for all of them, which each then takes as its own.
+    fn start(&mut self, device: &D, weight: &Param<D>, dir: &Path, file: &AdapterFile) -> Result<()> {
+        let (module, rank) = (module_of(&weight.stored), self.rank());
+        let [outputs, inputs] = weight.matrix_shape();
+        let (mut all, mut own) = (Vec::new(), vec![0.0; rank * inputs]);
+        let [found, _] = file.read_a(module, &mut all)?;
+        if found == rank {
+            self.a.write(device, &all)?;
+            file.read_b(module, &mut all)?;
+            own.resize(outputs * rank, 0.0);
+            weight.stored.extract_outputs(&all, [outputs, rank], &mut own);
+            return self.b.write(device, &own);
+        }
+        let fail = |why: &str| {
+            let detail = format!(
+                "{module} has rank {found}, of which each of {} weights has {rank}, but {why}; apply it with --adapter and \
+                 train another on top",
+                weight.stored.parts()
+            );
+            Err(Error::file(dir, detail))
+        };
+        if found != rank * weight.stored.parts() {
+            return fail("the ranks do not add up");
+        }
+        self.a.stored.extract(&all, [rank, inputs], &mut own);
+        self.a.write(device, &own)?;
+        file.read_b(module, &mut all)?;
+        own.resize(outputs * rank, 0.0);
+        self.b.stored.extract(&all, [outputs, rank], &mut own);
+        let mut rows = vec![0.0; outputs * found];
+        weight.stored.extract_outputs(&all, [outputs, found], &mut rows);
+        let count = |values: &[f32]| values.iter().filter(|x| **x != 0.0).count();
+        if count(&rows) != count(&own) {
+            return fail("its B mixes them");
+        }
+        self.b.write(device, &own)
     }
 
     /// A as PEFT draws it (`kaiming_uniform_` with a = sqrt 5: uniform within 1 / sqrt(inputs)), B 0: nothing is added yet.
@@ -282,9 +337,11 @@ pub fn scratch<D: Device>(arena: &mut Arena<D>, rows: usize, rank: usize) -> Ten
 }
 
 impl<D: Device> Model<D> {
-    /// A and B of the adapter that trains, layer by layer; nothing where the weights train.
+    /// A and B of the adapter that trains, layer by layer, and before them the head of a reward model; nothing where the weights
+    /// train.
     pub fn adapter_mut(&mut self) -> Vec<&mut Param<D>> {
-        self.all_mut().filter(|param| param.adapter).collect()
+        let trains = self.linears_mut().any(|linear| linear.trained.is_some());
+        self.all_mut().filter(|param| trains && param.grad.is_some()).collect()
     }
 
     /// Everything that has a gradient, in a fixed order.
@@ -299,21 +356,22 @@ impl<D: Device> Model<D> {
 
     /// The adapter that trains before its first step: that of `start`, or drawn by the seed and the names of the layers.
     pub fn init_adapter(&mut self, device: &D, start: Option<&Path>, seed: u64) -> Result<()> {
-        let file = start.map(AdapterFile::open).transpose()?;
-        let mut values = Vec::new();
+        let file = start.map(|dir| Ok((dir, AdapterFile::open(dir)?))).transpose()?;
         for linear in self.linears_mut() {
             let Some(own) = &mut linear.trained else { continue };
-            let Some(file) = &file else {
-                own.init(device, seed)?;
-                continue;
-            };
-            let module = module_of(&linear.weight.stored);
-            file.read_a(module, &mut values)?;
-            own.a.write(device, &values)?;
-            file.read_b(module, &mut values)?;
-            own.b.write(device, &values)?;
+            match &file {
+                Some((dir, file)) => own.start(device, &linear.weight, dir, file)?,
+                None => own.init(device, seed)?,
+            }
         }
-        Ok(())
+        match (&file, &mut self.score) {
+            (Some((_, file)), Some(score)) if file.head().is_some() => {
+                let mut head = Vec::new();
+                file.read_head(&mut head)?;
+                score.write(device, &head)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The adapters that are applied.
@@ -328,6 +386,10 @@ impl<D: Device> Model<D> {
     pub fn adapter_config(&mut self, lora: &Lora, base: &str) -> AdapterConfig {
         let adapted = self.linears_mut().filter(|linear| linear.trained.is_some());
         let stored: Vec<&Stored> = adapted.map(|linear| &linear.weight.stored).collect();
-        lora.config(base, &stored)
+        let config = lora.config(base, &stored);
+        match self.score.is_some() {
+            true => AdapterConfig { has_head: true, task_type: Some("SEQ_CLS".into()), ..config },
+            false => config,
+        }
     }
 }

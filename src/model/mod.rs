@@ -97,6 +97,10 @@ impl<D: Device> Model<D> {
         let mut blocks: Vec<Block<D>> = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
         let norm = NormLayer::new(build, Slot::FinalNorm, 0, spec.hidden);
         let head = (spec.head == Head::Own).then(|| build.param(Slot::Head, 0, [spec.vocab, spec.hidden]));
+        if lora.is_some() {
+            // Beside an adapter the head of a reward model trains, and nothing else.
+            build.trained = &|_| true;
+        }
         let score = (spec.head == Head::Score).then(|| build.param(Slot::Score, 0, [1, spec.hidden]));
         let rope = match &spec.positions {
             Positions::Rope(rope) => Some(RopeTable::new(build.arena, rope, options.positions, spec.head_dim)),

@@ -50,7 +50,10 @@ pub fn save_model<B: Backend>(
     let source = &task.checkpoint.dir;
     if let Some(lora) = &task.lora {
         let config = policy.model.adapter_config(lora, &source.to_string_lossy());
-        peft::write(dir, &config, &sources(device, &policy.model.adapter_mut()))?;
+        let params = policy.model.adapter_mut();
+        let mut tensors = sources(device, &params);
+        tensors.iter_mut().for_each(|tensor| tensor.name = peft::saved_name(&tensor.name));
+        peft::write(dir, &config, &tensors)?;
         return copy_companions(source, dir);
     }
     let params = policy.model.params_mut();
@@ -145,8 +148,11 @@ pub fn load_state<B: Backend>(device: &B, policy: &mut Policy<B>, dir: &Path, dt
     let mut states = optimizer.states_mut();
     for param in trained(model, &mut policy.value) {
         // A value head is in no model's file.
-        let file = if param.name == VALUE_HEAD { &tensors } else { model_file };
-        param.write(device, reader.read(file, &param.stored.tensor, param)?)?;
+        let value = param.name == VALUE_HEAD;
+        let file = if value { &tensors } else { model_file };
+        let saved = &param.stored.tensor;
+        let saved = if adapter && !value { peft::saved_name(saved) } else { saved.clone() };
+        param.write(device, reader.read(file, &saved, param)?)?;
         let (name, shape) = (format!("{}.{MASTER}", param.name), param.shape());
         if let (true, Some(master)) = (param.lazy, &mut param.master) {
             values.resize(master.len(), 0.0);

@@ -130,8 +130,11 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
 
 /// The language model of the settings under its adapters.
 pub fn base(settings: &Settings) -> Result<Checkpoint> {
-    let adapters = settings.adapters.iter();
-    adapters.fold(Checkpoint::open(&settings.model), |base, (dir, weight)| base?.with_adapter(dir, *weight))
+    under_adapters(settings, Checkpoint::open(&settings.model)?)
+}
+
+fn under_adapters(settings: &Settings, model: Checkpoint) -> Result<Checkpoint> {
+    settings.adapters.iter().try_fold(model, |base, (dir, weight)| base.with_adapter(dir, *weight))
 }
 
 /// The same as it is before the first step.
@@ -142,17 +145,19 @@ pub fn start(settings: &Settings) -> Result<Checkpoint> {
     }
 }
 
-/// An adapter trains on a language model that is there, with a reference that stays where it is.
+/// An adapter trains on a model that is there, with a reference that stays where it is.
 fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
-    let (flag, detail) = if objective.needs().scores {
-        let name = objective.name();
-        ("--lora-rank", format!("{name} trains a new head besides, which no adapter holds; leave it out"))
+    let merges = settings.optimizer.build()?.merges();
+    let (flag, detail) = if merges && objective.needs().scores {
+        let (name, objective) = (&settings.optimizer.name, objective.name());
+        let why = format!("{objective} trains a head besides, of which no difference of adapters says anything");
+        ("--optimizer", format!("{name} merges with such a difference, and {why}; leave --lora-rank out"))
     } else if settings.init != Init::Checkpoint {
         (
             "--init",
             "an adapter is of no use without the random weights that it belongs to; leave --lora-rank out".into(),
         )
-    } else if settings.optimizer.build()?.merges() && settings.lora.as_ref().is_some_and(|lora| lora.start.is_none()) {
+    } else if merges && settings.lora.as_ref().is_some_and(|lora| lora.start.is_none()) {
         let name = &settings.optimizer.name;
         let why = "what fine-tuning added, and an adapter that starts anew was never fine-tuned";
         let how = "go on from an SFT adapter with --lora-start, or leave --lora-rank out";
@@ -167,9 +172,25 @@ fn check_lora(settings: &Settings, objective: &dyn Objective) -> Result<()> {
 
 /// What is trained: a language model, or one with a reward head where the objective is about scores.
 pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Result<Checkpoint> {
+    let scores = objective.needs().scores;
+    let asked = [
+        ("--samples", settings.samples.count),
+        ("--kl-samples", settings.kl_samples),
+        ("--eval-task", settings.eval_tasks.len()),
+    ];
+    for (flag, asked) in asked {
+        if scores && asked > 0 {
+            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
+            return Err(Error::option(flag, detail));
+        }
+    }
+    let open = || match scores {
+        true => Checkpoint::with_reward_head(&settings.model, settings.seed),
+        false => Checkpoint::open(&settings.model),
+    };
     if let Some(lora) = &settings.lora {
         check_lora(settings, objective)?;
-        let checkpoint = base(settings)?;
+        let checkpoint = under_adapters(settings, open()?)?;
         return lora.check(&mut checkpoint.dry()).map(|()| checkpoint);
     }
     if !settings.adapters.is_empty() || peft::is_adapter(&settings.model) {
@@ -177,21 +198,7 @@ pub fn policy_checkpoint(settings: &Settings, objective: &dyn Objective) -> Resu
                       --lora-rank, or fold it into a model first (cuvee merge adapters)";
         return Err(Error::option("--adapter", detail));
     }
-    if !objective.needs().scores {
-        return Checkpoint::open(&settings.model);
-    }
-    let asked = [
-        ("--samples", settings.samples.count),
-        ("--kl-samples", settings.kl_samples),
-        ("--eval-task", settings.eval_tasks.len()),
-    ];
-    for (flag, asked) in asked {
-        if asked > 0 {
-            let detail = format!("{} trains a reward model, which writes nothing; leave it out", objective.name());
-            return Err(Error::option(flag, detail));
-        }
-    }
-    Checkpoint::with_reward_head(&settings.model, settings.seed)
+    open()
 }
 
 impl Task {

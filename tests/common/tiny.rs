@@ -137,8 +137,7 @@ pub fn rewards(size: Size) -> Vec<Tiny> {
     size.models().into_iter().map(|(name, own)| open(size, name, merged(own, classifier(1)))).collect()
 }
 
-/// Every model under two adapters of other ranks, one of them negative, and with one that trains: of all linear layers, but
-/// those that a checkpoint fuses are only adapted, not trained.
+/// Every model under two adapters of other ranks, one of them negative, and with one that trains, of all linear layers.
 /// `share` of them is applied. All of it, 1, is as much as the weights themselves, and makes models in which rounding grows from
 /// layer to layer.
 pub fn adapted(size: Size, share: f64) -> Vec<Tiny> {
@@ -149,14 +148,9 @@ pub fn adapted(size: Size, share: f64) -> Vec<Tiny> {
             write_adapter(&checkpoint, &dir, rank, seed);
             checkpoint = checkpoint.with_adapter(&dir, share * weight).unwrap();
         }
-        let targets = match tiny.name {
-            "gpt2" => vec!["c_proj".to_string(), "c_fc".to_string()],
-            name if name.starts_with("neox") => ["dense", "dense_h_to_4h", "dense_4h_to_h"].map(String::from).into(),
-            _ => Vec::new(),
-        };
         Tiny {
             checkpoint,
-            lora: Some(Lora { rank: 2, alpha: share * 3.0, rslora: false, targets, start: None }),
+            lora: Some(Lora { rank: 2, alpha: share * 3.0, rslora: false, targets: Vec::new(), start: None }),
             ..tiny
         }
     };

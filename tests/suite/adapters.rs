@@ -114,6 +114,7 @@ fn deltas_are_added_to_the_base() {
             format!("merge adapters --adapter {adapter} --method delta --model {base} --output-dir whole-{base}");
         let told = w.ok(&line).stdout;
         assert!(told.contains("written as float32") && told.contains("rounding: 0.000 %"), "{told}");
+        assert!(told.contains("not compared: the base has no logits, or no tokenizer"), "{told}");
         let ours = Weights::open(&w.path(&format!("whole-{base}"))).unwrap();
         let theirs = Weights::open_file(&fixture(&format!("{adapter}_merged.safetensors"))).unwrap();
         assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>());
@@ -315,6 +316,8 @@ fn behaviour_is_compared_on_data() {
     };
     let (f32, bf16) = (differs("f32"), differs("bf16"));
     assert!(f32 < 1e-4 && bf16 > 10.0 * f32, "{f32} {bf16}");
+    let text = w.ok("merge adapters --adapter lora --method delta --model model --threads 1 --output-dir text").stdout;
+    assert!(text.contains("and in it, on a short text: log-probabilities of 1 completions differ by"), "{text}");
     for (line, message) in [
         (
             "merge extract --model policy --base-model model --rank 2 --max-length 8 --output-dir x",

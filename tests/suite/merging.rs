@@ -75,6 +75,8 @@ fn a_stopped_run_continues_to_the_same_bits() {
         ("rescaled", format!("--optimizer ondare {merging} --merge-rescale --merge-clip 0.5")),
         ("onties", format!("--optimizer onties {merging} --merge-every 4 --merge-schedule learning-rate")),
         ("onties-paper", format!("--optimizer onties {merging} --merge-form paper --merge-rescale")),
+        ("follows", format!("--optimizer ondare {merging} --merge-every 4 --ref-sync-steps 3 --ref-mixup 0.5")),
+        ("onties-follows", format!("--optimizer onties {merging} --ref-sync-steps 4")),
         ("child", "--optimizer child_tuning --reserve-rate 0.3".into()),
         ("ema", "--optimizer ema --ema-rate 0.01".into()),
         ("stochastic", "--stochastic-rounding".into()),
@@ -88,6 +90,38 @@ fn a_stopped_run_continues_to_the_same_bits() {
         for file in ["model.safetensors", "checkpoint-10/optimizer.safetensors"] {
             assert!(whole[file] == run[file], "{name}: {file}");
         }
+    }
+}
+
+/// A head that is drawn is merged with nothing: fine-tuning added nothing to it.
+#[test]
+fn a_reward_model_is_trained_by_merging() {
+    let w = workspace();
+    let line = TRAIN.replace("--objective sigmoid --beta 0.1", "--objective reward");
+    for optimizer in ["ondare --merge-every 4", "onties"] {
+        let name = optimizer.split(' ').next().unwrap();
+        let flags = format!("--optimizer {optimizer} --reserve-rate 0.3 --merge-weight 0.1 --base-model model");
+        w.ok(&format!("{line} {flags} --save-steps 10 --output-dir {name}"));
+        w.ok(&format!("{line} {flags} --stop-at-step 6 --output-dir {name}-run"));
+        w.ok(&format!("{line} {flags} --save-steps 10 --resume-from-checkpoint auto --output-dir {name}-run"));
+        assert_eq!(steps(&w, name), steps(&w, &format!("{name}-run")), "{name}");
+        let [whole, run] = [name.to_string(), format!("{name}-run")].map(|run| results(&w.path(&run)));
+        for file in ["model.safetensors", "checkpoint-10/optimizer.safetensors"] {
+            assert!(whole[file] == run[file], "{name}: {file}");
+        }
+        // Along tau_ref, unlike without merging.
+        w.ok(&format!("{line} --output-dir {name}-adam --adam-form hugging-face"));
+        let along = |run: &str| -> f64 {
+            let (after, before, base) = (weights(&w, run), weights(&w, "sft"), weights(&w, "model"));
+            let find = |of: &[(String, Vec<f32>)], name: &str| of.iter().find(|(n, _)| n == name).unwrap().1.clone();
+            let along = |name: &String| -> f64 {
+                let (after, before, base) = (find(&after, name), find(&before, name), find(&base, name));
+                let terms = after.iter().zip(&before).zip(&base).map(|((a, b), base)| f64::from((a - b) * (b - base)));
+                terms.sum()
+            };
+            before.iter().map(|(name, _)| name).filter(|name| after.iter().any(|(n, _)| n == *name)).map(along).sum()
+        };
+        assert!(along(name) > along(&format!("{name}-adam")), "{name}");
     }
 }
 

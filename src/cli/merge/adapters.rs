@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args, ValueEnum};
 
-use super::behaviour::{BehaviourArgs, compare};
+use super::behaviour::{BehaviourArgs, compare, compare_on_text};
 use super::out;
 use crate::checkpoint::hf::{copy_companions, write_config};
 use crate::checkpoint::json::read_json;
@@ -81,7 +81,7 @@ impl AdaptersArgs {
                 return Err(Error::option(format!("--{option}"), format!("does nothing without --method {name}")));
             }
         }
-        self.behaviour.check(flags, &["threads", "no_amx"])?;
+        self.behaviour.check(flags, &["threads", "no_amx"], self.method == How::Delta)?;
         if self.method == How::Delta && self.model.is_none() {
             return Err(Error::option("--model", "missing; --method delta adds the adapters to its weights"));
         }
@@ -179,6 +179,9 @@ fn modules(args: &AdaptersArgs, adapters: &[(AdapterFile, f64)]) -> Result<BTree
     let name = |i: usize| args.adapter[i].dir.display();
     let mut modules: BTreeMap<String, ([usize; 2], usize)> = BTreeMap::new();
     for (i, (file, _)) in adapters.iter().enumerate() {
+        if file.head().is_some() {
+            return fail(format!("{} has the head of a reward model besides, which is not merged", name(i)));
+        }
         for module in file.modules() {
             let shape = file.shape(&module);
             let (first, of) = *modules.entry(module.clone()).or_insert((shape, i));
@@ -296,23 +299,32 @@ fn delta(args: &AdaptersArgs, base: Base, adapters: &[(AdapterFile, f64)]) -> Re
         TensorSource { name: name.clone(), shape: shape.clone(), fill: Box::new(move |out| fill(&name, &shape, out)) }
     };
     let sources: Vec<TensorSource> = kept.iter().map(source).collect();
-    let (lineage, mut behaviour) = (args.lineage()?, None);
+    let (lineage, mut behaviour) = (args.lineage()?, String::new());
     write_dir(&args.output_dir, |dir| {
         save_safetensors(&dir.join("model.safetensors"), &sources, dtype)?;
         write_config(&base.dir, dir, dtype, None)?;
         copy_companions(&base.dir, dir)?;
-        if args.behaviour.dataset.is_some() {
-            let apply =
-                |checkpoint: Checkpoint, adapter: &AdapterArg| checkpoint.with_adapter(&adapter.dir, adapter.weight);
-            let beside = args.adapter.iter().try_fold(base.checkpoint.clone(), apply)?;
-            behaviour = compare(&args.behaviour, [&beside, &Checkpoint::open(dir)?])?;
-        }
+        behaviour = compare_with_adapters(args, &base, dir)?;
         lineage.write_as(&args.output_dir, dir)
     })?;
     drop(sources);
     progress.into_inner().finish();
-    let said = behaviour.map_or(String::new(), |found| found.text("adapters beside the base, and in it"));
-    print(&format!("{}{said}", rounding_report(args, &rounding.into_inner(), dtype)))
+    print(&format!("{}{behaviour}", rounding_report(args, &rounding.into_inner(), dtype)))
+}
+
+/// What the written model says, beside what the base says under the adapters: on the data set, or else on a short text.
+fn compare_with_adapters(args: &AdaptersArgs, base: &Base, written: &Path) -> Result<String> {
+    let has_data = args.behaviour.dataset.is_some();
+    if !has_data && (base.checkpoint.spec.head == Head::Score || !base.dir.join("tokenizer.json").exists()) {
+        return Ok("log-probabilities not compared: the base has no logits, or no tokenizer for a text\n".into());
+    }
+    let apply = |checkpoint: Checkpoint, adapter: &AdapterArg| checkpoint.with_adapter(&adapter.dir, adapter.weight);
+    let beside = args.adapter.iter().try_fold(base.checkpoint.clone(), apply)?;
+    let models = [&beside, &Checkpoint::open(written)?];
+    Ok(match compare(&args.behaviour, models)? {
+        Some(found) => found.text("adapters beside the base, and in it"),
+        None => compare_on_text(&args.behaviour, models)?.text("adapters beside the base, and in it, on a short text"),
+    })
 }
 
 fn rounding_report(args: &AdaptersArgs, rounding: &[(String, Rounding)], dtype: SaveDtype) -> String {

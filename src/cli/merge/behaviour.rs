@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::cli::args::{BatchingArgs, Dtype, EngineArgs, LimitArgs};
 use crate::cli::device::{self, Job};
 use crate::cli::{encode, logps, needs, packing};
-use crate::data::{Dataset, Tokenizer};
+use crate::data::{Dataset, EncodeOptions, Overflow, Tokenizer};
 use crate::error::Result;
 use crate::model::Checkpoint;
 use crate::ops::Backend;
@@ -27,9 +27,10 @@ pub struct BehaviourArgs {
 
 impl BehaviourArgs {
     /// What no single flag can know; `too` names options that only the comparison uses, where the command has no other use
-    /// for them.
-    pub fn check(&self, flags: &ArgMatches, too: &[&str]) -> Result<()> {
-        for option in ["max_length", "on_overflow", "device", "batch_invariant"].iter().chain(too) {
+    /// for them, and `always` says that models are compared without a data set, too.
+    pub fn check(&self, flags: &ArgMatches, too: &[&str], always: bool) -> Result<()> {
+        let of_device = ["device", "batch_invariant"].iter().chain(too).filter(|_| !always);
+        for option in ["max_length", "on_overflow"].iter().chain(of_device) {
             needs(flags, option, "dataset", "it is there to compare models on data")?;
         }
         self.limits.check(flags)?;
@@ -48,14 +49,27 @@ pub struct Behaviour {
     pub largest_token: f64,
 }
 
+/// What is scored where nobody gives a data set.
+const TEXT: &str = "The film was slow to begin with, but its last half hour is the best that I have seen in years.";
+
 /// Scores the data set with both models, one after the other; `None` where no data set was given.
 pub fn compare(args: &BehaviourArgs, models: [&Checkpoint; 2]) -> Result<Option<Behaviour>> {
     let Some(dataset) = &args.dataset else { return Ok(None) };
     let tokenizer = Tokenizer::load(&models[0].dir)?;
     let dataset = Dataset::load(dataset, &tokenizer, &encode(args.limits.max_length, args.limits.on_overflow))?;
     dataset.report().iter().for_each(say);
-    let job = Comparison { dataset: &dataset.not_empty()?, models };
-    device::run(&args.engine, Dtype::F32, None, job).map(Some)
+    on(args, &dataset.not_empty()?, models).map(Some)
+}
+
+/// The same on a short text, as far as 32 tokens of it.
+pub fn compare_on_text(args: &BehaviourArgs, models: [&Checkpoint; 2]) -> Result<Behaviour> {
+    let tokenizer = Tokenizer::load(&models[0].dir)?;
+    let options = EncodeOptions { max_length: Some(32), on_overflow: Overflow::Truncate };
+    on(args, &Dataset::of_text("a short text", TEXT, &tokenizer, &options)?, models)
+}
+
+fn on(args: &BehaviourArgs, dataset: &Dataset, models: [&Checkpoint; 2]) -> Result<Behaviour> {
+    device::run(&args.engine, Dtype::F32, None, Comparison { dataset, models })
 }
 
 struct Comparison<'a> {

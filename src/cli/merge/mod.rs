@@ -50,7 +50,7 @@ impl MergeArgs {
     pub fn check(&self, flags: &ArgMatches) -> Result<()> {
         match (&self.what, flags.subcommand()) {
             (Some(MergeWhat::Adapters(args)), Some((_, flags))) => args.check(flags),
-            (Some(MergeWhat::Extract(args)), Some((_, flags))) => args.behaviour.check(flags, &[]),
+            (Some(MergeWhat::Extract(args)), Some((_, flags))) => args.behaviour.check(flags, &[], false),
             (Some(_), _) => Ok(()),
             (None, _) => self.models.check(flags),
         }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::hf::RewardModel;
 use crate::checkpoint::json::read_json;
-use crate::checkpoint::peft::{self, AdapterFile};
+use crate::checkpoint::peft::{self, AdapterConfig, AdapterFile};
 use crate::data::{Read, Tokenizer};
 use crate::device::{DType, Dry};
 use crate::error::{Error, Result};
@@ -202,12 +202,37 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Under an adapter, of which `weight` times as much is applied, beside those that are there.
+    /// Under an adapter, of which `weight` times as much is applied, beside those that are there. One with the head of a reward
+    /// model replaces the head of one.
     pub fn with_adapter(mut self, dir: &Path, weight: f64) -> Result<Self> {
         let adapter = Adapter::open(dir, weight)?;
         adapter.check(&mut self.dry())?;
+        if let Some(inputs) = adapter.file.head() {
+            let fail = |detail: String| Err(Error::file(dir, detail));
+            if self.spec.head != Head::Score {
+                return fail(
+                    "has the head of a reward model, and a language model is wanted; `cuvee score --model` runs it"
+                        .into(),
+                );
+            }
+            if weight != 1.0 || self.adapter_head().is_some() {
+                return fail(
+                    "has the head of a reward model, which is neither scaled nor added to another's; give it alone"
+                        .into(),
+                );
+            }
+            if inputs != self.spec.hidden {
+                return fail(format!("has a head of {inputs} inputs, the base has {}", self.spec.hidden));
+            }
+            self.fresh_head = None;
+        }
         self.adapters.push(adapter);
         Ok(self)
+    }
+
+    /// The adapter that has the head of this reward model.
+    pub fn adapter_head(&self) -> Option<&AdapterFile> {
+        self.adapters.iter().map(|adapter| adapter.file.as_ref()).find(|file| file.head().is_some())
     }
 
     /// The model without memory, for names and shapes.
@@ -232,7 +257,7 @@ impl Checkpoint {
     /// transformers finds the end of a padded sequence by the `pad_token_id` of the model; a language model that becomes
     /// a reward model gets the one that TRL's RewardTrainer gives it.
     fn reward_pad(&self, tokenizer: &Tokenizer) -> Option<u32> {
-        if self.fresh_head.is_some() { tokenizer.pad() } else { self.pad }
+        if self.stored_head == Head::Score { self.pad } else { tokenizer.pad() }
     }
 
     /// Either kind.
@@ -252,9 +277,15 @@ impl Checkpoint {
 
     /// An adapter's folder in place of a model's: the base that it names, where that is a folder, under the adapter.
     fn under_adapter(dir: &Path) -> Result<Self> {
-        let named = AdapterFile::open(dir)?.config.base_model;
+        let AdapterConfig { base_model: named, has_head, .. } = AdapterFile::open(dir)?.config;
         match named.as_deref().map(Path::new).filter(|base| base.join("config.json").exists()) {
-            Some(base) => Self::read(base)?.with_adapter(dir, 1.0),
+            Some(base) => {
+                let mut base = Self::read(base)?;
+                if has_head {
+                    base.spec.head = Head::Score;
+                }
+                base.with_adapter(dir, 1.0)
+            }
             None => {
                 let base = named.unwrap_or("nothing".into());
                 let detail = format!(

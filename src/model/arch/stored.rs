@@ -15,11 +15,13 @@ pub struct Stored {
     /// Which of them this is.
     part: usize,
     run: usize,
+    /// Each part has columns of its own, too, and where its rows meet those of others there is 0.
+    diagonal: bool,
 }
 
 impl Stored {
     pub fn whole(tensor: String) -> Self {
-        Self { tensor, transposed: false, parts: &[""], part: 0, run: 1 }
+        Self { tensor, transposed: false, parts: &[""], part: 0, run: 1, diagonal: false }
     }
 
     pub fn transposed(self) -> Self {
@@ -30,6 +32,14 @@ impl Stored {
     pub fn part(self, parts: &'static [&'static str], part: usize, run: usize) -> Self {
         assert!(part < parts.len() && run > 0, "part {part} of {parts:?} in runs of {run}");
         Self { parts, part, run, ..self }
+    }
+
+    /// How tensors `a` and `b` keep an adapter of this weight: where it shares its tensor the A of the parts, `[rank, inputs]`,
+    /// lie below each other and the B, `[outputs, rank]`, on the diagonal, so that the one product of both tensors is every
+    /// part's own.
+    pub fn adapter(&self, [a, b]: [String; 2], rank: usize) -> [Self; 2] {
+        let part = |tensor| Self { tensor, transposed: false, ..self.clone() };
+        [Self { run: rank, ..part(a) }, Self { diagonal: true, ..part(b) }]
     }
 
     /// The weight's own name: the tensor's, with the part behind it where there are several.
@@ -50,6 +60,11 @@ impl Stored {
         self.parts.len() == 1
     }
 
+    /// How many weights share the tensor.
+    pub fn parts(&self) -> usize {
+        self.parts.len()
+    }
+
     /// The tensor is `[inputs, outputs]`.
     pub fn is_transposed(&self) -> bool {
         self.transposed
@@ -59,6 +74,9 @@ impl Stored {
     pub fn shape(&self, weight: &[usize]) -> Vec<usize> {
         let mut shape = weight.to_vec();
         shape[0] *= self.parts.len();
+        if self.diagonal {
+            shape[1] *= self.parts.len();
+        }
         if self.transposed {
             shape.reverse();
         }
@@ -86,10 +104,12 @@ impl Stored {
 
     /// (element of the weight, element of the tensor), all of them.
     fn elements(&self, [rows, cols]: [usize; 2]) -> impl Iterator<Item = (usize, usize)> {
-        let (row_stride, col_stride) = if self.transposed { (1, rows * self.parts.len()) } else { (cols, 1) };
-        let places = (0..rows).map(|row| (row / self.run * self.parts.len() + self.part) * self.run + row % self.run);
+        let parts = self.parts.len();
+        let (width, first) = if self.diagonal { (cols * parts, cols * self.part) } else { (cols, 0) };
+        let (row_stride, col_stride) = if self.transposed { (1, rows * parts) } else { (width, 1) };
+        let places = (0..rows).map(move |row| (row / self.run * parts + self.part) * self.run + row % self.run);
         let by_row = places.enumerate().flat_map(move |(row, place)| repeat_n((row, place), cols).zip(0..cols));
-        by_row.map(move |((row, place), col)| (row * cols + col, place * row_stride + col * col_stride))
+        by_row.map(move |((row, place), col)| (row * cols + col, place * row_stride + (first + col) * col_stride))
     }
 }
 
@@ -119,6 +139,33 @@ mod tests {
             stored.insert(&weight, [4, 1], &mut again);
         }
         assert_eq!(again, fused);
+    }
+
+    /// One tensor's product is that of each part.
+    #[test]
+    fn adapters_of_parts_are_one_of_the_tensor() {
+        let (rows, rank, inputs) = (4, 2, 3);
+        let (mut fused_a, mut fused_b) = (vec![0.0; 3 * rank * inputs], vec![0.0; 3 * rows * 3 * rank]);
+        let product = |b: &[f32], a: &[f32], rank: usize| -> Vec<f32> {
+            let cell = |i: usize| (0..rank).map(|k| b[i / inputs * rank + k] * a[k * inputs + i % inputs]).sum();
+            (0..b.len() / rank * inputs).map(cell).collect()
+        };
+        let mut expected = vec![0.0; 3 * rows * inputs];
+        for part in 0..3 {
+            let weight = Stored::whole("qkv".into()).part(&["q", "k", "v"], part, 2);
+            let [a, b] = weight.adapter(["A".into(), "B".into()], rank);
+            assert_eq!((a.shape(&[rank, inputs]), b.shape(&[rows, rank])), (vec![6, 3], vec![12, 6]));
+            assert_eq!((a.name(), b.name()), (weight.name().replace("qkv", "A"), weight.name().replace("qkv", "B")));
+            let own_a = numbers(10 * part..10 * part + rank * inputs);
+            let own_b = numbers(7 * part + 1..7 * part + 1 + rows * rank);
+            a.insert(&own_a, [rank, inputs], &mut fused_a);
+            b.insert(&own_b, [rows, rank], &mut fused_b);
+            weight.insert(&product(&own_b, &own_a, rank), [rows, inputs], &mut expected);
+            let mut again = vec![0.0; rows * rank];
+            b.extract(&fused_b, [rows, rank], &mut again);
+            assert_eq!(again, own_b);
+        }
+        assert_eq!(product(&fused_b, &fused_a, 3 * rank), expected);
     }
 
     /// `[inputs 2, outputs 3 * 3]`: columns 0..3 are q.
