@@ -121,7 +121,10 @@ impl Report {
             };
             vec![
                 format!("{} to {}", names[i], names[j]),
-                self.cosines.as_ref().map_or("-".into(), |cosines| format!("{:+.3}", cosines[i][j])),
+                match &self.cosines {
+                    Some(cosines) if cosines[i][j].is_finite() => format!("{:+.3}", cosines[i][j]),
+                    _ => "-".into(),
+                },
                 path.ends.map(step).join("; "),
                 (0..names.len()).map(barrier).collect::<Vec<_>>().join("; "),
                 path.nll_barrier().map_or("-".into(), |height| format!("{height:+.3}")),
@@ -149,9 +152,9 @@ impl Report {
             .flat_map(|blend| doubts(blend, &blends, &names).into_iter().map(|why| format!("{}: {why}", blend.name)))
             .collect();
         match (doubtful.len(), blends.len() - names.len().min(blends.len())) {
-            (0, between) => lines.push(format!("All {between} blends keep what their ingredients promise.")),
+            (0, between) => lines.push(format!("Blends that are not to be trusted: none of {between}.")),
             (_, between) => {
-                lines.push(format!("Of {between} blends, these are not to be trusted:"));
+                lines.push(format!("Blends that are not to be trusted, of {between}:"));
                 lines.extend(doubtful);
             }
         }

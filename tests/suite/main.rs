@@ -21,6 +21,7 @@ mod references;
 mod reward;
 mod rewards;
 mod rollout;
+mod soup;
 mod step;
 mod tasks;
 mod tiny;

@@ -125,7 +125,9 @@ impl BlendArgs {
             _ => {}
         }
         if let (false, Err(instead)) = (self.any_weights, check(&weights)) {
-            let typed: Vec<String> = names.iter().zip(instead).map(|(name, w)| format!("{name}={w:.6}")).collect();
+            // A weight of 0 is no ingredient.
+            let typed: Vec<String> =
+                names.iter().zip(instead).filter(|(_, w)| *w > 0.0).map(|(name, w)| format!("{name}={w:.6}")).collect();
             let total: f64 = weights.iter().sum();
             let wrong = match weights.iter().find(|w| **w < 0.0) {
                 Some(negative) => format!("{negative} is negative"),

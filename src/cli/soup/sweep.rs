@@ -33,8 +33,10 @@ policies, ...), and
   [[preference]]    name, prompt (the sentence that asks for it), opposite, reward (what it is measured by, and trained on
                     where there are no comparisons), comparisons (pairs to train on), options (a user's choices: 2), and
                     keys of `cuvee train` for its run alone; list two or more
-  [sweep]           prompts that every policy completes, texts for the loss beside, judgements of a judge, samples (4),
-                    max_new_tokens (48), seed (42), pairs (what the first counts: [0.25, 0.5, 0.75]), factor (true)
+  [sweep]           prompts that every policy completes, texts for the loss beside, samples (4), max_new_tokens (48),
+                    seed (42), pairs (what the first counts: [0.25, 0.5, 0.75]), factor (A and B averaged apart, too: true),
+                    judgements (lines of criterion, row, first and second policy, verdict: first, second or tie; a pair that
+                    is judged in both orders and differently is a tie; texts are in OUTPUT_DIR/policies/*/written.json)
   [p_morl]          also one policy for the mean of the rewards, all sentences in its prompts; keys of `cuvee train`
   [multitask_sft]   also one that imitates what each reward finds best of the base's answers; prompts (256), samples (8),
                     keys of `cuvee train`
@@ -196,7 +198,8 @@ impl Work<'_> {
         let mut plan = Plan::new(&experiment);
         plan.all()?;
         self.base(&experiment)?;
-        for one in self.policies()? {
+        let adapted = self.are_adapters(&plan, &experiment)?;
+        for one in self.policies(adapted)? {
             asked.push(self.measure(&mut plan, &experiment, one)?);
         }
         let blends = asked.iter().filter(|asked| matches!(asked.policy, Policy::Blend(..))).count();
@@ -268,8 +271,25 @@ impl Work<'_> {
         data::write_answers(&prompts, &answers, &self.data(MULTITASK))
     }
 
+    /// Whether preferences train adapters, all of them, or none.
+    fn are_adapters(&self, plan: &Plan, experiment: &Experiment) -> Result<bool> {
+        let names = self.recipe.names();
+        let is_one = |run: &&crate::cli::compare::Run| names.contains(&experiment.variants[run.variant].name.as_str());
+        let runs: Vec<_> = plan.runs.iter().filter(is_one).collect();
+        let adapted = runs.iter().filter(|run| run.logs != run.model).count();
+        match adapted {
+            0 => Ok(false),
+            n if n == runs.len() => Ok(true),
+            _ => {
+                let detail =
+                    "lora_rank: some preferences train adapters and some whole policies; give it to all, or to none";
+                Err(Error::file(&self.recipe.path, detail))
+            }
+        }
+    }
+
     /// Everything that completes the prompts.
-    fn policies(&self) -> Result<Vec<Asked>> {
+    fn policies(&self, adapted: bool) -> Result<Vec<Asked>> {
         let (recipe, names) = (self.recipe, self.recipe.names());
         let plain = &recipe.sweep.prompts;
         let mut asked = Vec::new();
@@ -280,7 +300,7 @@ impl Work<'_> {
         ask("base".into(), "base".into(), Policy::Base, plain);
         for weights in grid(names.len(), &recipe.sweep.pairs) {
             let name = label(&names, &weights);
-            if recipe.sweep.factor && recipe.top.contains_key("lora_rank") && is_even(&weights) {
+            if recipe.sweep.factor && adapted && is_even(&weights) {
                 ask(format!("factor {name}"), "factor".into(), Policy::Blend(weights.clone(), true), plain);
             }
             ask(name, "soup".into(), Policy::Blend(weights, false), plain);
@@ -296,14 +316,13 @@ impl Work<'_> {
             data::write_asking(plain, &preference.declared.prompt, &path)?;
             each.push((preference.declared.name.clone(), path));
         }
-        for (what, path) in &each {
-            if recipe.multitask.is_some() {
-                let name = format!("multitask-sft asked for {what}");
-                ask(name.clone(), name, Policy::Run("multitask-sft"), path);
-            }
-            if recipe.prompting {
-                let name = format!("prompting for {what}");
-                ask(name.clone(), name, Policy::Base, path);
+        let several =
+            [(recipe.multitask.is_some(), "multitask-sft asked for", true), (recipe.prompting, "prompting for", false)];
+        for (_, what, trained) in several.into_iter().filter(|(is, ..)| *is) {
+            for (sentence, path) in &each {
+                let name = format!("{what} {sentence}");
+                let policy = if trained { Policy::Run("multitask-sft") } else { Policy::Base };
+                ask(name.clone(), name, policy, path);
             }
         }
         Ok(asked)
@@ -326,6 +345,7 @@ impl Work<'_> {
             Policy::Run(name) => {
                 let run = run(name);
                 args.push(flag("model", &run.model));
+                parts.push(plan.jobs[run.job].key.clone());
                 needs.push(run.job);
             }
             Policy::Blend(weights, factor) => {
@@ -334,6 +354,8 @@ impl Work<'_> {
                 let mut of: Vec<OsString> = Vec::new();
                 for i in &counted {
                     let run = run(names[*i]);
+                    // What does not count may come and go.
+                    parts.push(format!("{} {} {factor}", plan.jobs[run.job].key, weights[*i]));
                     needs.push(run.job);
                     let (kind, folder) = match run.logs == run.model {
                         true => ("model", &run.model),
@@ -344,7 +366,6 @@ impl Work<'_> {
                         _ => flag(kind, Path::new(&format!("{}={}", folder.display(), weights[*i]))),
                     });
                 }
-                parts.push(format!("{weights:?} {factor}"));
                 let whole = of.iter().any(|flag| flag.to_string_lossy().starts_with("--model"));
                 if *factor || whole && counted.len() > 1 {
                     let blend = dir.join("blend");
@@ -358,7 +379,6 @@ impl Work<'_> {
             }
         }
         needs.sort_unstable();
-        parts.extend(needs.iter().map(|need| plan.jobs[*need].key.clone()));
         args.push(flag("prompts", &asked.prompts));
         if asked.name != ANSWERS {
             args.push(flag("plain-prompts", &sweep.prompts));
@@ -498,5 +518,26 @@ impl<'s> device::Job for Scoring<'s> {
             all.push((0..samples.len()).map(|s| self.rewards.sum(scores.iter().map(|of| of[s]))).collect());
         }
         Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipes_we_ship_can_be_swept() {
+        for (name, runs, policies) in [("three", 5, 30), ("four", 4, 51)] {
+            let recipe = PathBuf::from(format!("{}/recipes/soups/{name}.toml", env!("CARGO_MANIFEST_DIR")));
+            let engine = EngineArgs { threads: None, device: Device::Auto, no_amx: false, batch_invariant: false };
+            let args = SweepArgs { recipe, output_dir: None, jobs: 1, json: false, engine };
+            let recipe = Recipe::read(&args.recipe).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let work = Work { args: &args, recipe: &recipe, output_dir: folder.path().to_path_buf() };
+            let experiment = work.experiment(true).unwrap();
+            assert_eq!(experiment.variants.len(), runs, "{name}");
+            assert!(experiment.output_dir.ends_with("runs/soups"));
+            assert_eq!(work.policies(true).unwrap().len(), policies, "{name}");
+        }
     }
 }
