@@ -19,6 +19,7 @@ pub mod references;
 pub mod rewards;
 pub mod rollout;
 pub mod serve;
+pub mod soup;
 pub mod tasks;
 pub mod train;
 

@@ -45,6 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("lab", &["ops", "objectives", "checkpoint", "progress", "train"]),
+    ("soup", &["device", "data", "checkpoint", "merge", "rewards", "train", "lab"]),
 ];
 /// Files of `src/` that stand above the modules.
 const ROOTS: &[&str] = &["lib", "main", "cli"];

@@ -16,6 +16,7 @@ use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::rollouts::RolloutArgs;
 use super::serve::ServeArgs;
+use super::soup::SoupArgs;
 use super::tasks::{TaskArg, TaskArgs};
 use super::{flags, needs, recipe};
 use crate::device::DType;
@@ -71,6 +72,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
     Merge(MergeArgs),
+    /// Blend policies of one base with any weights: write a blend, sweep over all of them, find a user's weights
+    Soup(SoupArgs),
     /// Show where a model comes from: what made it, of which parents and data, under which licences
     Lineage(LineageArgs),
 }

@@ -21,6 +21,7 @@ mod references;
 mod rollouts;
 mod score;
 mod serve;
+mod soup;
 mod tasks;
 mod train;
 
@@ -100,6 +101,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Soup(args) => soup::run(&args),
         Command::Lineage(args) => lineage::run(&args),
     };
     match result {
@@ -165,6 +167,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Serve(args) => args.check().and(args.engine.check())?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
+        Command::Soup(args) => args.check(flags)?,
         Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
     }
     Ok(cli)

@@ -22,6 +22,7 @@ mod reward;
 mod rewards;
 mod rollout;
 mod serve;
+mod soup;
 mod step;
 mod tasks;
 mod tiny;
