@@ -109,7 +109,7 @@ impl Server {
 
     fn send(&self, head: &str, body: &[u8]) -> TcpStream {
         let mut stream = self.connect();
-        let head = format!("{head}\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+        let head = format!("{head}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
         stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
         stream
     }
@@ -400,8 +400,10 @@ fn bad_requests_are_told_what_is_wrong_and_harm_nobody() {
     read(server.send(json, b"\xff\xfe")).refused(400, "", "not JSON");
     read(server.send("POST /v1/completions HTTP/1.1", b"{}")).refused(415, "", "application/json");
     let mut huge = server.connect();
-    huge.write_all(format!("{json}\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n").as_bytes())
-        .unwrap();
+    huge.write_all(
+        format!("{json}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n").as_bytes(),
+    )
+    .unwrap();
     let sent = (0..1000).try_for_each(|_| huge.write_all(&[b' '; 4096]));
     // It may hang up on who keeps sending; if it says why, it says so.
     let mut said = String::new();
@@ -410,6 +412,9 @@ fn bad_requests_are_told_what_is_wrong_and_harm_nobody() {
     } else {
         assert!(sent.is_err() || said.is_empty());
     }
+    let mut foreign = server.connect();
+    foreign.write_all(b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n").unwrap();
+    read(foreign).refused(403, "", "answers to localhost only");
     let mut nonsense = server.connect();
     nonsense.write_all(b"\x16\x03\x01\x02\x00 what\r\n\r\n").unwrap();
     assert!(read(nonsense).status == 400);
@@ -450,7 +455,7 @@ fn slow_and_dead_clients_hold_nothing() {
     half.write_all(b"POST /v1/comp").unwrap();
     let mut body = server.connect();
     body.write_all(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
     )
     .unwrap();
     let silent = server.connect();
@@ -477,7 +482,7 @@ fn slow_and_dead_clients_hold_nothing() {
     let held: Vec<TcpStream> = (0..8).map(|_| server.connect()).collect();
     wait_for("they are there", || {
         let mut stream = server.connect();
-        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let mut said = String::new();
         let _ = stream.read_to_string(&mut said);
         said.starts_with("HTTP/1.1 503")
@@ -485,7 +490,7 @@ fn slow_and_dead_clients_hold_nothing() {
     drop(held);
     wait_for("there is room again", || {
         let mut stream = server.connect();
-        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let mut said = String::new();
         stream.read_to_string(&mut said).is_ok() && said.starts_with("HTTP/1.1 200")
     });
