@@ -226,7 +226,7 @@ impl App {
                 // Without a new token the prompt would not run.
                 max_new_tokens: wanted.max_new_tokens.max(1),
                 sampling: wanted.sampling,
-                eos: self.tokenizer.stops().to_vec(),
+                eos: if wanted.ignore_eos { Vec::new() } else { self.tokenizer.stops().to_vec() },
                 stop: wanted.stop.clone(),
                 blend: wanted.blend.clone(),
                 alternatives: wanted.logprobs.unwrap_or(0),

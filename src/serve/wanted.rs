@@ -1,5 +1,5 @@
 //! What a request wants: OpenAI's fields of completions and chats, vLLM's of sampling (`top_k`, `min_p`,
-//! `repetition_penalty`) and `soup`.
+//! `repetition_penalty`, `ignore_eos`) and `soup`.
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
@@ -52,6 +52,8 @@ pub struct Wanted {
     pub max_new_tokens: usize,
     pub sampling: Sampling,
     pub stop: Vec<String>,
+    /// No end-of-text token ends a completion.
+    pub ignore_eos: bool,
     /// Log-probabilities of tokens, with so many alternatives.
     pub logprobs: Option<usize>,
     /// The prompt comes back before its completion.
@@ -151,6 +153,7 @@ impl Reader<'_> {
             max_new_tokens: 0,
             sampling,
             stop: fields.strings("stop", STOPS[0], STOPS[1])?,
+            ignore_eos: fields.switch("ignore_eos")?,
             logprobs: None,
             echo: false,
             stream,

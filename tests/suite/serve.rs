@@ -469,7 +469,7 @@ fn slow_and_dead_clients_hold_nothing() {
     // Who leaves in the middle frees its place, streaming or not.
     for stream in [true, false] {
         let before = server.metric("cuvee_abandoned_total");
-        let asked = json!({"prompt": "The film", "max_tokens": 2000, "temperature": 1, "stream": stream, "n": 4});
+        let asked = json!({"prompt": "The film", "max_tokens": 2000, "ignore_eos": true, "stream": stream, "n": 4});
         let client = server.post_stream("/v1/completions", &asked);
         wait_for("it runs", || server.metric("cuvee_running") > 0.0);
         drop(client);
@@ -505,17 +505,15 @@ fn read_some(mut stream: TcpStream, status: &str) {
 #[test]
 fn a_full_queue_says_so() {
     let server = Server::start(&["--max-running", "1", "--max-queue", "1"]);
-    let long = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "stop": ["\u{1f600}"]});
-    let held: Vec<TcpStream> = (0..2).map(|_| server.post_stream("/v1/completions", &long)).collect();
-    wait_for("it is full", || {
-        let answer = server.complete(json!({"prompt": "A", "max_tokens": 1}));
-        if answer.status == 429 {
-            answer.refused(429, "", "ask again");
-            assert_eq!(answer.headers["retry-after"], "1");
-        }
-        answer.status == 429
-    });
-    drop(held);
+    let long = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "ignore_eos": true});
+    let runs = server.post_stream("/v1/completions", &long);
+    wait_for("one runs", || server.metric("cuvee_running") == 1.0);
+    let waits = server.post_stream("/v1/completions", &long);
+    wait_for("one waits", || server.metric("cuvee_waiting") == 1.0);
+    let answer = server.complete(json!({"prompt": "A", "max_tokens": 1}));
+    answer.refused(429, "", "ask again");
+    assert_eq!(answer.headers["retry-after"], "1");
+    drop([runs, waits]);
     wait_for("it is free", || server.complete(json!({"prompt": "A", "max_tokens": 1})).status == 200);
 }
 
@@ -560,7 +558,7 @@ fn sixty_four_clients_get_what_each_gets_alone() {
 #[test]
 fn it_finishes_what_runs_when_asked_to_stop() {
     let mut server = Server::start(&[]);
-    let asked = json!({"prompt": "The film", "max_tokens": 300, "stream": true, "stop": ["\u{1f600}"]});
+    let asked = json!({"prompt": "The film", "max_tokens": 300, "stream": true, "ignore_eos": true});
     let client = server.post_stream("/v1/completions", &asked);
     wait_for("it runs", || server.metric("cuvee_running") > 0.0);
     server.signal(libc::SIGTERM);
@@ -574,7 +572,7 @@ fn it_finishes_what_runs_when_asked_to_stop() {
 fn a_killed_server_leaves_whole_lines_and_starts_again() {
     let mut server = Server::start(&["--audit-log", "audit.jsonl"]);
     server.complete(json!({"prompt": "A", "max_tokens": 2})).ok();
-    let asked = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "stop": ["\u{1f600}"]});
+    let asked = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "ignore_eos": true});
     let mut client = server.post_stream("/v1/completions", &asked);
     let mut some = [0; 400];
     client.read_exact(&mut some).unwrap();

@@ -2,7 +2,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::{Backward, Blend, Forward, LowRank};
+use super::{Backward, Blend, Dims, Forward, LowRank};
 use crate::device::{Cpu, Scratch};
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start, gemm};
@@ -13,6 +13,9 @@ const ROWS: usize = 512;
 /// Rows, and elements, of one task of the elementwise passes.
 const ROWS_PER_TASK: usize = 32;
 const PER_TASK: usize = 1 << 14;
+
+/// Multiply-adds up to which a whole forward pass is one parallel section: the few rows of decoding.
+const ONE_SECTION: usize = 1 << 22;
 
 thread_local! {
     static PRODUCT: RefCell<Scratch> = RefCell::default();
@@ -39,27 +42,36 @@ fn blend_by(cpu: &Cpu, Blend { weights, owner }: Blend<Cpu>, rank: usize, t: &mu
     });
 }
 
+fn forward(cpu: &Cpu, a: Forward<Cpu>, d: Dims) {
+    let (t, y) = (a.scratch.into_f32s(), a.y.into_f32s());
+    let (x, down) = (Operand::new(a.x.f32s(), d.inputs), Operand::transposed(a.a.f32s(), d.inputs));
+    gemm(cpu, [d.rows, d.rank, d.inputs], x, down, t, Start::Zero);
+    scale_by(cpu, a.scale, t);
+    if let Some(blend) = a.blend {
+        blend_by(cpu, blend, d.rank, t);
+    }
+    // The product is summed first: adding it to a large residual term by term would lose its low bits.
+    let mut scratch = PRODUCT.take();
+    for (t, y) in t.chunks(ROWS * d.rank.max(1)).zip(y.chunks_mut(ROWS * d.outputs.max(1))) {
+        let product = &mut scratch.grown(y.len())[..y.len()];
+        let up = Operand::transposed(a.b.f32s(), d.rank);
+        gemm(cpu, [y.len() / d.outputs, d.outputs, d.rank], Operand::new(t, d.rank), up, product, Start::Zero);
+        let chunk = ROWS_PER_TASK * d.outputs;
+        let tasks = y.par_chunks_mut(chunk).zip(product.par_chunks(chunk));
+        cpu.run(|| tasks.for_each(|(y, product)| add(cpu.isa(), product, y)));
+    }
+    PRODUCT.set(scratch);
+}
+
 impl LowRank for Cpu {
     fn low_rank(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        let (t, y) = (a.scratch.into_f32s(), a.y.into_f32s());
-        let (x, down) = (Operand::new(a.x.f32s(), d.inputs), Operand::transposed(a.a.f32s(), d.inputs));
-        gemm(self, [d.rows, d.rank, d.inputs], x, down, t, Start::Zero);
-        scale_by(self, a.scale, t);
-        if let Some(blend) = a.blend {
-            blend_by(self, blend, d.rank, t);
+        if d.rows * d.rank * (d.inputs + d.outputs) > ONE_SECTION {
+            forward(self, a, d);
+        } else {
+            // Each section of its own would cost more than what it computes.
+            self.run(|| forward(self, a, d));
         }
-        // The product is summed first: adding it to a large residual term by term would lose its low bits.
-        let mut scratch = PRODUCT.take();
-        for (t, y) in t.chunks(ROWS * d.rank.max(1)).zip(y.chunks_mut(ROWS * d.outputs.max(1))) {
-            let product = &mut scratch.grown(y.len())[..y.len()];
-            let up = Operand::transposed(a.b.f32s(), d.rank);
-            gemm(self, [y.len() / d.outputs, d.outputs, d.rank], Operand::new(t, d.rank), up, product, Start::Zero);
-            let chunk = ROWS_PER_TASK * d.outputs;
-            let tasks = y.par_chunks_mut(chunk).zip(product.par_chunks(chunk));
-            self.run(|| tasks.for_each(|(y, product)| add(self.isa(), product, y)));
-        }
-        PRODUCT.set(scratch);
         Ok(())
     }
 
