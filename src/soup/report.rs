@@ -252,7 +252,10 @@ impl Report {
         let pairs = (0..names.len()).flat_map(|i| (i + 1..names.len()).map(move |j| (i, j)));
         let panel = |(i, j): (usize, usize)| {
             let place = |arm: &&Measured| arm.reward(i).mean.is_finite() && arm.reward(j).mean.is_finite();
-            let arms: Vec<&Measured> = self.arms.iter().filter(place).collect();
+            let mut arms: Vec<&Measured> = self.arms.iter().filter(place).collect();
+            // Along the edge between the two, so that its line is the path.
+            let share = |arm: &Measured| arm.weights.as_ref().map_or(0.0, |weights| weights[j]);
+            arms.sort_by(|a, b| share(a).total_cmp(&share(b)));
             let on = front(&arms.iter().map(|a| vec![a.reward(i).mean, a.reward(j).mean]).collect::<Vec<_>>());
             let dot = |(arm, on_front): (&&Measured, bool)| {
                 let (x, y) = (arm.reward(i), arm.reward(j));
@@ -260,16 +263,15 @@ impl Report {
                 let edge = |weights: &Vec<f64>| super::support(weights).iter().all(|k| [i, j].contains(k));
                 let (method, label) = match &arm.weights {
                     Some(weights) if edge(weights) => {
-                        (format!("soup of {} and {}", names[i], names[j]), label(&short, weights))
+                        let alone = (weights[i] == 1.0).then_some(i).or((weights[j] == 1.0).then_some(j));
+                        let label = alone.map_or_else(|| label(&short, weights), |k| names[k].clone());
+                        (format!("soup of {} and {}", names[i], names[j]), label)
                     }
                     Some(_) => ("soup with others".into(), String::new()),
                     None => (arm.method.clone(), String::new()),
                 };
                 Dot { method, label, at: (x.mean, y.mean), spread: (x.stderr, y.stderr), on_front }
             };
-            let mut dots: Vec<Dot> = arms.iter().zip(on).map(dot).collect();
-            // Along the edge, so that its line is the path.
-            dots.sort_by(|a, b| a.method.cmp(&b.method).then(a.at.0.total_cmp(&b.at.0)));
             Scatter {
                 title: format!("{} and {}", names[i], names[j]),
                 x_label: names[i].clone(),
@@ -277,7 +279,7 @@ impl Report {
                 x_down: false,
                 y_down: false,
                 baseline: "base".into(),
-                dots,
+                dots: arms.iter().zip(on).map(dot).collect(),
             }
         };
         stacked_svg(&pairs.map(panel).collect::<Vec<_>>())
