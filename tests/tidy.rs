@@ -21,6 +21,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["params", "device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
+    ("serve", &["device", "ops", "model", "data", "rollout", "lineage", "progress"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
     ("rewards", &["device", "ops", "model", "data", "progress"]),
     ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references", "progress"]),

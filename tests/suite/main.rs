@@ -21,6 +21,7 @@ mod references;
 mod reward;
 mod rewards;
 mod rollout;
+mod serve;
 mod soup;
 mod step;
 mod tasks;
