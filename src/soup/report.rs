@@ -251,16 +251,20 @@ impl Report {
         let short: Vec<&str> = names.iter().map(String::as_str).collect();
         let pairs = (0..names.len()).flat_map(|i| (i + 1..names.len()).map(move |j| (i, j)));
         let panel = |(i, j): (usize, usize)| {
-            let place = |arm: &&Measured| arm.reward(i).mean.is_finite() && arm.reward(j).mean.is_finite();
-            let mut arms: Vec<&Measured> = self.arms.iter().filter(place).collect();
-            // Along the edge between the two, so that its line is the path.
-            let share = |arm: &Measured| arm.weights.as_ref().map_or(0.0, |weights| weights[j]);
-            arms.sort_by(|a, b| share(a).total_cmp(&share(b)));
+            let known = |arm: &&Measured| arm.reward(i).mean.is_finite() && arm.reward(j).mean.is_finite();
+            let mut arms: Vec<&Measured> = self.arms.iter().filter(known).collect();
+            let edge = |weights: &Vec<f64>| super::support(weights).iter().all(|k| [i, j].contains(k));
+            // Along the edge between the two, so that its line is the path; the same order in every panel.
+            let place = |arm: &Measured| match &arm.weights {
+                Some(weights) if edge(weights) => (0, weights[j]),
+                Some(_) => (1, 0.0),
+                None => (2, 0.0),
+            };
+            arms.sort_by(|a, b| place(a).partial_cmp(&place(b)).expect("weights are numbers"));
             let on = front(&arms.iter().map(|a| vec![a.reward(i).mean, a.reward(j).mean]).collect::<Vec<_>>());
             let dot = |(arm, on_front): (&&Measured, bool)| {
                 let (x, y) = (arm.reward(i), arm.reward(j));
-                // A line through all blends would mean nothing; what lies on the edge between the two is one path.
-                let edge = |weights: &Vec<f64>| super::support(weights).iter().all(|k| [i, j].contains(k));
+                // A line through all blends would mean nothing; what lies on the edge is one path.
                 let (method, label) = match &arm.weights {
                     Some(weights) if edge(weights) => {
                         let alone = (weights[i] == 1.0).then_some(i).or((weights[j] == 1.0).then_some(j));
