@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("params", &[]),
     ("device", &[]),
     ("data", &[]),
+    ("scaling", &["device"]),
     ("objectives", &["params"]),
     ("checkpoint", &[]),
     ("lineage", &["checkpoint"]),
@@ -41,9 +42,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "progress",
             "machine",
             "lineage",
+            "scaling",
         ],
     ),
-    ("lab", &["ops", "objectives", "checkpoint", "progress", "train"]),
+    ("lab", &["device", "ops", "objectives", "checkpoint", "progress", "scaling", "train"]),
 ];
 /// Files of `src/` that stand above the modules.
 const ROOTS: &[&str] = &["lib", "main", "cli"];

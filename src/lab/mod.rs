@@ -1,12 +1,19 @@
 //! Experiments: many runs of one recipe, and what they come to.
 
 mod compare;
+mod fit;
+mod hump;
 mod jobs;
 mod report;
 mod scatter;
 mod table;
+pub mod toy;
 
 pub use compare::{Comparison, Pairs, compare};
+pub use fit::{
+    COLUMNS, Fitted, FittedGroup, Keys, Measurement, cells, fit_groups, fit_json, read_measurements, remarks,
+};
+pub use hump::{Dot, Group, Hump, hump_svg};
 pub use jobs::{Job, Makes, Outcome, Runner, Step};
 pub use report::{Arm, Axes, Measured, Metrics, Report};
 pub use table::Table;

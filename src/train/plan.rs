@@ -213,18 +213,30 @@ struct FreshWork<'a> {
     longest: usize,
     prompts: Vec<drift::Prompt<'a>>,
     references: &'a [FreshReference],
+    /// What judges them.
+    gold: Option<&'a Rewards>,
 }
 
 impl<'a> FreshWork<'a> {
     fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
         let prompts = drift::prompts(task, settings.kl_samples);
         let longest = prompts.iter().map(|prompt| prompt.ids.len()).max()? + settings.samples.max_new_tokens;
-        Some(Self { samples: settings.kl_samples, longest, prompts, references: &task.fresh })
+        let (references, gold) = (&task.fresh[..], task.gold.as_ref());
+        Some(Self { samples: settings.kl_samples, longest, prompts, references, gold })
     }
 
     fn largest(&self, packing: Packing) -> Extent {
         drift::largest(packing, self.samples, self.longest)
     }
+}
+
+/// Adds the phase in which completions are judged, and what judges them to all that follow the loading.
+fn judging(rewards: &Rewards, storage: DType, largest: &Extent, mut alone: Phase, phases: &mut Vec<Phase>) {
+    let judges = rewards.plan(storage, largest);
+    let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
+    with_judges.for_each(|phase| phase.weights += judges.resident);
+    (alone.weights, alone.activations) = (alone.weights + judges.resident, judges.judging);
+    phases.push(alone);
 }
 
 impl<'a> Scoring<'a> {
@@ -371,6 +383,10 @@ impl<'a> Workload<'a> {
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
             }
         }
+        let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
+        if let Some((gold, largest)) = judged {
+            judging(gold, storage, &largest, phase("reward", working, &[run]), &mut phases);
+        }
         self.rollout_phases(settings, (run, working), &phase, &mut phases);
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
@@ -406,12 +422,7 @@ impl<'a> Workload<'a> {
         let host = self.host.generating(&self.checkpoint.spec, rank, &requests);
         phases.push(phase("rollout", working.max(host), &[run, decoding]));
         let largest = online::largest(settings.packing, work.stand_ins, settings.batch_size);
-        let judges = work.rewards.plan(storage, &largest);
-        let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
-        with_judges.for_each(|phase| phase.weights += judges.resident);
-        let mut judging = phase("reward", working, &[run]);
-        (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
-        phases.push(judging);
+        judging(work.rewards, storage, &largest, phase("reward", working, &[run]), phases);
         for reference in work.references.iter().filter(|reference| !reference.is_policy) {
             phases.push(phase("ask", working, &[run, reference.asked(largest).plan(storage)]));
         }

@@ -1,4 +1,5 @@
 mod adapters;
+mod alarm;
 mod anomalies;
 mod cache;
 mod cli;
