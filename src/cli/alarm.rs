@@ -13,7 +13,8 @@ use crate::train::{self, Alarm};
 #[command(next_help_heading = "Over-optimisation")]
 pub struct AlarmArgs {
     /// Let every evaluation judge its --kl-samples completions by this, times F, which nothing is trained on: what they are really
-    /// worth. A reward model's folder, or a TOML file of rules, as of --reward; repeat the flag for several
+    /// worth. A reward model's folder, fluency:DIR of a language model, or a TOML file of rules, as of --reward; repeat the
+    /// flag for several
     #[arg(long, value_name = "WHAT[=F]", value_parser = RewardSpec::parse)]
     pub gold_reward: Vec<RewardSpec>,
     /// Raise an alarm where KL from the first reference is above this, nats a completion

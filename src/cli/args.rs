@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use super::adapters::{AdapterArgs, LoraArgs};
 use super::alarm::AlarmArgs;
 use super::compare::{Compare, Grid, grid, only_here};
-use super::lab::LabArgs;
+use super::lab::{LabArgs, WatchArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
@@ -74,6 +74,8 @@ pub enum Command {
     Lineage(LineageArgs),
     /// Find where alignment starts to hurt: toys, fits of the gold reward over distance, sweeps and their report
     Lab(LabArgs),
+    /// Render the report of a sweep again and again while it runs
+    Watch(WatchArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]

@@ -102,6 +102,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Lineage(args) => lineage::run(&args),
         Command::Lab(args) => lab::run(&args),
+        Command::Watch(args) => lab::watch(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -165,7 +166,12 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Generate(args) => args.check()?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) | Command::Lab(_) => {}
+        Command::Doctor(_)
+        | Command::List(_)
+        | Command::Cache(_)
+        | Command::Lineage(_)
+        | Command::Lab(_)
+        | Command::Watch(_) => {}
     }
     Ok(cli)
 }

@@ -57,9 +57,10 @@ pub fn hump_svg(figure: &Hump) -> String {
     if dots().next().is_none() {
         return svg + &text("none", (WIDTH / 2.0, HEIGHT / 2.0), "middle", 12, "no data") + "</svg>\n";
     }
-    let x = Axis::new(std::iter::once(0.0).chain(dots().map(|dot| dot.d)).collect::<Vec<_>>().into_iter());
-    let (low, high) = dots()
-        .fold((0.0_f64, 0.0_f64), |(low, high), dot| (low.min(dot.gold - dot.stderr), high.max(dot.gold + dot.stderr)));
+    let x = Axis::new(with_zero(dots().map(|dot| dot.d).collect()).into_iter());
+    let reach = with_zero(dots().flat_map(|dot| [dot.gold - dot.stderr, dot.gold + dot.stderr]).collect());
+    let (low, high) =
+        reach.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), y| (low.min(*y), high.max(*y)));
     let room = BEYOND * (high - low);
     let inside = |y: f64| y.clamp(low - room, high + room);
     let curve = |group: &Group, of: &dyn Fn(&Fit, f64) -> f64| -> Vec<(f64, f64)> {
@@ -94,6 +95,17 @@ pub fn hump_svg(figure: &Hump) -> String {
     svg + "</svg>\n"
 }
 
+/// And 0, where it is not far from them.
+fn with_zero(mut values: Vec<f64>) -> Vec<f64> {
+    let (low, high) =
+        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(*x), high.max(*x)));
+    if low < 0.5 * high {
+        values.push(0.0);
+    }
+    values
+}
+
+/// The value at this share of an axis.
 fn y_end(y: &Axis, share: f64) -> f64 {
     let (first, last) = (y.share(0.0), y.share(1.0));
     (share - first) / (last - first)

@@ -4,6 +4,8 @@ mod compare;
 mod fit;
 mod hump;
 mod jobs;
+mod overopt;
+mod page;
 mod report;
 mod scatter;
 mod table;
@@ -15,5 +17,7 @@ pub use fit::{
 };
 pub use hump::{Dot, Group, Hump, hump_svg};
 pub use jobs::{Job, Makes, Outcome, Runner, Step};
+pub use overopt::{Cell, Overopt, Plan as SweepPlan};
+pub use page::{PAGE, write_report};
 pub use report::{Arm, Axes, Measured, Metrics, Report};
 pub use table::Table;

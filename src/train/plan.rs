@@ -383,10 +383,6 @@ impl<'a> Workload<'a> {
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
             }
         }
-        let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
-        if let Some((gold, largest)) = judged {
-            judging(gold, storage, &largest, phase("reward", working, &[run]), &mut phases);
-        }
         self.rollout_phases(settings, (run, working), &phase, &mut phases);
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
@@ -407,7 +403,8 @@ impl<'a> Workload<'a> {
         Ok(plan)
     }
 
-    /// Those of completions that are trained on: written by the policy, judged, scored by references.
+    /// Those of completions that are judged by a gold reward, and of those that are trained on: written by the policy, judged, scored
+    /// by references.
     fn rollout_phases(
         &self,
         settings: &Settings,
@@ -415,6 +412,10 @@ impl<'a> Workload<'a> {
         phase: &dyn Fn(&'static str, usize, &[Ledger]) -> Phase,
         phases: &mut Vec<Phase>,
     ) {
+        let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
+        if let Some((gold, largest)) = judged {
+            judging(gold, settings.storage(), &largest, phase("reward", working, &[run]), phases);
+        }
         let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
         let (storage, rank) = (settings.storage(), self.blueprint(settings).rank());
         let requests = vec![online::request(settings, rollouts, work.prompt); settings.batch_size];

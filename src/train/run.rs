@@ -91,20 +91,14 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     }
     first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
-    let drift = match settings.kl_samples {
-        0 => None,
-        _ => Some(Drift::new(device, &task, settings, residency)?),
-    };
-    let packing = settings.packing;
-    let gold = task.gold.as_ref().filter(|_| drift.is_some()).map(|gold| Gold::new(device, &task, gold, packing));
+    let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
+    let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
-    let online = match &settings.rollouts {
-        None => None,
-        Some(rollouts) => {
-            let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
-            Some(Online::new(device, &task, settings, rollouts, log)?)
-        }
+    let open_online = |rollouts| {
+        let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
+        Online::new(device, &task, settings, rollouts, log)
     };
+    let online = settings.rollouts.as_ref().map(open_online).transpose()?;
     let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     // A run that was to end here was perhaps killed before it did.

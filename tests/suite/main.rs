@@ -7,6 +7,7 @@ mod cli;
 mod common;
 mod exactness;
 mod experiment;
+mod lab;
 mod lineage;
 mod lora;
 mod merge;

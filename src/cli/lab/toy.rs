@@ -58,7 +58,7 @@ pub fn run(args: &ToyArgs) -> Result<()> {
 }
 
 fn play(seed: u64) -> Toys {
-    let (mut text, mut tree_json, mut daa, mut proxies) = (String::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut text, mut tree_json, mut daa) = (String::new(), Vec::new(), Vec::new());
     let tree = tree::Tree::drawn(seed);
     let _ =
         writeln!(text, "A tree of 27 leaves and one preference pair: probability of the 25 leaves that no pair names");
@@ -106,29 +106,7 @@ fn play(seed: u64) -> Toys {
     }
     text += "\nFits of win rate - 1/2 over d = sqrt(KL)\n";
     text += &fitted.text();
-    let mut tilted = Vec::new();
-    let _ = writeln!(text, "\nA proxy from so many comparisons, maximised: gold reward by KL");
-    for comparisons in COMPARISONS {
-        let proxy = bandit.proxy(comparisons);
-        let (accuracy, path, bon) = (bandit.proxy_accuracy(&proxy), bandit.tilt(&proxy), bandit.best_of_n(&proxy));
-        let best = path.iter().copied().max_by(|a, b| a.gold.total_cmp(&b.gold)).expect("37 points");
-        let last = path[path.len() - 1];
-        let _ = writeln!(
-            text,
-            "  {comparisons:>5} comparisons, held-out accuracy {accuracy:.3}: best {:.2} at KL {:.1}, then {:.2} at KL {:.0}; best of 1024: {:.2}",
-            best.gold,
-            best.kl,
-            last.gold,
-            last.kl,
-            bon[bon.len() - 1].gold
-        );
-        tilted.extend(path.iter().filter(|point| point.kl < 25.0).map(|point| tilt_point(comparisons, point)));
-        let json_of = |points: &[bandit::Optimised]| points.iter().map(|point| point.to_json()).collect::<Vec<_>>();
-        proxies.push(
-            json!({"comparisons": comparisons, "heldout_accuracy": accuracy, "kl_tilt[e,KL,proxy,gold]": json_of(&path),
-                            "bon[n,KL,proxy,gold]": json_of(&bon)}),
-        );
-    }
+    let (tilted, proxies) = play_proxies(&bandit, &mut text);
     let proxy_fits = fit_groups(tilted, "gold, standard deviations", 0, seed);
     let figures = [
         ("tree.svg", curves_svg("One preference pair in a tree", "step", &panels)),
@@ -137,6 +115,33 @@ fn play(seed: u64) -> Toys {
     ];
     let json = json!({"seed": seed, "tree": tree_json, "daa": daa, "fits": fitted.to_json(), "proxy": proxies});
     Toys { text, json, figures }
+}
+
+/// Proxies from so many comparisons: points of their tilted policies for the figure, and everything as JSON.
+fn play_proxies(bandit: &bandit::Bandit, text: &mut String) -> (Vec<Measurement>, Vec<Value>) {
+    let (mut tilted, mut proxies) = (Vec::new(), Vec::new());
+    let _ = writeln!(text, "\nA proxy from so many comparisons, maximised: gold reward by KL");
+    for comparisons in COMPARISONS {
+        let proxy = bandit.proxy(comparisons);
+        let (accuracy, path, bon) = (bandit.proxy_accuracy(&proxy), bandit.tilt(&proxy), bandit.best_of_n(&proxy));
+        let best = path.iter().copied().max_by(|a, b| a.gold.total_cmp(&b.gold)).expect("37 points");
+        let last = path[path.len() - 1];
+        let _ = writeln!(
+            text,
+            "  {comparisons:>5} comparisons, held-out accuracy {accuracy:.3}: best {:.2} at KL {:.1}, then {:.2} at KL {:.0}; best of \
+             1024: {:.2}",
+            best.gold,
+            best.kl,
+            last.gold,
+            last.kl,
+            bon[bon.len() - 1].gold
+        );
+        tilted.extend(path.iter().filter(|point| point.kl < 25.0).map(|point| tilt_point(comparisons, point)));
+        let json_of = |points: &[bandit::Optimised]| points.iter().map(|point| point.to_json()).collect::<Vec<_>>();
+        proxies.push(json!({"comparisons": comparisons, "heldout_accuracy": accuracy,
+                            "kl_tilt[e,KL,proxy,gold]": json_of(&path), "bon[n,KL,proxy,gold]": json_of(&bon)}));
+    }
+    (tilted, proxies)
 }
 
 fn win_rate(loss: Loss, seen: &bandit::Seen) -> Measurement {
