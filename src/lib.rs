@@ -19,6 +19,8 @@ pub mod references;
 pub mod rewards;
 pub mod rollout;
 pub mod scaling;
+pub mod serve;
+pub mod soup;
 pub mod tasks;
 pub mod train;
 

@@ -23,6 +23,8 @@ mod references;
 mod reward;
 mod rewards;
 mod rollout;
+mod serve;
+mod soup;
 mod step;
 mod tasks;
 mod tiny;

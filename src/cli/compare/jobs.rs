@@ -25,23 +25,23 @@ const RECIPE: &str = "recipe.toml";
 const WITHOUT_EFFECT: [&str; 3] = ["threads", "cache_dir", "profile_steps"];
 
 /// One run of a variant.
-struct Run {
-    variant: usize,
+pub struct Run {
+    pub variant: usize,
     /// None: of all seeds.
     seed: Option<u64>,
-    job: usize,
+    pub job: usize,
     eval: Option<usize>,
     /// Where its model is, and where its logs are.
-    model: PathBuf,
-    logs: PathBuf,
+    pub model: PathBuf,
+    pub logs: PathBuf,
 }
 
 /// Jobs as they are made, each behind what it needs.
-struct Plan<'a> {
+pub struct Plan<'a> {
     experiment: &'a Experiment,
-    jobs: Vec<Job>,
-    runs: Vec<Run>,
-    threads: Option<usize>,
+    pub jobs: Vec<Job>,
+    pub runs: Vec<Run>,
+    pub threads: Option<usize>,
 }
 
 pub fn run(experiment: &Experiment) -> Result<()> {
@@ -50,7 +50,7 @@ pub fn run(experiment: &Experiment) -> Result<()> {
     let output = &experiment.output_dir;
     fs::create_dir_all(output).at(output)?;
     let _lock = run_dir::lock(output)?;
-    let outcomes = plan.run()?;
+    let outcomes = plan.run_all()?;
     let report = plan.report(&outcomes)?;
     report.write(output)?;
     let folder = output.display();
@@ -74,7 +74,7 @@ pub fn sweep(experiment: &Experiment, print_commands: bool) -> Result<()> {
         plan.jobs.iter().try_for_each(Job::lay)?;
         return print(&plan.commands());
     }
-    let outcomes = plan.run()?;
+    let outcomes = plan.run_all()?;
     print(&summary(&write_report(output)?, output))?;
     complete(&outcomes, output)
 }
@@ -114,7 +114,7 @@ fn command(job: &Job) -> String {
 }
 
 /// A hash of what a file or folder holds; of a folder's files their names, sizes and times, as models are large.
-fn content(path: &Path) -> Result<String> {
+pub fn content(path: &Path) -> Result<String> {
     let found = fs::metadata(path).at(path)?;
     let mut hasher = blake3::Hasher::new();
     if found.is_file() {
@@ -130,12 +130,12 @@ fn content(path: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex()[..16].to_string())
 }
 
-fn key(parts: &[String]) -> String {
+pub fn key(parts: &[String]) -> String {
     blake3::hash(parts.join("\n").as_bytes()).to_hex()[..16].to_string()
 }
 
 impl<'a> Plan<'a> {
-    fn new(experiment: &'a Experiment) -> Self {
+    pub fn new(experiment: &'a Experiment) -> Self {
         // Processes that run together share the cores.
         let threads = match (experiment.jobs, experiment.threads) {
             (1, threads) => threads,
@@ -144,7 +144,7 @@ impl<'a> Plan<'a> {
         Self { experiment, jobs: Vec::new(), runs: Vec::new(), threads }
     }
 
-    fn all(&mut self) -> Result<()> {
+    pub fn all(&mut self) -> Result<()> {
         let Experiment { variants, seed, seeds, .. } = self.experiment;
         for (at, variant) in variants.iter().enumerate() {
             let of_variant = |error| Error::file(&self.experiment.recipe, format!("{}: {error}", variant.name));
@@ -163,7 +163,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    fn run(&self) -> Result<Vec<Outcome>> {
+    fn run_all(&self) -> Result<Vec<Outcome>> {
         let stop = train::stop_on_signal()?;
         let program = std::env::current_exe().at("the path of this program")?;
         let (runs, arms) = (self.runs.len(), self.experiment.variants.len());
@@ -247,13 +247,9 @@ impl<'a> Plan<'a> {
         let mut folder = |path: &str| match reference(&self.experiment.variants, path) {
             None => {
                 // A weight behind a folder is no part of its name.
-                let whole = Path::new(path);
-                let bare = if whole.exists() {
-                    whole
-                } else {
-                    Path::new(path.rsplit_once('=').map_or(path, |(path, _)| path))
-                };
-                parts.push(content(bare)?);
+                let split = path.rsplit_once('=').filter(|_| !Path::new(path).exists());
+                let (bare, weight) = split.unwrap_or((path, ""));
+                parts.push(content(Path::new(bare))? + weight);
                 Ok(path.to_string())
             }
             Some(found) => {
@@ -413,7 +409,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn why(outcome: &Outcome) -> Option<String> {
+pub fn why(outcome: &Outcome) -> Option<String> {
     match outcome {
         Outcome::Done => None,
         Outcome::Failed(lines) => Some(format!("\n{lines}")),
@@ -421,7 +417,7 @@ fn why(outcome: &Outcome) -> Option<String> {
     }
 }
 
-fn flag(name: &str, path: &Path) -> OsString {
+pub fn flag(name: &str, path: &Path) -> OsString {
     let mut flag = OsString::from(format!("--{name}="));
     flag.push(path);
     flag
