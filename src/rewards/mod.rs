@@ -10,6 +10,7 @@
 mod cache;
 mod exact_match;
 mod format;
+mod http;
 pub mod judgement;
 mod jury;
 mod length;
@@ -87,6 +88,7 @@ trait Rule: Send + Sync {
 const KINDS: &[&Entry] = &[
     &exact_match::ENTRY,
     &format::ENTRY,
+    &http::ENTRY,
     &length::ENTRY,
     &lexicon::ENTRY,
     &model::ENTRY,
