@@ -187,7 +187,8 @@ fn parse_object(text: &[u8]) -> Result<Object, String> {
 fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
     if let Some(missing) = columns.iter().find(|column| !object.contains_key(**column)) {
         return Err(match columns_of(&object) {
-            Some((other, _)) if other != form => {
+            // Most rows have a prompt: what else they have says more.
+            Some((other, _)) if other != form && other != Form::Prompts => {
                 format!("has the form {other}, the first row has the form {form}; keep them in separate files")
             }
             _ => format!("column {missing:?} is missing; {}", unfit(&object)),
