@@ -1,5 +1,6 @@
 //! Time of a whole optimizer step of DPO with a scored reference: forward, loss, backward, clipping, AdamW. Elements per
-//! second are FLOP/s of the products and of attention's visible pairs, a multiply-add being two.
+//! second are FLOP/s of the products and of attention's visible pairs, a multiply-add being two. And of decoding eight rows under
+//! one model, and under eight blends of three adapters of rank 16; elements per second are tokens there.
 //!
 //! `cargo bench --bench step`; the group `peak` of `cargo bench --bench ops` is the yardstick.
 
@@ -7,13 +8,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use cuvee::checkpoint::TensorSource;
+use cuvee::checkpoint::peft::{self, AdapterConfig};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Read, Sequence, Sharing};
-use cuvee::device::{Cpu, DType, Dry};
+use cuvee::device::{Arena, Cpu, DType, Dry, Philox};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
 use cuvee::objectives::{Choice, Objective, Params, Stats, Totals, build};
 use cuvee::optim::{self, Decay, Hyper, Schedule};
 use cuvee::references::Scored;
+use cuvee::rollout::{Engine, Request, Sampling};
 use cuvee::train::{Blueprint, Extras, Pass, Purpose, Rows, step};
 
 const HYPER: Hyper = Hyper {
@@ -202,5 +206,63 @@ fn objectives(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, steps, objectives);
+/// An adapter of rank 16 for every linear layer of a Llama.
+fn write_adapter(checkpoint: &Checkpoint, dir: &Path) {
+    let mut model = checkpoint.dry();
+    let layers = model.params_mut().into_iter().filter(|param| param.name.ends_with("_proj.weight"));
+    let of = |name: String, shape: [usize; 2]| TensorSource {
+        shape: shape.to_vec(),
+        fill: Box::new({
+            let random = Philox::named(1, &name);
+            move |out: &mut [f32]| {
+                out.iter_mut().zip(0..).for_each(|(x, i)| *x = 0.02 * random.normal(i) as f32);
+                Ok(())
+            }
+        }),
+        name,
+    };
+    let (mut tensors, mut targets) = (Vec::new(), Vec::new());
+    for param in layers {
+        let ([outputs, inputs], module) = (param.matrix_shape(), param.name.trim_end_matches(".weight"));
+        tensors.extend([of(peft::a_name(module), [16, inputs]), of(peft::b_name(module), [outputs, 16])]);
+        targets.push(module.to_string());
+    }
+    let config = AdapterConfig { lora_rank: 16, lora_alpha: 32.0, target_modules: targets, ..AdapterConfig::default() };
+    peft::write(dir, &config, &tensors).expect("written");
+}
+
+/// Eight rows of the larger model: what per-row weights of adapters cost beside a merged model, which has none.
+fn decoding(c: &mut Criterion) {
+    const TOKENS: usize = 16;
+    let mut group = c.benchmark_group("decode");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1));
+    group.throughput(Throughput::Elements(8 * TOKENS as u64));
+    let (cpu, base, folder) =
+        (Cpu::new(0).expect("threads start"), CASES[1].checkpoint(), tempfile::tempdir().expect("a folder"));
+    write_adapter(&base, folder.path());
+    let blended = (0..3).fold(base.clone(), |c, _| c.with_adapter(folder.path(), 1.0).expect("it fits"));
+    let weights: Vec<[f32; 3]> = (0..8).map(|i| [i as f32 / 8.0, 0.5, 1.0 - i as f32 / 8.0]).collect();
+    let prompts: Vec<[u32; 4]> = (0..8).map(|i| [i, 1000 * i, 7, 9]).collect();
+    for (what, checkpoint, blends) in [("one merged model", &base, false), ("8 blends of 3 adapters", &blended, true)] {
+        let options = Options::frozen(4 + TOKENS).with_adapters(checkpoint);
+        let ledger = Model::<Dry>::plan(DType::F32, &checkpoint.spec, checkpoint.architecture.naming, options);
+        let mut arena = Arena::new(&cpu, &ledger).expect("memory");
+        let mut model = Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
+        init_random(&cpu, &mut model, 1).expect("filled");
+        model.fill_adapters(&cpu, &checkpoint.adapters).expect("read");
+        model.fill_tables(&cpu).expect("filled");
+        let request = |i: usize| Request {
+            blend: if blends { &weights[i] } else { &[] },
+            ..Request::new(&prompts[i], TOKENS, Sampling::plain(i as u64))
+        };
+        let requests: Vec<Request> = (0..8).map(request).collect();
+        let engine = Engine::new(&cpu);
+        group.bench_function(format!("smollm2-135m, 8 rows, {what}"), |b| {
+            b.iter(|| engine.run(&model, &requests, &mut |_| ()).expect("tokens"));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, steps, objectives, decoding);
 criterion_main!(benches);

@@ -18,6 +18,8 @@ pub mod progress;
 pub mod references;
 pub mod rewards;
 pub mod rollout;
+pub mod serve;
+pub mod soup;
 pub mod tasks;
 pub mod train;
 

@@ -21,6 +21,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &["device", "ops", "data", "checkpoint"]),
     ("optim", &["params", "device", "ops", "model"]),
     ("rollout", &["device", "ops", "model", "data"]),
+    ("serve", &["device", "ops", "model", "data", "rollout", "lineage", "progress"]),
     ("references", &["device", "ops", "model", "data", "checkpoint", "progress"]),
     ("rewards", &["device", "ops", "model", "data", "progress"]),
     ("tasks", &["device", "ops", "model", "data", "checkpoint", "rollout", "references", "progress"]),
@@ -44,6 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("lab", &["ops", "objectives", "checkpoint", "progress", "train"]),
+    ("soup", &["device", "data", "checkpoint", "merge", "rewards", "train", "lab"]),
 ];
 /// Files of `src/` that stand above the modules.
 const ROOTS: &[&str] = &["lib", "main", "cli"];

@@ -15,6 +15,8 @@ use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::rollouts::RolloutArgs;
+use super::serve::ServeArgs;
+use super::soup::SoupArgs;
 use super::tasks::{TaskArg, TaskArgs};
 use super::{flags, needs, recipe};
 use crate::device::DType;
@@ -60,6 +62,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Complete a prompt with a model
     Generate(GenerateArgs),
+    /// Answer requests over HTTP as OpenAI does, with a blend of adapters for each
+    Serve(ServeArgs),
     /// Show what a model will see of a data set: its tokens, what is scored, why rows are dropped
     Preview(PreviewArgs),
     /// List what this build knows: objectives, modifiers of objectives, optimizers, methods of merging, architectures
@@ -68,6 +72,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Merge models into one, tensor by tensor: soups, task arithmetic, SLERP, TIES, DARE, DELLA and others
     Merge(MergeArgs),
+    /// Blend policies of one base with any weights: write a blend, sweep over all of them, find a user's weights
+    Soup(SoupArgs),
     /// Show where a model comes from: what made it, of which parents and data, under which licences
     Lineage(LineageArgs),
 }
@@ -1311,7 +1317,7 @@ pub(super) fn count(text: &str) -> Result<usize, String> {
 }
 
 /// `8GiB`, `8G` (the same), `8GB` (powers of 1000), `512M`, `1.5GiB`. A number alone could mean anything.
-fn bytes(text: &str) -> Result<usize, String> {
+pub(super) fn bytes(text: &str) -> Result<usize, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let unit = unit.trim().to_ascii_lowercase();

@@ -20,6 +20,8 @@ mod recipe;
 mod references;
 mod rollouts;
 mod score;
+mod serve;
+mod soup;
 mod tasks;
 mod train;
 
@@ -94,10 +96,12 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Score(args) => score::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Preview(args) => preview::run(&args),
         Command::List(args) => list::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Soup(args) => soup::run(&args),
         Command::Lineage(args) => lineage::run(&args),
     };
     match result {
@@ -160,8 +164,10 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Score(args) => args.limits.check(flags).and(args.engine.check())?,
         Command::Eval(args) => args.check(flags)?,
         Command::Generate(args) => args.check()?,
+        Command::Serve(args) => args.check().and(args.engine.check())?,
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
+        Command::Soup(args) => args.check(flags)?,
         Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
     }
     Ok(cli)

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::Checkpoint;
 use crate::ops::Backend;
 use crate::progress::say;
+pub use rewards::{Texts, texts_of};
 
 pub fn run(args: &ScoreArgs) -> Result<()> {
     if !args.reward.is_empty() {

@@ -128,6 +128,18 @@ pub fn scatter_svg(scatter: &Scatter) -> String {
     svg + "</svg>\n"
 }
 
+/// Figures below each other in one.
+pub fn stacked_svg(panels: &[Scatter]) -> String {
+    let high = HEIGHT * panels.len() as f64;
+    let panel = |(at, panel): (usize, &Scatter)| {
+        scatter_svg(panel).replacen("<svg ", &format!("<svg y=\"{}\" ", HEIGHT * at as f64), 1)
+    };
+    let panels: String = panels.iter().enumerate().map(panel).collect();
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {high}\" width=\"{WIDTH}\" height=\"{high}\">\n{panels}</svg>\n"
+    )
+}
+
 fn frame(scatter: &Scatter, x: &Scale, y: &Scale) -> String {
     let mut svg = String::new();
     for tick in y.axis.ticks() {
@@ -176,7 +188,10 @@ fn series<'a>(dots: impl Iterator<Item = &'a Dot>, index: usize, x: &Scale, y: &
     let (mut bars, mut shapes, mut path) = (String::new(), String::new(), Vec::new());
     for dot in dots {
         let (at, (wide, high)) = ((x.place(dot.at.0), y.place(dot.at.1)), dot.spread);
-        path.push(format!("{:.1},{:.1}", at.0, at.1));
+        // Points that are nowhere on a grid have no order.
+        if !dot.label.is_empty() {
+            path.push(format!("{:.1},{:.1}", at.0, at.1));
+        }
         if wide > 0.0 && y.shows(dot.at.1) {
             bars += &line("bar", (x.place(dot.at.0 - wide), at.1), (x.place(dot.at.0 + wide), at.1));
         }

@@ -98,18 +98,23 @@ impl Factors {
         Self { rank: self.rank, b: times(&self.b, by_b), a: times(&self.a, by_a) }
     }
 
-    /// Squared Frobenius norm of the product, by the two Gram matrices `B^T B` and `A A^T`.
+    /// Squared Frobenius norm of the product.
     pub fn energy(&self) -> f64 {
-        let (k, inputs) = (self.rank, self.a.len() / self.rank);
-        let columns = turned(&self.b, self.b.len() / k);
-        let outputs = columns.len() / k;
+        self.dot(self).max(0.0)
+    }
+
+    /// Inner product with another product of the same size, by `B^T B'` and `A A'^T`.
+    pub fn dot(&self, other: &Self) -> f64 {
+        let inputs = self.a.len() / self.rank;
+        let outputs = self.b.len() / self.rank;
+        let [ours, theirs] = [self, other].map(|factors| turned(&factors.b, outputs));
         let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
         let pair = |i: usize, j: usize| {
-            let b = dot(&columns[i * outputs..][..outputs], &columns[j * outputs..][..outputs]);
-            b * dot(&self.a[i * inputs..][..inputs], &self.a[j * inputs..][..inputs])
+            let b = dot(&ours[i * outputs..][..outputs], &theirs[j * outputs..][..outputs]);
+            b * dot(&self.a[i * inputs..][..inputs], &other.a[j * inputs..][..inputs])
         };
-        let row = |i: usize| (0..k).map(|j| pair(i, j)).sum::<f64>();
-        (0..k).into_par_iter().map(row).collect::<Vec<f64>>().iter().sum::<f64>().max(0.0)
+        let row = |i: usize| (0..other.rank).map(|j| pair(i, j)).sum::<f64>();
+        (0..self.rank).into_par_iter().map(row).collect::<Vec<f64>>().iter().sum()
     }
 
     /// `[B_1 B_2 ..] [A_1; A_2; ..]`: the sum of the products.

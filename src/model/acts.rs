@@ -1,9 +1,10 @@
 //! Activations: what the forward pass leaves for the backward, and scratch that layers share.
 
-use super::lora;
+use super::lora::Room;
 use super::spec::{Head, Spec};
 use crate::data::Extent;
 use crate::device::{Arena, DType, Device, Kind, Tensor};
+use crate::error::Result;
 use crate::ops::logprob_head;
 
 const NO_BACKWARD: &str = "activations that keep nothing have no backward";
@@ -46,14 +47,14 @@ pub struct Work<D: Device> {
     /// `[rows, mlp_dim]`
     pub activated: Tensor<D>,
     /// What an adapter makes of its input on the way to its output; nothing where there are none.
-    pub low_rank: Tensor<D>,
+    pub low_rank: Room<D>,
 }
 
 impl<D: Device> Work<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, rows: usize) -> Self {
         let mut take = |cols| arena.stored(Kind::Activations, rows, cols);
         let (normed, activated) = (take(spec.hidden), take(spec.mlp_dim));
-        Self { normed, activated, low_rank: lora::scratch(arena, 0, 0) }
+        Self { normed, activated, low_rank: Room::new(arena, 0, 0) }
     }
 }
 
@@ -206,8 +207,20 @@ impl<D: Device> Acts<D> {
 
     /// The same, with room for adapters of up to this rank at one layer ([`Model::widest_rank`](super::Model)).
     pub fn with_low_rank(mut self, arena: &mut Arena<D>, rank: usize) -> Self {
-        self.work.low_rank = lora::scratch(arena, self.work.normed.rows(), rank);
+        self.work.low_rank = Room::new(arena, self.work.normed.rows(), rank);
         self
+    }
+
+    /// The same, with room for weights of so many adapters for each row; those that are trained are not among them.
+    pub fn with_blend(self, arena: &mut Arena<D>, adapters: usize) -> Self {
+        let Self { work: Work { normed, activated, low_rank }, .. } = self;
+        let low_rank = low_rank.with_blend(arena, normed.rows(), adapters);
+        Self { work: Work { normed, activated, low_rank }, ..self }
+    }
+
+    /// How much of each applied adapter each row of the next pass takes, `[rows, adapters]`.
+    pub fn set_blend(&mut self, device: &D, weights: &[f32]) -> Result<()> {
+        self.work.low_rank.set_blend(device, weights)
     }
 
     pub fn keep(&self) -> Keep {

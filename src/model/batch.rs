@@ -58,6 +58,13 @@ impl<D: Device> Batch<D> {
         Ok(())
     }
 
+    /// Reads other rows of the pass that ran.
+    pub fn read(&mut self, device: &D, rows: &[u32]) -> Result<()> {
+        device.write_u32(rows, self.completion_rows.top_mut(rows.len()))?;
+        self.size.targets = rows.len();
+        Ok(())
+    }
+
     fn load_rows(&mut self, device: &D, tokens: &[u32], positions: &[u32], segments: &[Segment]) -> Result<()> {
         device.write_u32(tokens, self.tokens.top_mut(tokens.len()))?;
         device.write_u32(positions, self.positions.top_mut(positions.len()))?;

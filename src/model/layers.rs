@@ -1,7 +1,7 @@
 //! The leaves: a linear layer, a norm, the rotation table.
 
 use super::arch::{Naming, Slot};
-use super::lora::{self, Adapter, Lora, LowRank};
+use super::lora::{self, Adapter, Lora, LowRank, Room};
 use super::param::Param;
 use super::spec::{Norm, Rope, Spec};
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
@@ -65,18 +65,18 @@ impl<D: Device> Linear<D> {
 }
 
 impl<B: Backend> Linear<B> {
-    /// `y = x W^T + bias + residual`, and what adapters add to it. `scratch` is [`Work::low_rank`](super::acts::Work).
+    /// `y = x W^T + bias + residual`, and what adapters add to it. `room` is [`Work::low_rank`](super::acts::Work).
     pub fn forward(
         &self,
         device: &B,
         x: View<B>,
         residual: Option<View<B>>,
-        scratch: &mut Tensor<B>,
+        room: &mut Room<B>,
         mut y: ViewMut<B>,
     ) -> Result<()> {
         let (weight, bias) = (self.weight.view(), self.bias.as_ref().map(Param::view));
         device.linear(linear::Forward { x, weight, bias, residual, y: y.again() })?;
-        self.adapters().try_for_each(|adapter| adapter.forward(device, x, scratch, y.again()))
+        self.adapters().try_for_each(|adapter| adapter.forward(device, x, room, y.again()))
     }
 
     /// Adds to the gradients of what is trained and to `dx`.
@@ -85,7 +85,7 @@ impl<B: Backend> Linear<B> {
         device: &B,
         dy: View<B>,
         x: View<B>,
-        scratch: &mut Tensor<B>,
+        room: &mut Room<B>,
         mut dx: ViewMut<B>,
     ) -> Result<()> {
         let weight = self.weight.value.view();
@@ -93,7 +93,7 @@ impl<B: Backend> Linear<B> {
         let dbias = self.bias.as_mut().and_then(Param::grad_mut);
         device.linear_backward(linear::Backward { dy, x, weight, dx: Some(dx.again()), dweight, dbias })?;
         let mut adapters = self.frozen.iter_mut().chain(&mut self.trained);
-        adapters.try_for_each(|adapter| adapter.backward(device, dy, x, scratch, dx.again()))
+        adapters.try_for_each(|adapter| adapter.backward(device, dy, x, room, dx.again()))
     }
 }
 

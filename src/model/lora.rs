@@ -188,13 +188,16 @@ pub struct LowRank<D: Device> {
     pub b: Param<D>,
     scale: f32,
     on: bool,
+    /// `[rank, 1]`: which adapter each column of A's product belongs to, of those that are applied.
+    owner: Option<Tensor<D>>,
 }
 
 impl<D: Device> LowRank<D> {
     /// What adapters of the sum of ranks `rank` add to a weight; their weights and scales are in B.
     pub fn frozen(arena: &mut Arena<D>, weight: &Param<D>, rank: usize) -> Self {
         let name = |which: &str| Stored::whole(format!("{}.adapters.{which}", weight.name));
-        Self::new(arena, weight, [name("A"), name("B")], rank, 1.0, false)
+        let owner = Some(arena.indices(Kind::Weights, rank, 1));
+        Self { owner, ..Self::new(arena, weight, [name("A"), name("B")], rank, 1.0, false) }
     }
 
     pub fn trained(arena: &mut Arena<D>, weight: &Param<D>, lora: &Lora) -> Self {
@@ -213,7 +216,7 @@ impl<D: Device> LowRank<D> {
     ) -> Self {
         let [outputs, inputs] = weight.value.view().shape();
         let mut param = |stored, shape| Param::of_adapter(arena, stored, shape, trained);
-        Self { a: param(a, [rank, inputs]), b: param(b, [outputs, rank]), scale, on: true }
+        Self { a: param(a, [rank, inputs]), b: param(b, [outputs, rank]), scale, on: true, owner: None }
     }
 
     pub fn rank(&self) -> usize {
@@ -229,10 +232,11 @@ impl<D: Device> LowRank<D> {
         let (module, rank) = (module_of(&weight.stored), self.rank());
         let [outputs, inputs] = weight.matrix_shape();
         let (mut all_a, mut all_b) = (Vec::with_capacity(rank * inputs), vec![0.0; outputs * rank]);
-        let (mut whole, mut part) = (Vec::new(), Vec::new());
-        for Adapter { file, weight: share, .. } in adapters.iter().filter(|adapter| adapter.file.has(module)) {
+        let (mut whole, mut part, mut owner) = (Vec::new(), Vec::new(), Vec::new());
+        for (adapter, Adapter { file, weight: share, .. }) in (0..).zip(adapters).filter(|(_, a)| a.file.has(module)) {
             let first = all_a.len() / inputs;
             let [own, _] = file.read_a(module, &mut whole)?;
+            owner.resize(owner.len() + own, adapter);
             all_a.extend_from_slice(&whole);
             file.read_b(module, &mut whole)?;
             part.resize(outputs * own, 0.0);
@@ -242,6 +246,9 @@ impl<D: Device> LowRank<D> {
                 let to = to[first..first + own].iter_mut();
                 to.zip(from).for_each(|(to, from)| *to = (scale * f64::from(*from)) as f32);
             }
+        }
+        if let Some(owners) = &mut self.owner {
+            device.write_u32(&owner, owners.view_mut())?;
         }
         self.a.write(device, &all_a)?;
         self.b.write(device, &all_b)
@@ -296,44 +303,69 @@ impl<D: Device> LowRank<D> {
     }
 }
 
-/// The first elements of `scratch` as `[rows, rank]`.
-fn room<D: Device>(scratch: &mut Tensor<D>, rows: usize, rank: usize) -> ViewMut<'_, D> {
-    scratch.top_mut(rows * rank).reshape(rows, rank)
+/// What adapters need of a pass beside activations.
+pub struct Room<D: Device> {
+    /// `[rows * rank, 1]`, of which a layer takes what its rank needs.
+    scratch: Tensor<D>,
+    blend: Option<Shares<D>>,
+}
+
+/// How much of each applied adapter each row takes.
+struct Shares<D: Device> {
+    /// `[rows, adapters]`, F32
+    weights: Tensor<D>,
+    /// Those of the pass.
+    rows: usize,
+}
+
+impl<D: Device> Room<D> {
+    /// For `low_rank` of up to `rows` rows.
+    pub fn new(arena: &mut Arena<D>, rows: usize, rank: usize) -> Self {
+        Self { scratch: arena.stored(Kind::Activations, rows * rank, 1), blend: None }
+    }
+
+    /// The same where each row has its own weights for `adapters` adapters.
+    pub fn with_blend(self, arena: &mut Arena<D>, rows: usize, adapters: usize) -> Self {
+        let weights = (adapters > 0).then(|| arena.floats(Kind::Activations, rows, adapters));
+        Self { blend: weights.map(|weights| Shares { weights, rows: 0 }), ..self }
+    }
+
+    /// Weights of the rows of the next pass, `[rows, adapters]`.
+    pub fn set_blend(&mut self, device: &D, weights: &[f32]) -> Result<()> {
+        let Some(blend) = &mut self.blend else { return Ok(()) };
+        blend.rows = weights.len() / blend.weights.cols();
+        device.write_f32(weights, blend.weights.top_mut(blend.rows))
+    }
 }
 
 impl<B: Backend> LowRank<B> {
     /// Adds to `y`.
-    pub fn forward(&self, device: &B, x: View<B>, scratch: &mut Tensor<B>, y: ViewMut<B>) -> Result<()> {
+    pub fn forward(&self, device: &B, x: View<B>, room: &mut Room<B>, y: ViewMut<B>) -> Result<()> {
         if !self.on {
             return Ok(());
         }
-        let scratch = room(scratch, x.rows(), self.rank());
+        let blend = room
+            .blend
+            .as_ref()
+            .zip(self.owner.as_ref())
+            .map(|(shares, owner)| low_rank::Blend { weights: shares.weights.top(shares.rows), owner: owner.view() });
+        let (rows, rank) = (x.rows(), self.rank());
+        let scratch = room.scratch.top_mut(rows * rank).reshape(rows, rank);
         let (a, b, scale) = (self.a.view(), self.b.view(), self.scale);
-        device.low_rank(low_rank::Forward { x, a, b, scale, scratch, y })
+        device.low_rank(low_rank::Forward { x, a, b, scale, blend, scratch, y })
     }
 
     /// Adds to the gradients and to `dx`.
-    pub fn backward(
-        &mut self,
-        device: &B,
-        dy: View<B>,
-        x: View<B>,
-        scratch: &mut Tensor<B>,
-        dx: ViewMut<B>,
-    ) -> Result<()> {
+    pub fn backward(&mut self, device: &B, dy: View<B>, x: View<B>, room: &mut Room<B>, dx: ViewMut<B>) -> Result<()> {
         if !self.on {
             return Ok(());
         }
-        let scratch = room(scratch, x.rows(), self.a.value.rows());
+        let (rows, rank) = (x.rows(), self.rank());
+        let scratch = room.scratch.top_mut(rows * rank).reshape(rows, rank);
         let (a, b, scale) = (self.a.value.view(), self.b.value.view(), self.scale);
         let [da, db] = [&mut self.a.grad, &mut self.b.grad].map(|grad| grad.as_mut().map(Tensor::view_mut));
         device.low_rank_backward(low_rank::Backward { dy, x, a, b, scale, scratch, dx, da, db })
     }
-}
-
-/// Room for `low_rank` of up to `rows` rows: `[rows * rank, 1]`, of which a layer takes what its rank needs.
-pub fn scratch<D: Device>(arena: &mut Arena<D>, rows: usize, rank: usize) -> Tensor<D> {
-    arena.stored(Kind::Activations, rows * rank, 1)
 }
 
 impl<D: Device> Model<D> {

@@ -53,6 +53,8 @@ pub struct Model<D: Device> {
     rope: Option<RopeTable<D>>,
     /// The largest of an adapter at one layer.
     widest_rank: usize,
+    /// Those that are applied and not trained.
+    pub adapters: usize,
 }
 
 /// How a model is built.
@@ -108,7 +110,18 @@ impl<D: Device> Model<D> {
         };
         let ranks = blocks.iter_mut().flat_map(Block::linears_mut).flat_map(|linear| linear.ranks());
         let widest_rank = ranks.max().unwrap_or(0);
-        Self { spec: spec.clone(), embed, positions, blocks, norm, head, score, rope, widest_rank }
+        Self {
+            spec: spec.clone(),
+            embed,
+            positions,
+            blocks,
+            norm,
+            head,
+            score,
+            rope,
+            widest_rank,
+            adapters: adapters.len(),
+        }
     }
 
     /// Memory that `new` will take on a device that stores `storage`.
@@ -191,6 +204,16 @@ impl<B: Backend> Model<B> {
         logits: &mut Tensor<B>,
     ) -> Result<()> {
         self.hidden(device, batch, acts, Some(kv))?;
+        self.logits(device, batch, acts, logits)
+    }
+
+    /// The same of other rows of the pass that `decode` ran, which the batch reads now.
+    pub fn decode_more(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>, logits: &mut Tensor<B>) -> Result<()> {
+        self.read_hidden(device, batch, acts)?;
+        self.logits(device, batch, acts, logits)
+    }
+
+    fn logits(&self, device: &B, batch: &Batch<B>, acts: &Acts<B>, logits: &mut Tensor<B>) -> Result<()> {
         let read = batch.size().targets;
         let weight = self.vocabulary().view();
         let (x, y) = (acts.top.normed.top(read), logits.top_mut(read));
@@ -233,7 +256,12 @@ impl<B: Backend> Model<B> {
             let (x, y, block_acts, work) = acts.layer(layer);
             block.forward(&context, x, y, block_acts, work, kv.as_mut().map(|kv| kv.layer(layer)))?;
         }
-        let read = size.targets;
+        self.read_hidden(device, batch, acts)
+    }
+
+    /// Of the rows that the batch reads, from what the blocks left.
+    fn read_hidden(&self, device: &B, batch: &Batch<B>, acts: &mut Acts<B>) -> Result<()> {
+        let (size, read) = (batch.size(), batch.size().targets);
         let (residual, top) = acts.last_residual(self.blocks.len());
         let y = top.rows.top_mut(read);
         device.gather(rows::Gather { x: residual.top(size.rows), index: batch.completion_rows(), y })?;

@@ -6,20 +6,26 @@
 //!
 //! A token depends on its request, its sample's stream and index, and on nothing that is generated beside it: logits have the
 //! same bits alone or in a batch (on a GPU with batch-invariant products), random numbers are named.
+//!
+//! A [`Session`] takes requests while it runs; a fixed list is one that is told all of them first.
 
 mod edits;
 mod engine;
+mod size;
 mod slots;
+mod text;
 
 use crate::data::Tokenizer;
-use crate::device::{DType, Dry, Ledger};
+use crate::device::{DType, Dry, Ledger, range};
 use crate::error::{Error, Result};
 use crate::model::{Model, Spec};
 use crate::ops::Backend;
-use engine::{Buffers, Run};
+use size::Buffers;
 
 pub use crate::ops::sample::Sampling;
-pub use engine::Size;
+pub use engine::{Event, Session};
+pub use size::{Limits, Size};
+pub use text::Text;
 
 /// Completions that run together where memory sets no limit: enough that a pass is bound by arithmetic, not by reading the
 /// weights.
@@ -45,6 +51,24 @@ pub struct Request<'a> {
     /// A completion ends with the token after which its text holds one of these, wherever tokens begin and end. It keeps its
     /// tokens, as in transformers and vLLM; [`before_stop`] cuts the text, as vLLM does. They need [`Engine::with_tokenizer`].
     pub stop: &'a [String],
+    /// How much of each of the model's adapters is applied to it; empty: as they were loaded. Of the requests of one run or
+    /// session, either none has weights or the empty ones mean 1 of each.
+    pub blend: &'a [f32],
+    /// So many of the likeliest tokens are told with each token, [`Rollout::alternatives`].
+    pub alternatives: usize,
+    /// Tell the log-probabilities of the prompt's own tokens, [`Event::Prompt`].
+    pub score_prompt: bool,
+}
+
+/// What a [`Session`] is asked: it holds its requests and looks at them in every pass.
+pub trait Ask {
+    fn request(&self) -> Request<'_>;
+}
+
+impl Ask for Request<'_> {
+    fn request(&self) -> Request<'_> {
+        *self
+    }
 }
 
 impl<'a> Request<'a> {
@@ -60,6 +84,9 @@ impl<'a> Request<'a> {
             no_repeat_ngram_size: 0,
             eos: &[],
             stop: &[],
+            blend: &[],
+            alternatives: 0,
+            score_prompt: false,
         }
     }
 
@@ -151,7 +178,17 @@ pub struct Rollout {
     pub logps: Vec<f32>,
     /// Log-probability of each token in the distribution that it was drawn from, nats: 0 for the likeliest at temperature 0.
     pub sampled_logps: Vec<f32>,
+    /// For each token the likeliest ones in its place and their log-probabilities under the model, the likeliest first; empty
+    /// where nobody asked.
+    pub alternatives: Vec<Vec<(u32, f32)>>,
     pub finish: Finish,
+}
+
+/// What the model gives the tokens of a prompt behind its first, as [`Rollout`] of those that were drawn.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Scores {
+    pub logps: Vec<f32>,
+    pub alternatives: Vec<Vec<(u32, f32)>>,
 }
 
 impl Rollout {
@@ -178,8 +215,12 @@ pub fn before_stop<'t>(text: &'t str, stop: &[String]) -> &'t str {
 /// Memory of generating `requests` besides the model, whose adapters have [rank](Model::widest_rank) `rank`, on a device that
 /// stores `storage`, with up to `max_running` completions at a time.
 pub fn plan(storage: DType, spec: &Spec, rank: usize, requests: &[Request], max_running: usize) -> Ledger {
-    let size = Size::of(spec, requests, max_running);
-    Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, &size))
+    plan_size(storage, spec, rank, &Size::of(spec, requests, max_running))
+}
+
+/// The same of a session of this size.
+pub fn plan_size(storage: DType, spec: &Spec, rank: usize, size: &Size) -> Ledger {
+    Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, size))
 }
 
 /// The most completions at a time, up to [`MAX_RUNNING`], whose [`plan`] fits into `bytes`.
@@ -225,14 +266,35 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// Completions of all requests, by request and sample. The model's rotation table must reach each
     /// `prompt + max_new_tokens`. `progress` is called after every pass.
     pub fn run(&self, model: &Model<B>, requests: &[Request], progress: &mut dyn FnMut(Done)) -> Result<Vec<Rollout>> {
-        requests.iter().try_for_each(|request| request.check(&model.spec))?;
-        if self.tokenizer.is_none() && requests.iter().any(|request| !request.stop.is_empty()) {
-            return Err(Error::option("--stop", "stop strings are found in text: the engine needs the tokenizer"));
-        }
         if requests.iter().all(|request| request.samples == 0) {
             return Ok(Vec::new());
         }
-        Run::new(self, model, requests)?.finish(progress)
+        let _range = range(c"generate");
+        let mut session = self.session(model, Size::of(&model.spec, requests, self.max_running))?;
+        requests.iter().try_for_each(|request| session.push(*request).map(|_| ()))?;
+        let (mut ended, mut tokens, mut failed) = (Vec::new(), 0, None);
+        while session.step(&mut |event| match event {
+            Event::Token(_) => tokens += 1,
+            Event::Ended(rollout) => {
+                tokens += 1;
+                ended.push(rollout);
+            }
+            Event::Failed(_, error) => failed = Some(error),
+            Event::Prompt(..) => {}
+        })? {
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            progress(Done { completions: ended.len(), tokens });
+        }
+        ended.sort_by_key(|rollout| (rollout.prompt, rollout.sample));
+        Ok(ended)
+    }
+
+    /// Completions of what it is asked while it runs, within `size`. The model's rotation table must reach its longest
+    /// sequence.
+    pub fn session<'s, A: Ask>(&'s self, model: &'s Model<B>, size: Size) -> Result<Session<'s, B, A>> {
+        Session::new(self.device, self.tokenizer, model, size)
     }
 }
 

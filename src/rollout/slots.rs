@@ -22,6 +22,11 @@ impl Slots {
         Some(start)
     }
 
+    /// Rows that are taken.
+    pub fn in_use(&self) -> usize {
+        self.used.iter().map(|(first, end)| end - first).sum()
+    }
+
     /// Gives back the place that starts at `first`.
     pub fn free(&mut self, first: usize) {
         let at = self.used.binary_search_by_key(&first, |(first, _)| *first).expect("it was taken");

@@ -68,7 +68,7 @@ pub fn complete<B: Backend>(
 }
 
 /// What a completion adds to its prompt: a token's text may depend on what comes before.
-pub(super) fn text_of(tokenizer: &Tokenizer, prompt: &[u32], completion: &[u32]) -> Result<String> {
+pub fn text_of(tokenizer: &Tokenizer, prompt: &[u32], completion: &[u32]) -> Result<String> {
     let (start, whole) = (tokenizer.decode(prompt)?, tokenizer.decode(&[prompt, completion].concat())?);
     whole.strip_prefix(&start).map_or_else(|| tokenizer.decode(completion), |text| Ok(text.to_string()))
 }

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-pub use complete::{Prompt, TOGETHER, Writing, complete};
+pub use complete::{Prompt, TOGETHER, Writing, complete, text_of};
 pub use encode::Encoder;
 pub use examine::{Done, Examiner, Subject};
 pub use file::Overrides;

@@ -119,7 +119,7 @@ pub struct Tiny {
     /// What trains beside the weights.
     pub lora: Option<Lora>,
     /// Until it is dropped, the folder is there.
-    dir: TempDir,
+    pub dir: TempDir,
 }
 
 pub fn all(size: Size) -> Vec<Tiny> {

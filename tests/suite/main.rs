@@ -21,6 +21,8 @@ mod references;
 mod reward;
 mod rewards;
 mod rollout;
+mod serve;
+mod soup;
 mod step;
 mod tasks;
 mod tiny;

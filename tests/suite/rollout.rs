@@ -5,7 +5,9 @@ use std::path::Path;
 use cuvee::data::Tokenizer;
 use cuvee::device::{Cpu, Isa};
 use cuvee::ops::sample::BANNED;
-use cuvee::rollout::{Engine, Finish, Request, Sampling, before_stop, generate, max_running, plan};
+use cuvee::rollout::{
+    Engine, Event, Finish, Limits, Request, Rollout, Sampling, Size as Room, before_stop, generate, max_running, plan,
+};
 
 use crate::common::rollouts::{assert_same, prompts, requests, rig, run, scored};
 use crate::common::tiny::{self, Size, Tiny};
@@ -202,4 +204,199 @@ fn memory_decides_how_many_run() {
     }
     assert!(fits(needs(1) - 1).unwrap_err().to_string().contains("one completion takes"));
     assert_eq!(fits(1 << 40).unwrap(), 256);
+}
+
+// ---- blends of adapters ---------------------------------------------------------------------------------------
+
+/// The model under two adapters, of which so much is applied.
+fn under(name: &str, weights: [f64; 2]) -> Tiny {
+    let tiny = model(name);
+    let mut checkpoint = tiny.checkpoint.clone();
+    for ((seed, rank), weight) in [(1, 3), (2, 1)].into_iter().zip(weights) {
+        let dir = tiny.dir.path().join(format!("adapter-{seed}"));
+        tiny::write_adapter(&tiny.checkpoint, &dir, rank, seed);
+        checkpoint = checkpoint.with_adapter(&dir, weight).unwrap();
+    }
+    Tiny { checkpoint, ..tiny }
+}
+
+/// Eight blends, the base and each adapter alone among them; exact in f32.
+fn blends() -> Vec<[f32; 2]> {
+    (0..8)
+        .map(|i| [[0.0, 0.0], [0.125, 0.0], [0.0, 0.25]].get(i).copied().unwrap_or([0.03125 * i as f32, -0.0625]))
+        .collect()
+}
+
+#[test]
+fn eight_blends_in_a_batch_are_what_each_is_alone_and_what_a_merged_model_gives() {
+    for name in ["llama", "qwen3", "gpt2", "neox"] {
+        let (whole, blends, prompts) = (rig(Cpu::new(2).unwrap(), &under(name, [1.0; 2])), blends(), prompts(8));
+        let request = |i: usize, blend| {
+            let seeded = Sampling { temperature: [1.0, 0.0][i % 2], ..Sampling::plain(i as u64) };
+            Request { samples: 1 + i % 2, blend, ..Request::new(&prompts[i], 9, seeded) }
+        };
+        let requests: Vec<Request> = (0..8).map(|i| request(i, &blends[i][..])).collect();
+        let engine = Engine::new(&whole.device);
+        let together = run(&engine, &whole, &requests);
+        assert_same("in turns", &run(&engine.with_max_running(3), &whole, &requests), &together);
+        let mut texts = Vec::new();
+        for (i, blend) in blends.iter().enumerate() {
+            let mut alone = run(&engine, &whole, &requests[i..=i]);
+            alone.iter_mut().for_each(|rollout| rollout.prompt = i);
+            let expected: Vec<Rollout> = together.iter().filter(|rollout| rollout.prompt == i).cloned().collect();
+            assert_same(&format!("{name}, blend {i} alone"), &alone, &expected);
+            let merged = rig(Cpu::new(2).unwrap(), &under(name, blend.map(f64::from)));
+            let merged = run(&Engine::new(&merged.device), &merged, &[request(i, &[])]);
+            for (found, expected) in expected.iter().zip(&merged) {
+                assert_eq!(found.ids, expected.ids, "{name}, blend {i}");
+                let pairs = found.logps.iter().zip(&expected.logps);
+                let far = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(far < 1e-5, "{name}, blend {i}: log-probabilities differ by {far}");
+            }
+            // One prompt and seed for all: the blend decides.
+            texts.push(run(&engine, &whole, &[Request { blend, ..Request::new(&[5, 9], 30, Sampling::plain(1)) }]));
+        }
+        let logps: Vec<_> = texts.iter().map(|rollouts| rollouts[0].logps[0].to_bits()).collect();
+        assert!((1..8).all(|i| !logps[..i].contains(&logps[i])), "{name}: every blend is another model");
+    }
+}
+
+#[test]
+fn weights_are_one_for_each_adapter_or_none() {
+    let rig = rig(Cpu::new(1).unwrap(), &under("llama", [0.1; 2]));
+    let engine = Engine::new(&rig.device);
+    let ask =
+        |blend| engine.run(&rig.model, &[Request { blend, ..Request::new(&[5], 4, Sampling::plain(1)) }], &mut |_| ());
+    let error = ask(&[1.0]).unwrap_err().to_string();
+    assert!(error.contains("1 weights for the 2 adapters"), "{error}");
+    assert_same("1 of each", &ask(&[1.0, 1.0]).unwrap(), &ask(&[]).unwrap());
+}
+
+// ---- sessions -------------------------------------------------------------------------------------------------
+
+/// Requests that come while others run, and some that are given up, leave the others as they are.
+#[test]
+fn requests_may_come_and_go_while_others_run() {
+    let (rig, tokenizer) = (rig(Cpu::new(2).unwrap(), &under("llama", [1.0; 2])), tokenizer());
+    let (prompts, stop, blends) = (prompts(24), stops(), blends());
+    let mut requests = requests(&prompts, &stop);
+    requests.iter_mut().enumerate().for_each(|(i, request)| request.blend = &blends[i % 8]);
+    let engine = Engine::new(&rig.device).with_tokenizer(&tokenizer);
+    let alone: Vec<Vec<Rollout>> = requests.iter().map(|request| run(&engine, &rig, &[*request])).collect();
+    for (running, tokens, every) in [(64, 4000, 1), (5, 400, 2), (2, 120, 3)] {
+        let size = Room::within(&rig.model.spec, &Limits { running, context: 100, tokens, adapters: 2 });
+        let mut session = engine.session(&rig.model, size).unwrap();
+        let (mut steps, mut given_up, mut ended) = (0, Vec::new(), Vec::new());
+        let mut come = requests.iter();
+        loop {
+            if steps % every == 0 {
+                come.by_ref().take(2).for_each(|request| assert!(session.push(*request).is_ok()));
+            }
+            if steps % 7 == 5 && given_up.len() < 4 {
+                let key = steps * 5 % 24;
+                session.cancel(key);
+                given_up.push(key);
+            }
+            let mut seen = 0;
+            let goes_on = session.step(&mut |event| match event {
+                Event::Token(_) => seen += 1,
+                Event::Ended(rollout) => ended.push(rollout),
+                _ => panic!("nobody asked for scores, and nothing fails"),
+            });
+            assert!(seen <= running);
+            steps += 1;
+            if !goes_on.unwrap() && come.len() == 0 {
+                break;
+            }
+        }
+        assert_eq!(session.load(), [0; 3], "all room is free again");
+        for (key, expected) in alone.iter().enumerate() {
+            let mut found: Vec<Rollout> = ended.iter().filter(|rollout| rollout.prompt == key).cloned().collect();
+            found.sort_by_key(|rollout| rollout.sample);
+            found.iter_mut().for_each(|rollout| rollout.prompt = 0);
+            if given_up.contains(&key) {
+                assert!(found.iter().all(|rollout| *rollout == expected[rollout.sample]));
+            } else {
+                assert_same(&format!("{running} at a time, request {key}"), &found, expected);
+            }
+        }
+        let counts = [given_up.len(), ended.len()];
+        assert!(counts[0] > 2 && counts[1] > 24, "some are given up, most are not: {counts:?}");
+    }
+}
+
+#[test]
+fn what_can_never_run_is_refused() {
+    let rig = rig(Cpu::new(1).unwrap(), &model("llama"));
+    let engine = Engine::new(&rig.device);
+    let size = Room::within(&rig.model.spec, &Limits { running: 2, context: 20, tokens: 20, adapters: 0 });
+    let mut session = engine.session(&rig.model, size).unwrap();
+    let prompt = [1; 10];
+    let mut push = |prompt, new| session.push(Request::new(prompt, new, Sampling::plain(1)));
+    assert!(push(&prompt[..], 10).is_ok());
+    let error = push(&prompt[..], 11).unwrap_err().to_string();
+    assert!(error.contains("11 tokens after a prompt of 10, and there is room for 20"), "{error}");
+    assert!(push(&[][..], 1).unwrap_err().to_string().contains("no token"));
+}
+
+/// Bit for bit what scoring the sequence gives, however few rows are read at a time.
+#[test]
+fn a_prompt_is_scored_as_sequences_are() {
+    let prompts = prompts(6);
+    for tiny in [model("llama"), model("gpt2")] {
+        let mut rig = rig(Cpu::new(2).unwrap(), &tiny);
+        for running in [1, 3, 64] {
+            let size = Room::within(&rig.model.spec, &Limits { running, context: 100, tokens: 400, adapters: 0 });
+            let engine = Engine::new(&rig.device);
+            let mut session = engine.session(&rig.model, size).unwrap();
+            for prompt in &prompts {
+                let scored = Request {
+                    score_prompt: true,
+                    alternatives: 3,
+                    samples: 2,
+                    ..Request::new(prompt, 2, Sampling::greedy())
+                };
+                session.push(scored).unwrap();
+            }
+            let (mut found, mut drawn) = (vec![None; prompts.len()], Vec::new());
+            while session
+                .step(&mut |event| match event {
+                    Event::Prompt(key, scores) => assert!(found[key].replace(scores).is_none(), "scored once"),
+                    Event::Ended(rollout) => drawn.push(rollout),
+                    _ => {}
+                })
+                .unwrap()
+            {}
+            drop(session);
+            for rollout in drawn {
+                for ((id, logp), others) in rollout.ids.iter().zip(&rollout.logps).zip(&rollout.alternatives) {
+                    assert_eq!((others[0], others.len()), ((*id, *logp), 3), "the likeliest was drawn");
+                    assert!(others.is_sorted_by(|a, b| a.1 >= b.1));
+                }
+            }
+            for (prompt, scores) in prompts.iter().zip(found) {
+                let (scores, first) = (scores.expect("every prompt is scored"), &prompt[..1]);
+                if prompt.len() == 1 {
+                    assert!(scores.logps.is_empty());
+                    continue;
+                }
+                let sequence = Rollout {
+                    prompt: 0,
+                    sample: 0,
+                    ids: prompt[1..].to_vec(),
+                    logps: Vec::new(),
+                    sampled_logps: Vec::new(),
+                    alternatives: Vec::new(),
+                    finish: Finish::Length,
+                };
+                let expected = scored(&mut rig, &[Request::new(first, 1, Sampling::greedy())], &sequence);
+                let found: Vec<f64> = scores.logps.iter().map(|logp| f64::from(*logp)).collect();
+                assert_eq!(found, expected, "{}: {running} rows at a time", tiny.name);
+                for ((logp, others), id) in scores.logps.iter().zip(&scores.alternatives).zip(&prompt[1..]) {
+                    let told = others.iter().find(|(other, _)| other == id);
+                    assert!(told.map_or(*logp <= others[2].1, |(_, told)| told == logp));
+                }
+            }
+        }
+    }
 }

@@ -124,6 +124,11 @@ impl Experiment {
         if KEYS[1..].iter().all(|key| !table.contains_key(*key)) {
             return Ok(None);
         }
+        Self::of(path, &table, flags).map(Some)
+    }
+
+    /// Of what a file at `path` says.
+    pub fn of(path: &Path, table: &Table, flags: &ArgMatches) -> Result<Self> {
         let in_file = |detail: String| Error::file(path, detail);
         if is_given(flags, "pairs") {
             return Err(Error::option("--pairs", "is for comparing references; here, arms with `limit` do it"));
@@ -138,7 +143,7 @@ impl Experiment {
         let (used, wanted, variants) = (BTreeSet::new(), wanted(flags), Vec::new());
         let mut reader = Reader { folder, top: &top, train: &train, grids, used, wanted, variants };
         for (key, prepared) in [("prepare", true), ("arm", false)] {
-            for entry in tables(&table, key).map_err(in_file)? {
+            for entry in tables(table, key).map_err(in_file)? {
                 reader.add(entry, prepared).map_err(in_file)?;
             }
         }
@@ -154,10 +159,10 @@ impl Experiment {
             }
             Some(_) => return Err(in_file("measure: expected a table, as [measure]".into())),
         };
-        let mut experiment = Self::whole(path, &table, &top, flags, measure).map_err(in_file)?;
+        let mut experiment = Self::whole(path, table, &top, flags, measure).map_err(in_file)?;
         experiment.variants = ordered(chosen(variants, flags)?).map_err(in_file)?;
         experiment.check().map_err(in_file)?;
-        Ok(Some(experiment))
+        Ok(experiment)
     }
 
     /// All but the runs.

@@ -22,23 +22,23 @@ const RECIPE: &str = "recipe.toml";
 const WITHOUT_EFFECT: [&str; 3] = ["threads", "cache_dir", "profile_steps"];
 
 /// One run of a variant.
-struct Run {
-    variant: usize,
+pub struct Run {
+    pub variant: usize,
     /// None: of all seeds.
     seed: Option<u64>,
-    job: usize,
+    pub job: usize,
     eval: Option<usize>,
     /// Where its model is, and where its logs are.
-    model: PathBuf,
-    logs: PathBuf,
+    pub model: PathBuf,
+    pub logs: PathBuf,
 }
 
 /// Jobs as they are made, each behind what it needs.
-struct Plan<'a> {
+pub struct Plan<'a> {
     experiment: &'a Experiment,
-    jobs: Vec<Job>,
-    runs: Vec<Run>,
-    threads: Option<usize>,
+    pub jobs: Vec<Job>,
+    pub runs: Vec<Run>,
+    pub threads: Option<usize>,
 }
 
 pub fn run(experiment: &Experiment) -> Result<()> {
@@ -70,7 +70,7 @@ pub fn run(experiment: &Experiment) -> Result<()> {
 }
 
 /// A hash of what a file or folder holds; of a folder's files their names, sizes and times, as models are large.
-fn content(path: &Path) -> Result<String> {
+pub fn content(path: &Path) -> Result<String> {
     let found = fs::metadata(path).at(path)?;
     let mut hasher = blake3::Hasher::new();
     if found.is_file() {
@@ -86,12 +86,12 @@ fn content(path: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex()[..16].to_string())
 }
 
-fn key(parts: &[String]) -> String {
+pub fn key(parts: &[String]) -> String {
     blake3::hash(parts.join("\n").as_bytes()).to_hex()[..16].to_string()
 }
 
 impl<'a> Plan<'a> {
-    fn new(experiment: &'a Experiment) -> Self {
+    pub fn new(experiment: &'a Experiment) -> Self {
         // Processes that run together share the cores.
         let threads = match (experiment.jobs, experiment.threads) {
             (1, threads) => threads,
@@ -100,7 +100,7 @@ impl<'a> Plan<'a> {
         Self { experiment, jobs: Vec::new(), runs: Vec::new(), threads }
     }
 
-    fn all(&mut self) -> Result<()> {
+    pub fn all(&mut self) -> Result<()> {
         let Experiment { variants, seed, seeds, .. } = self.experiment;
         for (at, variant) in variants.iter().enumerate() {
             let of_variant = |error| Error::file(&self.experiment.recipe, format!("{}: {error}", variant.name));
@@ -136,13 +136,9 @@ impl<'a> Plan<'a> {
         let mut folder = |path: &str| match reference(&self.experiment.variants, path) {
             None => {
                 // A weight behind a folder is no part of its name.
-                let whole = Path::new(path);
-                let bare = if whole.exists() {
-                    whole
-                } else {
-                    Path::new(path.rsplit_once('=').map_or(path, |(path, _)| path))
-                };
-                parts.push(content(bare)?);
+                let split = path.rsplit_once('=').filter(|_| !Path::new(path).exists());
+                let (bare, weight) = split.unwrap_or((path, ""));
+                parts.push(content(Path::new(bare))? + weight);
                 Ok(path.to_string())
             }
             Some(found) => {
@@ -295,7 +291,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn why(outcome: &Outcome) -> Option<String> {
+pub fn why(outcome: &Outcome) -> Option<String> {
     match outcome {
         Outcome::Done => None,
         Outcome::Failed(lines) => Some(format!("\n{lines}")),
@@ -303,7 +299,7 @@ fn why(outcome: &Outcome) -> Option<String> {
     }
 }
 
-fn flag(name: &str, path: &Path) -> OsString {
+pub fn flag(name: &str, path: &Path) -> OsString {
     let mut flag = OsString::from(format!("--{name}="));
     flag.push(path);
     flag

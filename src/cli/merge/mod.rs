@@ -9,7 +9,9 @@ mod out;
 use clap::{ArgMatches, Args, Subcommand};
 
 use crate::error::Result;
-pub use models::ModelArg;
+pub use adapters::{AdaptersArgs, How};
+pub use behaviour::BehaviourArgs;
+pub use models::{Method, ModelArg, ModelsArgs, ParamArgs, Stored, model};
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(
@@ -32,13 +34,13 @@ pub struct MergeArgs {
     #[command(subcommand)]
     pub what: Option<MergeWhat>,
     #[command(flatten)]
-    pub models: models::ModelsArgs,
+    pub models: ModelsArgs,
 }
 
 #[derive(Debug, Clone, PartialEq, Subcommand)]
 pub enum MergeWhat {
     /// Make one adapter of several, or add them to their base
-    Adapters(adapters::AdaptersArgs),
+    Adapters(AdaptersArgs),
     /// Make an adapter of what a model learned beyond its base
     Extract(extract::ExtractArgs),
 }

@@ -102,7 +102,7 @@ pub struct ModelArg {
 }
 
 /// `DIR=0.5`. A folder that is there keeps its whole name.
-fn model(text: &str) -> Result<ModelArg, String> {
+pub fn model(text: &str) -> Result<ModelArg, String> {
     let split = text.rsplit_once('=').filter(|_| !Path::new(text).is_dir());
     match split.map(|(path, weight)| (path, weight.parse::<f64>())) {
         None => Ok(ModelArg { path: text.into(), weight: None }),

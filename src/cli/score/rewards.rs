@@ -1,5 +1,7 @@
 //! `cuvee score --reward`: what a run would be rewarded by, seen before it is run.
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 
 use crate::cli::args::ScoreArgs;
@@ -41,20 +43,20 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
 }
 
 /// What is judged of a row: one completion, or chosen and rejected.
-struct Texts {
-    prompt: Content,
-    completions: Vec<String>,
+pub struct Texts {
+    pub prompt: Content,
+    pub completions: Vec<String>,
+}
+
+/// Of every row of a file.
+pub fn texts_of(dataset: &Path) -> Result<Vec<Texts>> {
+    let of = |(row, of): (usize, Row)| split(of).map_err(|detail| Error::file(dataset, format!("row {row}: {detail}")));
+    read_rows(dataset)?.1.into_iter().enumerate().map(of).collect()
 }
 
 fn texts(args: &ScoreArgs) -> Result<Vec<Texts>> {
     match (&args.dataset, &args.text) {
-        (Some(dataset), _) => {
-            let rows = read_rows(dataset)?.1;
-            let of = |(row, of): (usize, Row)| {
-                split(of).map_err(|detail| Error::file(dataset, format!("row {row}: {detail}")))
-            };
-            rows.into_iter().enumerate().map(of).collect()
-        }
+        (Some(dataset), _) => texts_of(dataset),
         (None, text) => {
             let completions = vec![text.clone().unwrap_or_default()];
             Ok(vec![Texts { prompt: Content::Text(String::new()), completions }])

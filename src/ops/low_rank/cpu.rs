@@ -2,7 +2,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::{Backward, Forward, LowRank};
+use super::{Backward, Blend, Forward, LowRank};
 use crate::device::{Cpu, Scratch};
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start, gemm};
@@ -29,6 +29,16 @@ fn scale_by(cpu: &Cpu, scale: f32, x: &mut [f32]) {
     }
 }
 
+/// Gives each column of `t`, `[rows, rank]`, its adapter's weight in that row.
+fn blend_by(cpu: &Cpu, Blend { weights, owner }: Blend<Cpu>, rank: usize, t: &mut [f32]) {
+    let (adapters, weights, owner) = (weights.cols(), weights.f32s(), owner.u32s());
+    let rows =
+        t.par_chunks_exact_mut(rank.max(1)).zip(weights.par_chunks_exact(adapters.max(1))).with_min_len(ROWS_PER_TASK);
+    cpu.run(|| {
+        rows.for_each(|(t, weights)| t.iter_mut().zip(owner).for_each(|(t, owner)| *t *= weights[*owner as usize]));
+    });
+}
+
 impl LowRank for Cpu {
     fn low_rank(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
@@ -36,6 +46,9 @@ impl LowRank for Cpu {
         let (x, down) = (Operand::new(a.x.f32s(), d.inputs), Operand::transposed(a.a.f32s(), d.inputs));
         gemm(self, [d.rows, d.rank, d.inputs], x, down, t, Start::Zero);
         scale_by(self, a.scale, t);
+        if let Some(blend) = a.blend {
+            blend_by(self, blend, d.rank, t);
+        }
         // The product is summed first: adding it to a large residual term by term would lose its low bits.
         let mut scratch = PRODUCT.take();
         for (t, y) in t.chunks(ROWS * d.rank.max(1)).zip(y.chunks_mut(ROWS * d.outputs.max(1))) {

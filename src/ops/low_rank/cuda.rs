@@ -1,7 +1,7 @@
 use half::bf16;
 
-use super::{Backward, Dims, Forward, LowRank};
-use crate::device::cuda::{Element, In, Operand, Out, Product};
+use super::{Backward, Blend, Dims, Forward, LowRank};
+use crate::device::cuda::{Element, In, Operand, Out, Product, kernels};
 use crate::device::{Cuda, DType, range};
 use crate::error::{Error, Result};
 
@@ -22,6 +22,19 @@ fn forward<T: Element>(cuda: &Cuda, mut f: Forward<Cuda>, d: Dims) -> Result<()>
     let Dims { rows, inputs, outputs, rank } = d;
     let operands = (Operand::new(f.x.input::<T>(), inputs), Operand::transposed(f.a.input(), inputs));
     product::<T, T>(cuda, [rows, rank, inputs], operands, f.scale, f.scratch.again().output(), false)?;
+    if let Some(Blend { weights, owner }) = f.blend {
+        const THREADS: usize = kernels::BlendColumns::<f32>::THREADS as usize;
+        let n = rows * rank;
+        kernels::BlendColumns::<T> {
+            t: f.scratch.again().output(),
+            weights: weights.input(),
+            owner: owner.input(),
+            rank: rank as u32,
+            adapters: weights.cols() as u32,
+            n: n as u64,
+        }
+        .launch(cuda, n.div_ceil(THREADS))?;
+    }
     let operands = (Operand::new(f.scratch.view().input::<T>(), rank), Operand::transposed(f.b.input(), rank));
     product::<T, T>(cuda, [rows, outputs, rank], operands, 1.0, f.y.output(), true)
 }

@@ -5,7 +5,10 @@
 //! t = scale x A^T        dB += dy^T t        u = scale dy B        dA += u^T x        dx += u A
 //! ```
 //! Saved for the backward: `x`. `t` is made again: it costs what it takes to read x, and keeping it would take memory in every
-//! layer. Weights of adapters that differ from row to row belong on the columns of `t` and `u`.
+//! layer.
+//!
+//! Several adapters side by side are one of the sum of their ranks. With a [`Blend`] each row takes its own share of each of
+//! them, forward only: `t[r, k] *= weights[r, owner[k]]` between the two products.
 //!
 //! Where B is 0, y stays as it is, bit for bit (a zero becomes a positive one).
 
@@ -26,10 +29,19 @@ pub struct Forward<'a, D: Device> {
     /// `[outputs, rank]`
     pub b: View<'a, D>,
     pub scale: f32,
+    pub blend: Option<Blend<'a, D>>,
     /// `[rows, rank]`, overwritten
     pub scratch: ViewMut<'a, D>,
     /// `+=` `[rows, outputs]`
     pub y: ViewMut<'a, D>,
+}
+
+/// How much of each adapter each row takes.
+pub struct Blend<'a, D: Device> {
+    /// `[rows, adapters]`, F32
+    pub weights: View<'a, D>,
+    /// `[rank, 1]`: the adapter that a column of `t` belongs to, each < adapters
+    pub owner: View<'a, D>,
 }
 
 pub struct Backward<'a, D: Device> {
@@ -71,6 +83,10 @@ impl<D: Device> Forward<'_, D> {
         super::require("low_rank", "b", self.b.shape(), [outputs, rank])?;
         super::require("low_rank", "scratch", self.scratch.shape(), [rows, rank])?;
         super::require("low_rank", "y", self.y.shape(), [rows, outputs])?;
+        if let Some(Blend { weights, owner }) = &self.blend {
+            super::require("low_rank", "weights", weights.shape(), [rows, weights.cols()])?;
+            super::require("low_rank", "owner", owner.shape(), [rank, 1])?;
+        }
         Ok(Dims { rows, inputs, outputs, rank })
     }
 }
@@ -96,7 +112,8 @@ impl<D: Device> Backward<'_, D> {
 impl LowRank for Dry {
     fn low_rank(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        self.count(2 * d.rows * d.rank * (d.inputs + d.outputs));
+        let blend = usize::from(a.blend.is_some());
+        self.count(2 * d.rows * d.rank * (d.inputs + d.outputs) + blend * d.rows * d.rank);
         Ok(())
     }
 

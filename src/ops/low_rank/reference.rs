@@ -10,7 +10,10 @@ impl LowRank for Reference {
         for r in 0..d.rows {
             for k in 0..d.rank {
                 let sum: f64 = (0..d.inputs).map(|i| x[r * d.inputs + i] * down[k * d.inputs + i]).sum();
-                t[r * d.rank + k] = f64::from(a.scale) * sum;
+                let weight = a.blend.as_ref().map_or(1.0, |blend| {
+                    blend.weights.f64s()[r * blend.weights.cols() + blend.owner.u32s()[k] as usize]
+                });
+                t[r * d.rank + k] = f64::from(a.scale) * sum * weight;
             }
             for o in 0..d.outputs {
                 y[r * d.outputs + o] += (0..d.rank).map(|k| t[r * d.rank + k] * up[o * d.rank + k]).sum::<f64>();

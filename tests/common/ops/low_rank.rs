@@ -3,7 +3,7 @@
 use cuvee::Result;
 use cuvee::ops::{Backend, low_rank};
 
-use super::Visitor;
+use super::{Visitor, below};
 use crate::common::case::{Case, Slot, Spec};
 
 /// Rows, inputs, outputs, rank.
@@ -41,6 +41,7 @@ impl Case for LowRank {
             a: a.view(),
             b: b.view(),
             scale: self.scale,
+            blend: None,
             scratch: scratch.view_mut(),
             y: y.view_mut(),
         })
@@ -66,6 +67,53 @@ fn down([rows, inputs, _, rank]: [usize; 4], scale: f32, x: &[f32], a: &[f32]) -
         t[r * rank + k] *= scale;
     }
     t
+}
+
+/// Where each row has its own weight for each of some adapters.
+pub struct Blended {
+    pub shape: [usize; 4],
+    pub adapters: usize,
+}
+
+impl Case for Blended {
+    fn op(&self) -> &'static str {
+        "low_rank"
+    }
+
+    fn specs(&self) -> Vec<Spec> {
+        let [rows, _, _, rank] = self.shape;
+        let mut specs = LowRank { shape: self.shape, scale: 0.7 }.specs();
+        specs.push(Spec::input("weights", [rows, self.adapters]).per_row().always_f32());
+        specs.push(Spec::index("owner", 1, below("owner", rank, self.adapters)));
+        specs
+    }
+
+    fn run<D: Backend>(&self, device: &D, t: &mut [Slot<D>]) -> Result<()> {
+        tensors!(t => x, a, b, scratch, y, weights, owner);
+        device.low_rank(low_rank::Forward {
+            x: x.view(),
+            a: a.view(),
+            b: b.view(),
+            scale: 0.7,
+            blend: Some(low_rank::Blend { weights: weights.view(), owner: owner.view() }),
+            scratch: scratch.view_mut(),
+            y: y.view_mut(),
+        })
+    }
+
+    fn naive(&self, specs: &[Spec], t: &mut [Vec<f32>]) {
+        let [rows, _, outputs, rank] = self.shape;
+        let owner = &specs[6].indices;
+        tensors!(t => x, a, b, scratch, y, weights, _owner);
+        *scratch = down(self.shape, 0.7, x, a);
+        for (r, k) in (0..rows).flat_map(|r| (0..rank).map(move |k| (r, k))) {
+            scratch[r * rank + k] *= weights[r * self.adapters + owner[k] as usize];
+        }
+        for (r, o) in (0..rows).flat_map(|r| (0..outputs).map(move |o| (r, o))) {
+            let sum = (0..rank).fold(0.0, |sum, k| sum + scratch[r * rank + k] * b[o * rank + k]);
+            y[r * outputs + o] += sum;
+        }
+    }
 }
 
 pub struct LowRankBackward {
@@ -147,6 +195,13 @@ pub fn forward<V: Visitor>(v: &mut V) {
     v.twice(&LowRank { shape: [47, 31, 123, 4], scale: 2.0 });
     v.nan(&LowRank { shape: [14, 31, 35, 4], scale: 2.0 });
     v.shapes(&LowRank { shape: [3, 5, 4, 2], scale: 2.0 });
+    for (shape, adapters) in [([1, 31, 123, 1], 1), ([8, 123, 507, 24], 3), ([252, 123, 33, 5], 2)] {
+        v.close(&Blended { shape, adapters });
+    }
+    for (shape, adapters) in PROMISES.into_iter().zip([3, 4]) {
+        v.repeatable(&Blended { shape, adapters });
+        v.rows(&Blended { shape, adapters });
+    }
 }
 
 pub fn backward<V: Visitor>(v: &mut V) {
