@@ -158,11 +158,11 @@ fn prompts_alone_are_enough() {
     let prompts: Vec<String> =
         w.lines("train.jsonl").iter().map(|row| serde_json::json!({"prompt": row["prompt"]}).to_string()).collect();
     w.write("prompts.jsonl", &prompts.join("\n"));
-    let seen = "--eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5";
-    train(&w, "rows", &format!("--objective grpo --beta 0.1 {seen}"));
-    let alone =
-        format!("--objective grpo --beta 0.1 --dataset prompts.jsonl {seen}").replace("train.jsonl", "prompts.jsonl");
-    train(&w, "alone", &alone);
+    let line = format!(
+        "{TRAIN} {FOUR} --objective grpo --beta 0.1 --eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5"
+    );
+    w.ok(&format!("{line} --output-dir rows"));
+    w.ok(&format!("{line} --output-dir alone").replace("train.jsonl", "prompts.jsonl"));
     assert_eq!(w.lines("rows/rollouts.jsonl"), w.lines("alone/rollouts.jsonl"));
     assert_eq!(steps(&w, "rows"), steps(&w, "alone"));
     let last = &steps(&w, "alone")[3];
