@@ -88,6 +88,8 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         take: run.data.take,
         eval_tasks: super::tasks::named(&run.save.eval_task)?,
         stop_when: run.save.stop_when.clone(),
+        gold: run.alarm.gold_reward.clone(),
+        alarm: run.alarm.alarm(),
         limit: run.data.limit,
         keep_model: true,
         dataset: Default::default(),

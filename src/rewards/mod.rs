@@ -9,6 +9,7 @@
 
 mod cache;
 mod exact_match;
+mod fluency;
 mod format;
 mod http;
 pub mod judgement;
@@ -27,7 +28,7 @@ use crate::data::Content;
 
 pub use jury::Jury;
 pub use registry::Entry;
-pub use spec::{RewardSpec, Rewards};
+pub use spec::{FLUENCY, RewardSpec, Rewards};
 
 /// One completion to be judged.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +88,7 @@ trait Rule: Send + Sync {
 /// Every kind of a `[[reward]]` table: to add one, write its file and name it here and above.
 const KINDS: &[&Entry] = &[
     &exact_match::ENTRY,
+    &fluency::ENTRY,
     &format::ENTRY,
     &http::ENTRY,
     &length::ENTRY,

@@ -22,7 +22,7 @@ fn folder(files: &[(&str, &str)]) -> TempDir {
 }
 
 fn open(dir: &TempDir) -> Result<Rewards> {
-    Rewards::open(&[RewardSpec { what: dir.path().join("rewards.toml"), weight: 1.0 }])
+    Rewards::open(&[RewardSpec { what: dir.path().join("rewards.toml"), weight: 1.0, fluency: false }])
 }
 
 fn sample<'a>(prompt: &'a Content, completion: &'a str, answer: Option<&'a str>) -> Sample<'a> {
@@ -196,7 +196,7 @@ fn files_are_checked() {
     holds("[reward]\nkind = 'regex'", "holds no [[reward]] table");
     holds("x = 1\n[[reward]]\nkind = 'regex'", "unknown key \"x\"");
     holds("[[reward]\n", "rewards.toml: TOML parse error at line 1");
-    holds("[[reward]]\nname = 'a'", "reward \"a\": kind is missing; known are exact_match, format");
+    holds("[[reward]]\nname = 'a'", "reward \"a\": kind is missing; known are exact_match, fluency, format");
     holds("[[reward]]\nkind = 'regexp'", "there is no kind \"regexp\"; did you mean \"regex\"?");
     holds(
         "[[reward]]\nkind = 'regex'\npatern = 'a'",
@@ -222,7 +222,7 @@ fn weights_multiply() {
     assert!(parse("").is_err() && parse("=1").is_err() && parse("a=nan").is_err() && parse("a=inf").is_err());
     let toml = "[[reward]]\nkind = 'regex'\npattern = 'a'\n[[reward]]\nname = 'b'\nkind = 'regex'\npattern = 'b'\nweight = 3\n";
     let dir = folder(&[("rewards.toml", toml)]);
-    let specs = [RewardSpec { what: dir.path().join("rewards.toml"), weight: 0.5 }];
+    let specs = [RewardSpec { what: dir.path().join("rewards.toml"), weight: 0.5, fluency: false }];
     let rewards = Rewards::open(&specs).unwrap();
     assert_eq!((rewards.names(), rewards.weights()), (vec!["regex".into(), "b".into()], vec![0.5, 1.5]));
     assert_eq!(rewards.plan(DType::F32, &Default::default()), Default::default());

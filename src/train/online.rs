@@ -136,6 +136,12 @@ impl<'a, B: Backend> Online<'a, B> {
         self.log.sync()
     }
 
+    /// Goes on as after `step`: what was logged later is forgotten.
+    pub fn go_back(&mut self, step: u64) -> Result<()> {
+        self.log = LineLog::resume(&self.settings.output_dir.join(ROLLOUTS), step)?;
+        Ok(())
+    }
+
     /// Completes the prompts of these training examples; `number` counts such batches from 1, `show` is told how far it is.
     pub fn sample(
         &mut self,
@@ -322,7 +328,7 @@ impl<'a, B: Backend> Online<'a, B> {
 }
 
 impl Written {
-    fn sample(&self) -> Sample<'_> {
+    pub fn sample(&self) -> Sample<'_> {
         Sample {
             prompt: &self.source,
             completion: &self.text,
