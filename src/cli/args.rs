@@ -687,8 +687,8 @@ A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
   preference   prompt, chosen, rejected
                accuracy (a tie is a half) and margin, relative to --ref-model if given
   reward       prompt, and no answer; needs --reward-model
-               sampled completions: reward, win_rate against the baseline's, words,
-               distinct_2, base_logp (of --base-model)
+               sampled completions: reward, win_rate against the baseline's, answer_beaten
+               (the row's own completion, if it has one), words, distinct_2, base_logp (of --base-model)
 
 choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
 texts that are too long are cut as it cuts them: to what config.json says that the model

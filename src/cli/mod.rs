@@ -133,7 +133,7 @@ fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
-    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into() }
+    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into(), prompts: false }
 }
 
 /// Parses a command line (program name first) and the recipe it may name.

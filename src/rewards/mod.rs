@@ -11,6 +11,7 @@ mod cache;
 mod exact_match;
 mod fluency;
 mod format;
+mod http;
 pub mod judgement;
 mod jury;
 mod length;
@@ -89,6 +90,7 @@ const KINDS: &[&Entry] = &[
     &exact_match::ENTRY,
     &fluency::ENTRY,
     &format::ENTRY,
+    &http::ENTRY,
     &length::ENTRY,
     &lexicon::ENTRY,
     &model::ENTRY,

@@ -240,7 +240,8 @@ impl<'a, B: Backend> Drift<'a, B> {
         let of = |sample: &Rollout| {
             let at = self.prompts[sample.prompt].row;
             let Row { parts, variables, .. } = &self.rows[at];
-            let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. }) = parts else {
+            let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. } | Parts::Prompt { prompt }) = parts
+            else {
                 let detail = "measures completions of prompts, and these rows are whole texts, which a reference with another tokenizer cannot be asked about";
                 return Err(Error::option("--kl-samples", detail));
             };

@@ -508,6 +508,7 @@ fn load_dataset(
         Form::Pairs => None,
         _ if needs.pairs && settings.rollouts.is_none() => Some("trains on pairs (prompt, chosen, rejected)"),
         Form::Unpaired if !needs.labels => Some("would learn what is labelled undesirable, too"),
+        Form::Prompts if needs.answers => Some("compares with the data's own completions (prompt, completion)"),
         Form::Completions | Form::Text if needs.labels => Some("trains on labels (prompt, completion, label) or pairs"),
         _ => None,
     };

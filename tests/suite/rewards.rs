@@ -177,7 +177,7 @@ fn what_cannot_judge_is_refused() {
 fn rewards_are_listed() {
     let w = Workspace::new();
     let listed = w.ok("list rewards").stdout;
-    for part in ["exact_match", "gsm8k", "process", "timeout_s: seconds for an answer", "pessimism"] {
+    for part in ["exact_match", "gsm8k", "process", "http", "timeout_s: seconds for an answer", "pessimism"] {
         assert!(listed.contains(part), "{listed}");
     }
 }
