@@ -18,6 +18,7 @@ pub mod progress;
 pub mod references;
 pub mod rewards;
 pub mod rollout;
+pub mod scaling;
 pub mod serve;
 pub mod soup;
 pub mod tasks;

@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("params", &[]),
     ("device", &[]),
     ("data", &[]),
+    ("scaling", &["device"]),
     ("objectives", &["params"]),
     ("checkpoint", &[]),
     ("lineage", &["checkpoint"]),
@@ -42,9 +43,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "progress",
             "machine",
             "lineage",
+            "scaling",
         ],
     ),
-    ("lab", &["ops", "objectives", "checkpoint", "progress", "train"]),
+    ("lab", &["device", "ops", "objectives", "checkpoint", "progress", "scaling", "train"]),
     ("soup", &["device", "data", "checkpoint", "merge", "rewards", "train", "lab"]),
 ];
 /// Files of `src/` that stand above the modules.

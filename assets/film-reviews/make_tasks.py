@@ -61,11 +61,20 @@ def cloze(texts):
     return rows
 
 
+def swapped(rows, share):
+    """So many completions, drawn, go round: each to the next of these rows."""
+    drawn = sorted(random.Random(SEED).sample(range(len(rows)), round(share * len(rows))))
+    after = {row: rows[next]["completion"] for row, next in zip(drawn, drawn[1:] + drawn[:1])}
+    return [row | {"completion": after.get(i, row["completion"])} for i, row in enumerate(rows)]
+
+
 both = ["chosen", "rejected"]
 train, heldout = read("train"), sentences(read("heldout"), both)
 write("sentences-train", [{"text": text} for text in sentences(train, both)])
 write("sentences-heldout", [{"text": text} for text in heldout])
-write("prompts-train", prompts(sentences(train, ["chosen"])))
+opened = prompts(sentences(train, ["chosen"]))
+write("prompts-train", opened)
+write("prompts-train-30-swapped", swapped(opened, 0.3))
 each = each_prompt_once(prompts(heldout))
 write("prompts-heldout", each)
 write("prompts-heldout-every-8th", each[::8])

@@ -10,7 +10,9 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::adapters::{AdapterArgs, LoraArgs};
+use super::alarm::AlarmArgs;
 use super::compare::{Compare, Grid, grid, only_here};
+use super::lab::{LabArgs, WatchArgs};
 use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
@@ -76,6 +78,10 @@ pub enum Command {
     Soup(SoupArgs),
     /// Show where a model comes from: what made it, of which parents and data, under which licences
     Lineage(LineageArgs),
+    /// Find where alignment starts to hurt: toys, fits of the gold reward over distance, sweeps and their report
+    Lab(LabArgs),
+    /// Render the report of a sweep again and again while it runs
+    Watch(WatchArgs),
 }
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
@@ -233,6 +239,9 @@ pub struct RunArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub rollouts: RolloutArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub alarm: AlarmArgs,
     /// Where the first weights come from; random takes only config.json and the tokenizer from --model
     #[arg(long, value_name = "FROM", default_value = "checkpoint", help_heading = "Engine")]
     pub init: Init,
@@ -678,8 +687,8 @@ A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
   preference   prompt, chosen, rejected
                accuracy (a tie is a half) and margin, relative to --ref-model if given
   reward       prompt, and no answer; needs --reward-model
-               sampled completions: reward, win_rate against the baseline's, words,
-               distinct_2, base_logp (of --base-model)
+               sampled completions: reward, win_rate against the baseline's, answer_beaten
+               (the row's own completion, if it has one), words, distinct_2, base_logp (of --base-model)
 
 choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
 texts that are too long are cut as it cuts them: to what config.json says that the model
@@ -1123,6 +1132,7 @@ impl RunArgs {
         self.refs.check(flags)?;
         self.lora.check(flags)?;
         self.rollouts.check(flags)?;
+        self.alarm.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
             (Some(stop), Some(max)) if stop > max => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
@@ -1262,6 +1272,10 @@ fn normal(text: &str) -> Result<f64, String> {
     number(text, "of 1.2e-38 or more", |x| x >= f64::from(f32::MIN_POSITIVE))
 }
 
+pub(super) fn above_zero(text: &str) -> Result<f64, String> {
+    number(text, "above 0", |x| x > 0.0)
+}
+
 pub(super) fn zero_or_more(text: &str) -> Result<f64, String> {
     number(text, "of 0 or more", |x| x >= 0.0)
 }
@@ -1308,7 +1322,7 @@ fn some_text(text: &str) -> Result<String, String> {
     if text.is_empty() { Err("an empty text ends everything".into()) } else { Ok(text.to_string()) }
 }
 
-fn zero_or_count(text: &str) -> Result<usize, String> {
+pub(super) fn zero_or_count(text: &str) -> Result<usize, String> {
     size(text, 0)
 }
 

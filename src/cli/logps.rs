@@ -77,7 +77,7 @@ impl Job for &LogpsArgs {
                 Form::Unpaired => {
                     json!({"row": example.row, "label": example.label, "logps": sum(0), "tokens": sequences[0].len()})
                 }
-                Form::Completions | Form::Text => {
+                Form::Completions | Form::Text | Form::Prompts => {
                     json!({"row": example.row, "logps": sum(0), "tokens": sequences[0].len()})
                 }
             }

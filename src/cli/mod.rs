@@ -2,6 +2,7 @@
 //! `parse` joins them (defaults < recipe < flags) and checks what one flag alone cannot know.
 
 mod adapters;
+mod alarm;
 pub mod args;
 mod cache;
 mod compare;
@@ -10,6 +11,7 @@ mod doctor;
 mod eval;
 mod flags;
 mod generate;
+mod lab;
 mod lineage;
 mod list;
 mod logps;
@@ -103,6 +105,8 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Soup(args) => soup::run(&args),
         Command::Lineage(args) => lineage::run(&args),
+        Command::Lab(args) => lab::run(&args),
+        Command::Watch(args) => lab::watch(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -129,7 +133,7 @@ fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
-    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into() }
+    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into(), prompts: false }
 }
 
 /// Parses a command line (program name first) and the recipe it may name.
@@ -168,7 +172,12 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
         Command::Soup(args) => args.check(flags)?,
-        Command::Doctor(_) | Command::List(_) | Command::Cache(_) | Command::Lineage(_) => {}
+        Command::Doctor(_)
+        | Command::List(_)
+        | Command::Cache(_)
+        | Command::Lineage(_)
+        | Command::Lab(_)
+        | Command::Watch(_) => {}
     }
     Ok(cli)
 }
@@ -515,7 +524,10 @@ mod tests {
  num_iterations = 2
  max_completion_length = 9
  rollout_temperature = 0.5
- rollout_top_p = 0.9";
+ rollout_top_p = 0.9
+ gold_reward = ['g=2']
+ kl_budget = 9
+ on_alarm = 'stop'";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";

@@ -6,13 +6,15 @@ use std::io::IsTerminal;
 use serde_json::{Value, json};
 
 use super::args::{Color, PreviewArgs};
-use crate::data::{Batch, Dataset, Example, Form, Piece, Segment, Sequence, Sharing, Skip, Tokenizer, label_name};
+use crate::data::{
+    Batch, Dataset, EncodeOptions, Example, Form, Piece, Segment, Sequence, Sharing, Skip, Tokenizer, label_name,
+};
 use crate::error::{Error, Result};
 use crate::progress::say;
 
 pub fn run(args: &PreviewArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
-    let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
+    let encode = EncodeOptions { prompts: true, ..super::encode(args.limits.max_length, args.limits.on_overflow) };
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
     let palette = Palette { on: colored(args.color, |name| std::env::var(name).ok(), std::io::stdout().is_terminal()) };
     for row in rows(args, &dataset)? {
@@ -58,7 +60,7 @@ fn names(example: &Example, form: Form) -> Vec<&'static str> {
     match form {
         Form::Pairs => vec!["chosen", "rejected"],
         Form::Unpaired => vec![example.label.map_or("completion", label_name)],
-        Form::Completions => vec!["completion"],
+        Form::Completions | Form::Prompts => vec!["completion"],
         Form::Text => vec!["text"],
     }
 }

@@ -14,7 +14,7 @@ use super::args::{Cli, Resume};
 use super::is_given;
 use super::merge::ModelArg;
 use super::tasks::{TaskArg, split};
-use crate::rewards::RewardSpec;
+use crate::rewards::{FLUENCY, RewardSpec};
 use crate::{Error, Result};
 
 pub(super) const ARG: &str = "recipe";
@@ -232,6 +232,13 @@ fn holds(arg: &Arg, types: &[TypeId]) -> bool {
     types.iter().any(|one| arg.get_value_parser().type_id() == *one)
 }
 
+/// A command of a command.
+pub(super) fn subcommand_of(name: &str, of: &str) -> Command {
+    let cli = Cli::command();
+    let command = cli.find_subcommand(name).and_then(|command| command.find_subcommand(of)).expect("it is one").clone();
+    command.mut_args(|arg| arg.required(false))
+}
+
 fn is_number(arg: &Arg) -> bool {
     holds(arg, &[TypeId::of::<f64>(), TypeId::of::<u64>(), TypeId::of::<usize>()])
 }
@@ -241,6 +248,9 @@ fn path_in<'t>(arg: &Arg, text: &'t str) -> Option<(&'t str, &'t str)> {
     if holds(arg, &[TypeId::of::<TaskArg>()]) {
         let (_, path) = split(text);
         return Some(text.split_at(text.len() - path.len()));
+    }
+    if let Some(path) = text.strip_prefix(FLUENCY).filter(|_| holds(arg, &[TypeId::of::<RewardSpec>()])) {
+        return Some((FLUENCY, path));
     }
     let paths =
         [TypeId::of::<PathBuf>(), TypeId::of::<AdapterArg>(), TypeId::of::<ModelArg>(), TypeId::of::<RewardSpec>()];

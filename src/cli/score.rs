@@ -69,7 +69,7 @@ impl Job for &ScoreArgs {
             match dataset.form {
                 Form::Pairs => json!({"row": example.row, "score_chosen": score(0), "score_rejected": score(1)}),
                 Form::Unpaired => json!({"row": example.row, "label": example.label, "score": score(0)}),
-                Form::Completions | Form::Text => json!({"row": example.row, "score": score(0)}),
+                Form::Completions | Form::Text | Form::Prompts => json!({"row": example.row, "score": score(0)}),
             }
         }))
     }

@@ -9,6 +9,7 @@ use signal_hook::flag;
 use super::args::{self, RunArgs, StepRange, TrainArgs};
 use super::device::{self, Job};
 use crate::checkpoint::SaveDtype;
+use crate::data::EncodeOptions;
 use crate::error::{At, Result};
 use crate::model::Init;
 use crate::ops::Backend;
@@ -87,6 +88,8 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         take: run.data.take,
         eval_tasks: super::tasks::named(&run.save.eval_task)?,
         stop_when: run.save.stop_when.clone(),
+        gold: run.alarm.gold_reward.clone(),
+        alarm: run.alarm.alarm(),
         limit: run.data.limit,
         keep_model: true,
         dataset: Default::default(),
@@ -120,7 +123,10 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         per_device_batch_size: run.data.per_device_train_batch_size,
         shuffle: !run.data.no_shuffle,
         seed: run.schedule.seed,
-        encode: super::encode(Some(run.data.max_length), run.data.on_overflow),
+        encode: EncodeOptions {
+            prompts: run.rollouts.rollouts().is_some(),
+            ..super::encode(Some(run.data.max_length), run.data.on_overflow)
+        },
         packing: super::packing(&run.batching),
         recompute: run.recompute,
         threads: run.engine.threads.unwrap_or_else(|| crate::machine::processor().allowed),

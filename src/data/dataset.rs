@@ -106,6 +106,11 @@ impl Dataset {
         if let Some(max_length @ ..2) = options.max_length {
             return Err(Error::option("--max-length", format!("{max_length} leaves no token to score; use 2 or more")));
         }
+        if form == Form::Prompts && !options.prompts {
+            let detail = "has prompts alone, and completions are asked for; with --reward the policy writes them, and `cuvee \
+                          generate --prompts` does";
+            return Err(Error::file(path, detail));
+        }
         let conversational = numbered.iter().any(|(_, row)| row.has_messages());
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
         let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
@@ -320,7 +325,7 @@ mod tests {
     }
 
     fn limit(max_length: usize, on_overflow: Overflow) -> EncodeOptions {
-        EncodeOptions { max_length: Some(max_length), on_overflow }
+        EncodeOptions { max_length: Some(max_length), on_overflow, ..EncodeOptions::default() }
     }
 
     fn sequence(ids: &[u32], first: usize) -> Sequence {

@@ -9,6 +9,7 @@
 //!   where the two part (`common_prefix_length` in data_utils.py): a token that merges across the boundary is
 //!   scored, and so is the end of a prompt that the template writes differently before an answer. A pair's sequences
 //!   start at the same token, the smaller of the two.
+//! * Of a prompt alone the end of the completion is there, an EOS token that nothing is trained on.
 //! * `Overflow::Truncate` is TRL's `keep_start`, which also drops the rows whose prompt alone fills the length.
 //!
 //! Where TRL differs: it trains an empty completion or text on EOS alone, and an empty prompt's completion without
@@ -86,6 +87,8 @@ pub struct EncodeOptions {
     /// The longest sequence, prompt and completion, in tokens; at least 2.
     pub max_length: Option<usize>,
     pub on_overflow: Overflow,
+    /// Rows may be prompts alone.
+    pub prompts: bool,
 }
 
 /// One row with one completion as tokens, whatever their number; the tokenizer's chat template writes messages.
@@ -139,6 +142,7 @@ impl RowEncoder<'_> {
             Parts::Pair { prompt, chosen, rejected } => (Some(prompt), vec![chosen, rejected], Skip::EmptyCompletion),
             Parts::Completion { prompt, completion } => (Some(prompt), vec![completion], Skip::EmptyCompletion),
             Parts::Text { text } => (None, vec![text], Skip::EmptyText),
+            Parts::Prompt { prompt } => return self.prompt(prompt, &row.variables),
         };
         if completions.iter().any(|completion| completion.is_empty()) {
             return Ok(Err(empty));
@@ -149,6 +153,25 @@ impl RowEncoder<'_> {
             None => self.strings(prompt, &completions),
         };
         self.tokens(texts, empty)
+    }
+
+    fn prompt(&self, prompt: &Content, variables: &Map<String, Value>) -> Result<Result<Encoded, Skip>> {
+        let ids = match self.chat.filter(|_| !prompt.is_text()) {
+            Some(_) if prompt.is_empty() => return Ok(Err(Skip::EmptyPrompt)),
+            Some(chat) => self.tokenizer.encode_plain(&chat.render(prompt.messages(), variables, true)?)?,
+            None => self.tokenizer.encode(prompt.text())?,
+        };
+        let Some(&last) = ids.last() else { return Ok(Err(Skip::EmptyPrompt)) };
+        let end = self.tokenizer.eos().map_or(last, |(id, _)| id);
+        let fitted = fit(vec![[&ids[..], &[end]].concat()], ids.len(), Skip::EmptyPrompt, self.options);
+        let whole = |(sequences, cut)| Encoded {
+            sequences,
+            parting: ids.len(),
+            prompt_rest: Vec::new(),
+            cut,
+            lints: Vec::new(),
+        };
+        Ok(fitted.map(whole))
     }
 
     fn strings(&self, prompt: Option<&Content>, completions: &[&Content]) -> Texts {

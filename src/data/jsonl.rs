@@ -21,6 +21,8 @@ pub enum Form {
     Completions,
     /// One text or conversation.
     Text,
+    /// A prompt alone, which the policy completes.
+    Prompts,
 }
 
 /// One raw row. The parts of a row are all text or all messages.
@@ -40,13 +42,15 @@ pub enum Parts {
     Pair { prompt: Content, chosen: Content, rejected: Content },
     Completion { prompt: Content, completion: Content },
     Text { text: Content },
+    Prompt { prompt: Content },
 }
 
 impl Row {
     pub fn has_messages(&self) -> bool {
         let (Parts::Pair { chosen: part, .. }
         | Parts::Completion { completion: part, .. }
-        | Parts::Text { text: part }) = &self.parts;
+        | Parts::Text { text: part }
+        | Parts::Prompt { prompt: part }) = &self.parts;
         !part.is_text()
     }
 }
@@ -66,11 +70,12 @@ const COLUMNS: &[(Form, &[&str])] = &[
     (Form::Text, &["text"]),
     (Form::Text, &["messages"]),
     (Form::Text, &["conversations"]),
+    (Form::Prompts, &["prompt"]),
 ];
 
 const ACCEPTED: &str = "accepted are pairs (prompt, chosen, rejected, or the last two alone), unpaired \
-                        (prompt, completion, label), completions (prompt, completion), text (text) and conversations \
-                        (messages, with a label or without)";
+                        (prompt, completion, label), completions (prompt, completion), text (text), conversations \
+                        (messages, with a label or without) and, where the policy writes the rest, prompts (prompt)";
 
 /// Of `COLUMNS`, the first that the object has.
 fn columns_of(object: &Object) -> Option<(Form, &'static [&'static str])> {
@@ -84,6 +89,7 @@ impl fmt::Display for Form {
             Form::Unpaired => "unpaired",
             Form::Completions => "completions",
             Form::Text => "text",
+            Form::Prompts => "prompts",
         })
     }
 }
@@ -181,7 +187,8 @@ fn parse_object(text: &[u8]) -> Result<Object, String> {
 fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
     if let Some(missing) = columns.iter().find(|column| !object.contains_key(**column)) {
         return Err(match columns_of(&object) {
-            Some((other, _)) if other != form => {
+            // Most rows have a prompt: what else they have says more.
+            Some((other, _)) if other != form && other != Form::Prompts => {
                 format!("has the form {other}, the first row has the form {form}; keep them in separate files")
             }
             _ => format!("column {missing:?} is missing; {}", unfit(&object)),
@@ -194,6 +201,7 @@ fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Re
         ["prompt", "chosen", "rejected"] => pair(take("prompt")?, take("chosen")?, take("rejected")?)?,
         ["prompt", "completion", ..] => Parts::Completion { prompt: take("prompt")?, completion: take("completion")? },
         ["chosen", "rejected"] => implicit_pair(take("chosen")?, take("rejected")?)?,
+        ["prompt"] => Parts::Prompt { prompt: take("prompt")? },
         ["text"] => text("text", take("text")?, true)?,
         [column] => text(column, take(column)?, false)?,
         [column, "label"] => answered(column, take(column)?)?,

@@ -81,6 +81,35 @@ impl State {
     }
 }
 
+impl Job {
+    /// Makes its folder, for someone else to run its commands; what is there already stays.
+    ///
+    /// # Errors
+    /// A folder that is not a job's, or one of other settings.
+    pub fn lay(&self) -> Result<()> {
+        match State::read(&self.dir)? {
+            Some(state) if state.key != self.key => {
+                let detail =
+                    "holds a run of other settings or data; move it away, or let a sweep without --print do so";
+                return Err(Error::file(&self.dir, detail));
+            }
+            Some(_) => return Ok(()),
+            None if self.dir.exists() => return Err(not_a_job(&self.dir)),
+            None => {}
+        }
+        fs::create_dir_all(&self.dir).at(&self.dir)?;
+        if let Some((name, content)) = &self.file {
+            write_file(&self.dir.join(name), |out| out.write_all(content.as_bytes()))?;
+        }
+        let state = State { key: self.key.clone(), name: self.name.clone(), finished: false, seconds: 0.0 };
+        write_json(&self.dir.join(STATE), &state)
+    }
+}
+
+fn not_a_job(dir: &Path) -> Error {
+    Error::file(dir, format!("exists and holds no {STATE}, so it is left alone; choose another --output-dir"))
+}
+
 /// How jobs are run.
 pub struct Runner<'a> {
     /// The program whose arguments the steps are.
@@ -182,10 +211,7 @@ impl Work<'_> {
                     aside.display()
                 ));
             }
-            None if dir.exists() => {
-                let detail = format!("exists and holds no {STATE}, so it is left alone; choose another --output-dir");
-                return Err(Error::file(dir, detail));
-            }
+            None if dir.exists() => return Err(not_a_job(dir)),
             None => {}
         }
         fs::create_dir_all(dir).at(dir)?;

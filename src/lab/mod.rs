@@ -1,13 +1,23 @@
 //! Experiments: many runs of one recipe, and what they come to.
 
 mod compare;
+mod fit;
+mod hump;
 mod jobs;
+mod overopt;
+mod page;
 mod report;
 mod scatter;
 mod table;
+pub mod toy;
 
 pub use compare::{Comparison, Pairs, compare};
+pub use fit::{
+    COLUMNS, Fitted, FittedGroup, Keys, Measurement, cells, fit_groups, fit_json, read_measurements, remarks,
+};
 pub use jobs::{Job, Makes, Outcome, Runner, Step};
+pub use overopt::{Cell, Overopt, Plan as SweepPlan};
+pub use page::{PAGE, write_report};
 pub use report::{Arm, Axes, Measured, Metrics, Report};
 pub use scatter::{Dot, Scatter, stacked_svg};
 pub use table::Table;

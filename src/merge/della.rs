@@ -80,17 +80,15 @@ fn drop<'a, T: Real>(model: usize, density: f64, epsilon: f64, inverse: bool, wo
         words(model, start, part.words);
         for (row, words) in part.delta.chunks_exact_mut(part.len).zip(part.words.chunks_exact(part.len)) {
             part.ranked.clear();
-            part.ranked.extend(row.iter().zip(0..).map(|(value, at)| (value.key(), at)));
+            part.ranked.extend(row.iter().zip(0..).map(|(value, at)| value.ranked(at)));
             part.ranked.sort_unstable();
             let step = if part.len > 1 { 2.0 * epsilon / (part.len - 1) as f64 } else { 0.0 };
             let lowest = if part.len > 1 { density - epsilon } else { density };
-            for (rank, &(_, at)) in part.ranked.iter().enumerate() {
-                let (value, probability) = (&mut row[at as usize], lowest + step * rank as f64);
-                *value = match keeps(words[at as usize], probability) {
-                    true if inverse => *value / T::of(probability),
-                    true => *value,
-                    false => T::default(),
-                };
+            for (rank, &ranked) in part.ranked.iter().enumerate() {
+                let (at, probability) = (T::at(ranked), lowest + step * rank as f64);
+                let kept = if inverse { row[at] / T::of(probability) } else { row[at] };
+                // Looked up: no processor predicts a branch on random bits.
+                row[at] = [T::default(), kept][usize::from(keeps(words[at], probability))];
             }
         }
     })

@@ -23,6 +23,9 @@ pub trait Real:
     /// Binary digits of [`Real::key`].
     const KEY_BITS: u32;
 
+    /// A magnitude and an index in one whole number, so that sorting it compares once.
+    type Ranked: Copy + Default + Ord + Send;
+
     fn of(value: f64) -> Self;
     fn to_f64(self) -> f64;
 
@@ -34,12 +37,20 @@ pub trait Real:
 
     fn abs(self) -> Self;
 
+    /// Ordered by magnitude, then by the index.
+    fn ranked(self, at: u32) -> Self::Ranked;
+
+    /// The index of such a pair.
+    fn at(ranked: Self::Ranked) -> usize;
+
     /// A method's code for this type.
     fn prepare(of: &Prepare) -> Prepared<Self>;
 }
 
 impl Real for f32 {
-    const KEY_BITS: u32 = 32;
+    const KEY_BITS: u32 = 31;
+
+    type Ranked = u64;
 
     fn of(value: f64) -> Self {
         value as f32
@@ -61,13 +72,23 @@ impl Real for f32 {
         self.abs()
     }
 
+    fn ranked(self, at: u32) -> u64 {
+        self.key() << 32 | u64::from(at)
+    }
+
+    fn at(ranked: u64) -> usize {
+        ranked as u32 as usize
+    }
+
     fn prepare(of: &Prepare) -> Prepared<Self> {
         of.single
     }
 }
 
 impl Real for f64 {
-    const KEY_BITS: u32 = 64;
+    const KEY_BITS: u32 = 63;
+
+    type Ranked = u128;
 
     fn of(value: f64) -> Self {
         value
@@ -87,6 +108,14 @@ impl Real for f64 {
 
     fn abs(self) -> Self {
         self.abs()
+    }
+
+    fn ranked(self, at: u32) -> u128 {
+        u128::from(self.key()) << 32 | u128::from(at)
+    }
+
+    fn at(ranked: u128) -> usize {
+        ranked as u32 as usize
     }
 
     fn prepare(of: &Prepare) -> Prepared<Self> {

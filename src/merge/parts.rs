@@ -33,7 +33,7 @@ pub struct Tensor<'a, T> {
 
 /// Whole rows of a tensor, as every model has them. A row is the last dimension, or all of a tensor with one dimension.
 #[derive(Default)]
-pub struct Part<T> {
+pub struct Part<T: Real> {
     /// Index of the first element.
     pub start: usize,
     pub row: usize,
@@ -46,10 +46,10 @@ pub struct Part<T> {
 }
 
 #[derive(Default)]
-pub struct Scratch<T> {
+pub struct Scratch<T: Real> {
     pub values: Vec<T>,
     pub words: Vec<u32>,
-    pub ranked: Vec<(u64, u32)>,
+    pub ranked: Vec<T::Ranked>,
 }
 
 impl<T: Real> Part<T> {
@@ -107,23 +107,24 @@ impl<T: Real> Tensor<'_, T> {
         parts.map_init(Part::default, |part, number| self.load(number, part).map(|()| look(part))).collect()
     }
 
-    /// Counts of what is in the parts, which no order of adding can change. `count` adds to what `zero` made.
-    pub fn count_parts(
-        &self,
-        zero: impl Fn() -> Vec<u64> + Sync + Send,
-        count: impl Fn(&mut Part<T>, &mut [u64]) + Sync,
-    ) -> Result<Vec<u64>> {
-        let start = || (Part::default(), zero());
+    /// Counts of what is in the parts, which no order of adding can change: one vector of `bins` for each thread, as clearing and
+    /// adding up more would take longer than counting.
+    pub fn count_parts(&self, bins: usize, count: impl Fn(&mut Part<T>, &mut [u64]) + Sync) -> Result<Vec<u64>> {
+        let start = || (Part::default(), vec![0; bins]);
         let add = |(mut part, mut counts): (Part<T>, Vec<u64>), number| {
             self.load(number, &mut part)?;
             count(&mut part, &mut counts);
             Ok((part, counts))
         };
-        let counted = (0..self.parts()).into_par_iter().try_fold(start, add);
-        counted.map(|found| found.map(|(_, counts)| counts)).try_reduce(&zero, |mut sum, counts| {
+        let parts = (0..self.parts()).into_par_iter();
+        // Ranges are halved.
+        let share = (self.parts() / rayon::current_num_threads().next_power_of_two()).max(1);
+        let counted = parts.with_min_len(share).try_fold(start, add).map(|found| found.map(|(_, counts)| counts));
+        let counted = counted.try_reduce_with(|mut sum, counts| {
             sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
             Ok(sum)
-        })
+        });
+        counted.unwrap_or_else(|| Ok(vec![0; bins]))
     }
 }
 

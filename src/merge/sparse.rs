@@ -9,16 +9,16 @@ use crate::error::Result;
 pub type Mask<'a, T> = Box<dyn Fn(usize, &mut Row<T>) + Send + Sync + 'a>;
 
 /// What a mask works on, and with.
-pub struct Row<'a, T> {
+pub struct Row<'a, T: Real> {
     pub delta: &'a mut [T],
     /// Elements of a row of the tensor; a part has whole rows.
     pub len: usize,
     pub words: &'a mut Vec<u32>,
-    pub ranked: &'a mut Vec<(u64, u32)>,
+    pub ranked: &'a mut Vec<T::Ranked>,
 }
 
 /// Keeps everything.
-pub fn all<'a, T>() -> Mask<'a, T> {
+pub fn all<'a, T: Real>() -> Mask<'a, T> {
     Box::new(|_, _| {})
 }
 
@@ -85,9 +85,11 @@ fn zero<T: Real>(values: &mut [T], falls: impl Fn(T) -> bool) {
     values.iter_mut().for_each(|value| *value = if falls(value.abs()) { T::default() } else { *value });
 }
 
-/// Binary digits that are told apart in one pass: few enough that the counts stay in a core's nearest cache.
-const DIGIT: u32 = 11;
-const BINS: usize = 1 << DIGIT;
+/// Binary digits that are told apart in one pass: the first one leaves so few candidates that the next only compares, and the
+/// counts that are met stay in a core's own cache.
+const DIGIT: u32 = 16;
+/// Values that are looked at before one is counted.
+const BLOCK: usize = 32;
 
 /// A cut that is being narrowed down, one digit of the key at a time.
 struct Search {
@@ -98,36 +100,50 @@ struct Search {
     equal: u64,
 }
 
-/// Finds cuts exactly: a radix select, three passes over the tensors for f32, and one more where a tie is cut.
+/// Finds cuts exactly: a radix select, two passes over the tensors for f32, and one more where a tie is cut.
 pub fn cuts<T: Real>(tensor: &Tensor<T>, counts: &[Count]) -> Result<Vec<Cut>> {
     let start = |&count: &Count| Search { count, prefix: 0, left: count.elements as u64, equal: tensor.len() as u64 };
     let mut searches: Vec<Search> = counts.iter().map(start).collect();
     for shift in (0..T::KEY_BITS).step_by(DIGIT as usize).rev() {
-        let histograms = tensor.count_parts(
-            || vec![0; BINS * counts.len()],
-            |part, bins| {
-                part.subtract_base();
-                for (search, bins) in searches.iter().zip(bins.chunks_exact_mut(BINS)) {
-                    for value in &part.models[search.count.model] {
-                        let key = value.key();
-                        let counted = key.checked_shr(shift + DIGIT).unwrap_or(0) == search.prefix;
-                        let bin = &mut bins[(key >> shift) as usize % BINS];
-                        *bin = bin.wrapping_add(u64::from(counted));
-                    }
-                }
-            },
-        )?;
-        searches.iter_mut().zip(histograms.chunks_exact(BINS)).for_each(|(search, bins)| search.narrow(bins));
+        let bins = 1 << DIGIT.min(T::KEY_BITS - shift);
+        let histograms = tensor.count_parts(bins * counts.len(), |part, found| {
+            part.subtract_base();
+            for (search, found) in searches.iter().zip(found.chunks_exact_mut(bins)) {
+                search.tally(shift, &part.models[search.count.model], found);
+            }
+        })?;
+        searches.iter_mut().zip(histograms.chunks_exact(bins)).for_each(|(search, found)| search.narrow(found));
     }
     let ties = tied(tensor, &searches)?;
     Ok(searches.iter().zip(ties).map(|(search, ties_before)| search.cut(ties_before)).collect())
 }
 
 impl Search {
+    /// Counts the digit at `shift` of the values whose higher digits are the prefix.
+    fn tally<T: Real>(&self, shift: u32, values: &[T], bins: &mut [u64]) {
+        let mask = bins.len() - 1;
+        let mut add = |value: T| {
+            let bin = &mut bins[(value.key() >> shift) as usize & mask];
+            *bin = bin.wrapping_add(1);
+        };
+        let above = shift + DIGIT;
+        if above >= T::KEY_BITS {
+            return values.iter().for_each(|value| add(*value));
+        }
+        // Magnitudes are in the order of their keys. Blocks without a candidate, which are most, are compared and passed over.
+        let (first, last) = (T::of_key(self.prefix << above), T::of_key((self.prefix + 1 << above) - 1));
+        let candidate = |value: &T| (value.abs() >= first) & (value.abs() <= last);
+        for block in values.chunks(BLOCK) {
+            if block.iter().fold(false, |any, value| any | candidate(value)) {
+                block.iter().filter(|value| candidate(value)).for_each(|value| add(*value));
+            }
+        }
+    }
+
     fn narrow(&mut self, bins: &[u64]) {
         let largest = self.count.end == End::Largest;
-        for i in 0..BINS {
-            let bin = if largest { BINS - 1 - i } else { i };
+        for i in 0..bins.len() {
+            let bin = if largest { bins.len() - 1 - i } else { i };
             if self.left <= bins[bin] {
                 (self.prefix, self.equal) = (self.prefix << DIGIT | bin as u64, bins[bin]);
                 return;
@@ -148,7 +164,8 @@ fn tied<T: Real>(tensor: &Tensor<T>, searches: &[Search]) -> Result<Vec<usize>> 
         return Ok(searches.iter().map(|search| if search.left == 0 { 0 } else { tensor.len() }).collect());
     }
     let equal = |part: &Part<T>, search: &Search| {
-        part.models[search.count.model].iter().filter(|value| value.key() == search.prefix).count() as u64
+        let key = T::of_key(search.prefix);
+        part.models[search.count.model].iter().filter(|value| value.abs() == key).count() as u64
     };
     let found = tensor.map_parts(|part| {
         part.subtract_base();
@@ -172,10 +189,22 @@ fn tied<T: Real>(tensor: &Tensor<T>, searches: &[Search]) -> Result<Vec<usize>> 
     searches.iter().enumerate().map(before).collect()
 }
 
+/// Lanes of a sum, so that no addition waits for the one before.
+const LANES: usize = 8;
+
+/// The sum of magnitudes.
+fn l1<T: Real>(values: &[T]) -> f64 {
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for block in blocks {
+        sums.iter_mut().zip(block).for_each(|(sum, value)| *sum += value.abs().to_f64());
+    }
+    sums.into_iter().chain(rest.iter().map(|value| value.abs().to_f64())).sum()
+}
+
 /// Masks that also multiply what they keep so that the sum of magnitudes is what it was before, as mergekit's `rescale`
 /// does; a task vector whose sum is below 1e-7, before or after, is left alone.
 pub fn restore_l1<'a, T: Real>(tensor: &Tensor<T>, masks: Vec<Mask<'a, T>>) -> Result<Vec<Mask<'a, T>>> {
-    let l1 = |values: &[T]| values.iter().map(|value| value.to_f64().abs()).sum::<f64>();
     let sums = tensor.map_parts(|part| {
         part.subtract_base();
         let before: Vec<f64> = part.models.iter().map(|delta| l1(delta)).collect();

@@ -30,6 +30,7 @@ impl<'a> Jury<'a> {
             match kind {
                 Kind::Rule(rule) => Box::new(&**rule),
                 Kind::Process(program) => Box::new(Cached::new(Worker::new(program))),
+                Kind::Http(server) => Box::new(Cached::new(server)),
                 Kind::Models(panel) => Box::new(Cached::new(Bench::new(device, panel, packing))),
             }
         };

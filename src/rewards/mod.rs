@@ -9,7 +9,9 @@
 
 mod cache;
 mod exact_match;
+mod fluency;
 mod format;
+mod http;
 pub mod judgement;
 mod jury;
 mod length;
@@ -26,7 +28,7 @@ use crate::data::Content;
 
 pub use jury::Jury;
 pub use registry::Entry;
-pub use spec::{RewardSpec, Rewards};
+pub use spec::{FLUENCY, RewardSpec, Rewards};
 
 /// One completion to be judged.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +88,9 @@ trait Rule: Send + Sync {
 /// Every kind of a `[[reward]]` table: to add one, write its file and name it here and above.
 const KINDS: &[&Entry] = &[
     &exact_match::ENTRY,
+    &fluency::ENTRY,
     &format::ENTRY,
+    &http::ENTRY,
     &length::ENTRY,
     &lexicon::ENTRY,
     &model::ENTRY,

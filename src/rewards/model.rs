@@ -10,7 +10,7 @@
 //! eq. 4), with the standard deviation in the place of the variance.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Map;
@@ -51,6 +51,8 @@ struct Options {
 pub struct Panel {
     members: Vec<Member>,
     pessimism: f64,
+    /// What is read off them: scores, or how likely they find a completion.
+    likelihood: bool,
 }
 
 struct Member {
@@ -72,8 +74,14 @@ impl Panel {
                 "pessimism",
                 format!("expected 0 or more, found {pessimism}; below 0 doubt is rewarded"),
             )),
-            _ => Ok(Self { members, pessimism }),
+            _ => Ok(Self { members, pessimism, likelihood: false }),
         }
+    }
+
+    /// A language model, for [`super::fluency`].
+    pub fn fluency(dir: &Path) -> Result<Self> {
+        let member = Member { checkpoint: Checkpoint::open(dir)?, tokenizer: Tokenizer::load(dir)? };
+        Ok(Self { members: vec![member], pessimism: 0.0, likelihood: true })
     }
 
     /// Hashes weights and tokenizers.
@@ -158,6 +166,19 @@ impl Member {
     }
 }
 
+impl Member {
+    /// How the text starts that [`Self::ids`] are of.
+    fn prompt_ids(&self, sample: &Sample) -> Result<Vec<u32>> {
+        match sample.prompt {
+            Content::Text(prompt) => self.tokenizer.encode(prompt),
+            Content::Messages(prompt) => {
+                let text = self.tokenizer.chat_template()?.render(prompt, &Map::new(), true)?;
+                self.tokenizer.encode_plain(&text)
+            }
+        }
+    }
+}
+
 fn answer(text: &str) -> Message {
     Message::from_iter([("role".to_string(), "assistant".into()), ("content".to_string(), text.into())])
 }
@@ -180,6 +201,53 @@ struct Loaded<B: Backend> {
 impl<'a, B: Backend> Bench<'a, B> {
     pub fn new(device: &'a B, panel: &'a Panel, packing: Packing) -> Self {
         Self { device, panel, packing, loaded: panel.members.iter().map(|_| None).collect() }
+    }
+
+    /// `[samples]` mean log-probability of the completion's tokens, nats; NaN where it has none.
+    fn likelihoods(&mut self, samples: &[&Sample]) -> Result<Vec<f64>> {
+        let of = &self.panel.members[0];
+        let mut examples = Vec::new();
+        for sample in samples {
+            let (ids, prompt) = (of.ids(sample)?, of.prompt_ids(sample)?);
+            // A token may reach over the end of the prompt; the first of all has nothing before it.
+            let first = ids.iter().zip(&prompt).take_while(|(a, b)| a == b).count().max(1);
+            examples.push((ids.len() > first).then(|| Example {
+                row: sample.row,
+                sequences: vec![Sequence { ids, first }],
+                ..Example::default()
+            }));
+        }
+        let read: Vec<&Example> = examples.iter().flatten().collect();
+        let mut said = vec![f64::NAN; samples.len()];
+        if read.is_empty() {
+            return Ok(said);
+        }
+        let mut places = (0..samples.len()).filter(|s| examples[*s].is_some());
+        let (device, packing) = (self.device, self.packing);
+        let largest = packing.largest(&packing.extents(read.iter().copied()));
+        let model = loaded(device, of, &mut self.loaded[0], largest.longest)?;
+        let rank = model.widest_rank();
+        let mut arena = Arena::new(device, &of.work(device.storage(), rank, &largest))?;
+        let (mut acts, mut batch) = of.workspace(&mut arena, rank, &largest);
+        for (_, host) in packing.batches(&read) {
+            batch.load(device, &host)?;
+            model.forward(device, &batch, &mut acts)?;
+            let mut logps = vec![0.0; host.targets.len()];
+            device.read_f32(acts.top.logp.top(logps.len()), &mut logps)?;
+            for tokens in &host.sequences {
+                let at = places.next().expect("one for each sequence");
+                let mean = logps[tokens.clone()].iter().map(|x| f64::from(*x)).sum::<f64>() / tokens.len() as f64;
+                if !mean.is_finite() {
+                    let detail = format!(
+                        "finds a completion of row {} not finitely likely; are the weights sound?",
+                        samples[at].row
+                    );
+                    return Err(Error::file(&of.checkpoint.dir, detail));
+                }
+                said[at] = mean;
+            }
+        }
+        Ok(said)
     }
 
     /// `[samples]` what one model says; NaN of a text of fewer than two tokens, which `cuvee score` skips too.
@@ -275,6 +343,9 @@ fn common_prefix(sequences: &[Sequence]) -> usize {
 
 impl<B: Backend> Judge for Bench<'_, B> {
     fn judge(&mut self, samples: &[&Sample]) -> Result<Vec<Verdict>> {
+        if self.panel.likelihood {
+            return Ok(self.likelihoods(samples)?.into_iter().map(Verdict::of).collect());
+        }
         let count = self.panel.members.len();
         let scores: Vec<Vec<f64>> = (0..count).map(|m| self.scores(m, samples)).collect::<Result<_>>()?;
         let of = |s: usize| scores.iter().map(|of_model| of_model[s]).collect::<Vec<_>>();

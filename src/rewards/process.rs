@@ -184,7 +184,7 @@ impl Drop for Worker<'_> {
 impl Judge for Worker<'_> {
     fn judge(&mut self, samples: &[&Sample]) -> Result<Vec<Verdict>> {
         let one = |sample: &&Sample| {
-            let answer = self.ask(&request(sample))?;
+            let answer = self.ask(&format!("{}\n", asked(sample)))?;
             let of_row =
                 |detail| Error::file(&self.program.program, format!("{detail} (a completion of row {})", sample.row));
             reward(&answer).map(Verdict::of).map_err(of_row)
@@ -195,13 +195,14 @@ impl Judge for Worker<'_> {
     }
 }
 
-fn request(sample: &Sample) -> String {
+/// What a judge elsewhere is told of a completion.
+pub(super) fn asked(sample: &Sample) -> Value {
     let prompt: Value = match sample.prompt {
         Content::Text(text) => text.as_str().into(),
         Content::Messages(messages) => messages.iter().cloned().map(Value::Object).collect(),
     };
     let Sample { completion, answer, finished, .. } = sample;
-    format!("{}\n", json!({"prompt": prompt, "completion": completion, "answer": answer, "finished": finished}))
+    json!({"prompt": prompt, "completion": completion, "answer": answer, "finished": finished})
 }
 
 /// What a line of its stdout says.

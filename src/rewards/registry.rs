@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use toml::Table;
 
-use super::{Rule, model, process};
+use super::{Rule, http, model, process};
 
 /// A kind of reward.
 pub struct Entry {
@@ -22,6 +22,7 @@ pub struct Entry {
 pub(super) enum Kind {
     Rule(Box<dyn Rule>),
     Process(process::Program),
+    Http(http::Server),
     Models(model::Panel),
 }
 

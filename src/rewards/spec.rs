@@ -1,4 +1,4 @@
-//! `--reward WHAT[=WEIGHT]`, and what it leads to: a folder of a reward model, or a TOML file of `[[reward]]` tables.
+//! `--reward WHAT[=WEIGHT]`, and what it leads to: a folder of a reward model, `fluency:` and that of a language model, or a TOML file of `[[reward]]` tables.
 //!
 //! ```toml
 //! [[reward]]
@@ -36,7 +36,12 @@ pub struct RewardSpec {
     pub what: PathBuf,
     /// What its rewards count in the sum, beside the weights in its file; of weight 0 they are measured, not maximised.
     pub weight: f64,
+    /// `what` is the folder of a language model, and completions are worth what it makes of their likelihood.
+    pub fluency: bool,
 }
+
+/// Before the folder of a language model.
+pub const FLUENCY: &str = "fluency:";
 
 impl RewardSpec {
     /// `rules.toml=0.5`, or `rules.toml` where what follows a last `=` is no number.
@@ -48,18 +53,20 @@ impl RewardSpec {
             Some((what, Ok(weight))) => (what, weight),
             _ => (text, 1.0),
         };
+        let (what, fluency) = what.strip_prefix(FLUENCY).map_or((what, false), |dir| (dir, true));
         if what.is_empty() || !weight.is_finite() {
             return Err(
                 "expected a reward model's folder or a TOML file, and a finite weight, such as rules.toml=0.5".into()
             );
         }
-        Ok(Self { what: what.into(), weight })
+        Ok(Self { what: what.into(), weight, fluency })
     }
 }
 
 impl fmt::Display for RewardSpec {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}={}", self.what.display(), self.weight)
+        let kind = if self.fluency { FLUENCY } else { "" };
+        write!(f, "{kind}{}={}", self.what.display(), self.weight)
     }
 }
 
@@ -92,6 +99,7 @@ impl Rewards {
         let mut rewards: Vec<Reward> = Vec::new();
         for spec in specs {
             let opened = match (spec.what.is_dir(), spec.what.is_file()) {
+                _ if spec.fluency => vec![of_language_model(&spec.what)?],
                 (true, _) => vec![of_folder(&spec.what)?],
                 (_, true) => of_file(&spec.what)?,
                 _ => {
@@ -188,6 +196,11 @@ fn stem(path: &Path) -> String {
 fn of_folder(dir: &Path) -> Result<Reward> {
     let panel = Panel::open(&[dir.to_path_buf()], 0.0)?;
     Ok(Reward { name: stem(dir), weight: 1.0, kind: Kind::Models(panel), identity: blake3::hash(b"model") })
+}
+
+fn of_language_model(dir: &Path) -> Result<Reward> {
+    let (name, kind) = ("fluency".to_string(), Kind::Models(Panel::fluency(dir)?));
+    Ok(Reward { name, weight: 1.0, kind, identity: blake3::hash(b"fluency") })
 }
 
 fn of_file(path: &Path) -> Result<Vec<Reward>> {

@@ -1,5 +1,8 @@
 use std::fs;
+use std::io::{BufRead, BufReader, Read as _, Write};
+use std::net::TcpListener;
 use std::path::Path;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -19,7 +22,7 @@ fn folder(files: &[(&str, &str)]) -> TempDir {
 }
 
 fn open(dir: &TempDir) -> Result<Rewards> {
-    Rewards::open(&[RewardSpec { what: dir.path().join("rewards.toml"), weight: 1.0 }])
+    Rewards::open(&[RewardSpec { what: dir.path().join("rewards.toml"), weight: 1.0, fluency: false }])
 }
 
 fn sample<'a>(prompt: &'a Content, completion: &'a str, answer: Option<&'a str>) -> Sample<'a> {
@@ -193,7 +196,7 @@ fn files_are_checked() {
     holds("[reward]\nkind = 'regex'", "holds no [[reward]] table");
     holds("x = 1\n[[reward]]\nkind = 'regex'", "unknown key \"x\"");
     holds("[[reward]\n", "rewards.toml: TOML parse error at line 1");
-    holds("[[reward]]\nname = 'a'", "reward \"a\": kind is missing; known are exact_match, format");
+    holds("[[reward]]\nname = 'a'", "reward \"a\": kind is missing; known are exact_match, fluency, format");
     holds("[[reward]]\nkind = 'regexp'", "there is no kind \"regexp\"; did you mean \"regex\"?");
     holds(
         "[[reward]]\nkind = 'regex'\npatern = 'a'",
@@ -219,7 +222,7 @@ fn weights_multiply() {
     assert!(parse("").is_err() && parse("=1").is_err() && parse("a=nan").is_err() && parse("a=inf").is_err());
     let toml = "[[reward]]\nkind = 'regex'\npattern = 'a'\n[[reward]]\nname = 'b'\nkind = 'regex'\npattern = 'b'\nweight = 3\n";
     let dir = folder(&[("rewards.toml", toml)]);
-    let specs = [RewardSpec { what: dir.path().join("rewards.toml"), weight: 0.5 }];
+    let specs = [RewardSpec { what: dir.path().join("rewards.toml"), weight: 0.5, fluency: false }];
     let rewards = Rewards::open(&specs).unwrap();
     assert_eq!((rewards.names(), rewards.weights()), (vec!["regex".into(), "b".into()], vec![0.5, 1.5]));
     assert_eq!(rewards.plan(DType::F32, &Default::default()), Default::default());
@@ -388,4 +391,91 @@ fn listed_keys_are_read() {
             assert!(!error.contains("unknown field"), "{} lists {key}: {error}", entry.name);
         }
     }
+}
+
+// ---- servers --------------------------------------------------------------------------------------------------
+
+/// Answers as many requests as there are answers, status and body, and gives what it was sent.
+fn serve(answers: &'static [(&'static str, &'static str)]) -> (String, JoinHandle<Vec<String>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/judge", listener.local_addr().unwrap());
+    let one = move |(status, body): &(&str, &str)| {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let (mut head, mut length) = (String::new(), 0);
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            if let Some(bytes) = line.to_lowercase().strip_prefix("content-length:") {
+                length = bytes.trim().parse().unwrap();
+            }
+            head += &line;
+            if line.trim().is_empty() {
+                break;
+            }
+        }
+        let mut sent = vec![0; length];
+        reader.read_exact(&mut sent).unwrap();
+        let close = format!("content-length: {}\r\nconnection: close", body.len());
+        write!(stream, "HTTP/1.1 {status}\r\n{close}\r\n\r\n{body}").unwrap();
+        head + &String::from_utf8(sent).unwrap()
+    };
+    (url, thread::spawn(move || answers.iter().map(one).collect()))
+}
+
+fn judged_by_server(options: &str, completions: &[&str]) -> Result<Vec<f64>> {
+    let dir = folder(&[("rewards.toml", &format!("[[reward]]\nname = 'judge'\nkind = 'http'\n{options}"))]);
+    let rewards = open(&dir)?;
+    let cpu = Cpu::new(1).unwrap();
+    let prompt = Content::Text("p".into());
+    let samples: Vec<Sample> = completions.iter().map(|text| sample(&prompt, text, None)).collect();
+    Jury::new(&cpu, &rewards, PACKING).score(&samples).map(|mut scores| scores.remove(0))
+}
+
+#[test]
+fn a_server_judges() {
+    // PATH is a variable that every test has.
+    let (url, asked) = serve(&[
+        ("200 OK", r#"{"rewards": [1.5, null]}"#),
+        ("503 Busy", "later"),
+        ("200 OK", r#"{"rewards": [-2], "by": "x"}"#),
+    ]);
+    let said = judged_by_server(&format!("url = '{url}'\nbatch = 2\ntoken_env = 'PATH'"), &["a", "b\n", "c"]).unwrap();
+    assert!(said[0] == 1.5 && said[1].is_nan() && said[2] == -2.0);
+    let asked = asked.join().unwrap();
+    assert!(asked[0].starts_with("POST /judge ") && asked[0].contains("Bearer /"), "{}", asked[0]);
+    let first = r#"{"samples":[{"prompt":"p","completion":"a","answer":null,"finished":true},{"prompt":"p","completion":"b\n","answer":null,"finished":true}]}"#;
+    assert!(asked[0].ends_with(first), "{}", asked[0]);
+    assert_eq!(asked[1], asked[2]);
+}
+
+#[test]
+fn a_server_that_does_not_judge_is_quoted() {
+    let fails = |url: &str, options: &str, parts: &[&str]| {
+        let error = judged_by_server(&format!("url = '{url}'\n{options}"), &["a"]).unwrap_err().to_string();
+        parts.iter().for_each(|part| assert!(error.contains(part), "{error:?} lacks {part:?}"));
+    };
+    for (answer, part) in [
+        (&[("200 OK", r#"{"rewards": [1, 2]}"#)], "with 1 rewards, found 2"),
+        (&[("200 OK", r#"{"rewards": ["good"]}"#)], "with finite numbers or null"),
+        (&[("200 OK", "fine")], "answered \"fine\", expected {\"rewards\": [..]} with JSON"),
+        (&[("200 OK", r#"{"error": "no model"}"#)], "reports an error: \"no model\""),
+        (&[("404 Not Found", "nothing here")], "status 404: \"nothing here\""),
+        (&[("302 Found", "elsewhere")], "status 302"),
+    ] as [(&'static [(&str, &str)], &str); 6]
+    {
+        fails(&serve(answer).0, "", &["\"judge\"", "127.0.0.1", part]);
+    }
+    fails(&serve(&[("500 No", "broken")]).0, "retries = 0", &["status 500: \"broken\""]);
+    // Nobody listens on a port that was given back.
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    fails(&format!("http://{free}"), "retries = 1", &["refused"]);
+    // Taken, and never answered.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let began = Instant::now();
+    fails(&format!("http://{}", silent.local_addr().unwrap()), "retries = 0\ntimeout_s = 0.2", &["timeout"]);
+    assert!(began.elapsed() < Duration::from_secs(5));
+    refused("kind = 'http'\nurl = 'https://a.b'", &["expected http://"]);
+    refused("kind = 'http'\nurl = 'http://a.b'\nbatch = 0", &["batch: expected 1"]);
+    refused("kind = 'http'\nurl = 'http://a.b'\ntoken_env = 'NOT_A_VARIABLE'", &["no variable NOT_A_VARIABLE"]);
 }

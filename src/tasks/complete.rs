@@ -16,6 +16,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// Nothing that follows one of these is wanted.
     pub until: Vec<String>,
+    /// The data's own completion of the text.
+    pub answer: Option<String>,
 }
 
 /// How texts are completed.

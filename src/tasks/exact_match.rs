@@ -144,7 +144,7 @@ impl Kind for ExactMatch {
         let max_new_tokens = self.max_new_tokens.unwrap_or(MAX_NEW_TOKENS.min(encoder.window / 2).max(1));
         let prompt = |(line, item): &(usize, Item)| {
             let ids = encoder.prompt(&item.prompt, max_new_tokens)?.map_err(file::at(&self.path, *line))?;
-            Ok(Prompt { text: item.prompt.clone(), ids, until: item.until.clone() })
+            Ok(Prompt { text: item.prompt.clone(), ids, until: item.until.clone(), answer: None })
         };
         let prompts = self.items.iter().map(prompt).collect::<Result<_>>()?;
         Ok(Tokens { prompts, writing: Some(Writing::greedy(max_new_tokens)), ..Tokens::default() })

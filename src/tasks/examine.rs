@@ -62,6 +62,7 @@ impl<B: Backend> Examiner<'_, B> {
         }
         if let (reward::NAME, Some(_)) = (task.kind(), self.reward_model) {
             said.judged = self.judged(subject, &tokens, &said.completions, done)?;
+            said.answers = self.answers(&tokens, done)?;
         }
         task.outcome(&subject.tokenizer, &tokens, &said)
     }
@@ -128,6 +129,20 @@ impl<B: Backend> Examiner<'_, B> {
         let judged = texts.into_iter().zip(rewards).zip(base);
         let mut judged = judged.map(|((text, reward), base)| Judged { text, reward: f64::from(reward[0][0]), base });
         Ok(completions.iter().map(|samples| judged.by_ref().take(samples.len()).collect()).collect())
+    }
+
+    /// What the reward model says of the data's own completions, if every prompt has one.
+    fn answers(&self, tokens: &Tokens, done: Done) -> Result<Vec<f64>> {
+        let answered = |prompt: &Prompt| prompt.answer.clone().map(|answer| (prompt.text.clone(), answer));
+        let answered: Option<Vec<(String, String)>> = tokens.prompts.iter().map(answered).collect();
+        let (Some(reward_model), Some(answered)) = (self.reward_model, answered) else { return Ok(Vec::new()) };
+        let all = answered.iter().enumerate();
+        let whole =
+            |(row, (prompt, text)): (usize, &(String, String))| whole(&reward_model.tokenizer, row, prompt, text);
+        let examples: Vec<Example> = all.map(whole).collect::<Result<_>>()?;
+        check(&reward_model.checkpoint, &examples)?;
+        let scores = self.logps(reward_model, &examples, "scoring answers", done)?;
+        Ok(scores.iter().map(|score| f64::from(score[0][0])).collect())
     }
 
     /// Nats and tokens of each completion that is not empty.

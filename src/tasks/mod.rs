@@ -80,6 +80,8 @@ pub struct Said {
     pub completions: Vec<Vec<Rollout>>,
     /// `[prompts][samples]` what others say of those completions; empty where nobody was asked.
     pub judged: Vec<Vec<Judged>>,
+    /// `[prompts]` what the data's own completions are worth; empty where some prompt has none.
+    pub answers: Vec<f64>,
 }
 
 /// One metric of a task.

@@ -10,7 +10,7 @@ use super::encode::Encoder;
 use super::file::Rows;
 use super::stats::{mean, wins};
 use super::{Kind, Outcome, Said, Tokens};
-use crate::data::{Dataset, EncodeOptions, Overflow, Tokenizer};
+use crate::data::{Dataset, EncodeOptions, Tokenizer};
 use crate::error::Result;
 
 pub(super) const NAME: &str = "preference";
@@ -37,7 +37,7 @@ impl Kind for Preference {
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
-        let options = EncodeOptions { max_length: encoder.max_length, on_overflow: Overflow::Drop };
+        let options = EncodeOptions { max_length: encoder.max_length, ..EncodeOptions::default() };
         let dataset = Dataset::load(&self.path, encoder.tokenizer, &options)?.not_empty()?;
         Ok(Tokens { report: dataset.report(), examples: dataset.examples, ..Tokens::default() })
     }

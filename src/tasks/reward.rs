@@ -3,6 +3,8 @@
 //! ```text
 //! reward     mean over prompts of the mean over samples, and its standard error over prompts
 //! win_rate   how often a sample has more reward than the baseline's sample of the same prompt and number; a tie counts half
+//! answer_beaten  how often a sample has more reward than the data's own `completion` of its prompt, where every row has one
+//!            (reference answer score, arXiv:2508.07750; a tie is none)
 //! words      of a completion, split at white space
 //! distinct_2 different pairs of neighbouring words by all of them, over all completions (Li et al., arXiv:1510.03055)
 //! base_logp  nats a token that a base model gives to the completions, its own tokens, without an end
@@ -19,9 +21,10 @@ use serde_json::json;
 use super::complete::{Prompt, Writing};
 use super::encode::Encoder;
 use super::file::{self, PROMPT, Rows, Source};
+
 use super::stats::{mean, ratio, wins};
 use super::{Kind, Measure, Outcome, Said, Tokens};
-use crate::data::Tokenizer;
+use crate::data::{Object, Tokenizer};
 use crate::error::{Error, Result};
 use crate::rollout::Sampling;
 
@@ -40,13 +43,15 @@ pub struct Judged {
 
 struct Reward {
     path: PathBuf,
-    prompts: Vec<(usize, String)>,
+    /// With the data's own completions.
+    prompts: Vec<(usize, (String, Option<String>))>,
     writing: Writing,
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
     let source = Source::new(&rows.file, rows.options.prompt.take(), PROMPT)?;
-    let prompts = rows.items(|row| source.of(row))?;
+    let answer = |row: &Object| row.get("completion").and_then(|text| text.as_str()).map(String::from);
+    let prompts = rows.items(|row| Ok((source.of(row)?, answer(row))))?;
     let writing = Writing {
         max_new_tokens: rows.options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
         samples: rows.options.samples.unwrap_or(SAMPLES),
@@ -61,13 +66,13 @@ impl Kind for Reward {
     }
 
     fn metrics(&self) -> &'static [&'static str] {
-        &["reward", "win_rate", "words", "distinct_2", "base_logp"]
+        &["reward", "win_rate", "answer_beaten", "words", "distinct_2", "base_logp"]
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
-        let prompt = |(line, text): &(usize, String)| {
+        let prompt = |(line, (text, answer)): &(usize, (String, Option<String>))| {
             let ids = encoder.prompt(text, self.writing.max_new_tokens)?.map_err(file::at(&self.path, *line))?;
-            Ok(Prompt { text: text.clone(), ids, until: Vec::new() })
+            Ok(Prompt { text: text.clone(), ids, until: Vec::new(), answer: answer.clone() })
         };
         let prompts = self.prompts.iter().map(prompt).collect::<Result<_>>()?;
         Ok(Tokens { prompts, writing: Some(self.writing), ..Tokens::default() })
@@ -86,6 +91,13 @@ impl Kind for Reward {
             over_prompts("words", &|judged| judged.text.split_whitespace().count() as f64),
             distinct_2(said.judged.iter().flatten().map(|judged| judged.text.as_str())),
         ];
+        let beaten = |(samples, answer): (&Vec<Judged>, &f64)| {
+            samples.iter().filter(|judged| judged.reward > *answer).count() as f64 / samples.len() as f64
+        };
+        if said.answers.len() == said.judged.len() {
+            let shares: Vec<f64> = said.judged.iter().zip(&said.answers).map(beaten).collect();
+            measures.insert(1, mean("answer_beaten", &shares));
+        }
         let base = |of: fn((f64, usize)) -> f64| -> Option<Vec<f64>> {
             said.judged.iter().map(|samples| samples.iter().map(|judged| judged.base.map(of)).sum()).collect()
         };

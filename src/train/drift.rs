@@ -15,9 +15,11 @@ use super::step::sums;
 use super::task::Task;
 use crate::data::{Content, Example, Extent, Message, Packing, Parts, Row, Sequence, Tokenizer, encode_row, read_rows};
 use crate::error::{Error, Result};
+use crate::objectives::Metric;
 use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency};
 use crate::rollout::{Engine, Request, Rollout, Sampling};
+use crate::scaling::on_length;
 
 /// Samples that are decoded together: their keys and values should not take more than training does.
 pub const TOGETHER: usize = 32;
@@ -58,8 +60,10 @@ pub struct Drift<'a, B: Backend> {
     prompts: Vec<Prompt<'a>>,
     /// The rows of the held-out file, where some reference or reward needs the text.
     rows: Vec<Row>,
-    /// What the last measurement sampled.
+    /// What the last measurement sampled, and its log-probabilities by the policy and by the first reference.
     samples: Vec<Rollout>,
+    logps: Vec<f64>,
+    first: Vec<f64>,
 }
 
 /// Held-out prompts for `samples` completions: those of the first rows, again from the start where there are fewer; equal
@@ -94,10 +98,11 @@ impl<'a, B: Backend> Drift<'a, B> {
         let fresh = Fresh::new(device, others.map(asked).collect(), settings.packing, residency)?;
         let texts = task.fresh.iter().any(|reference| reference.tokenizer.is_some());
         let rows = match &task.eval {
-            Some(eval) if texts || settings.rollouts.is_some() => read_rows(&eval.path)?.1,
+            Some(eval) if texts || settings.rollouts.is_some() || !settings.gold.is_empty() => read_rows(&eval.path)?.1,
             _ => Vec::new(),
         };
-        Ok(Self { task, settings, fresh, prompts, rows, samples: Vec::new() })
+        let (samples, logps, first) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { task, settings, fresh, prompts, rows, samples, logps, first })
     }
 
     /// KL(policy || reference) of each reference, nats a completion. `done` is told how many completions there are.
@@ -123,24 +128,78 @@ impl<'a, B: Backend> Drift<'a, B> {
         let adapted = self.task.fresh.iter().any(|reference| reference.is_policy);
         let before = if adapted { policy.without_adapter(score)? } else { Vec::new() };
         policy.rest();
-        let (mut estimates, mut others) = (Vec::new(), 0..);
+        let (mut estimates, mut others, mut first) = (Vec::new(), 0.., None);
         for reference in &self.task.fresh {
-            let estimate = |said: &mut dyn Iterator<Item = f64>| {
-                let ratios: Vec<f64> = logps.iter().zip(said).map(|(logp, said)| logp - said).collect();
+            let mut estimate = |said: Vec<f64>| {
+                let ratios: Vec<f64> = logps.iter().zip(&said).map(|(logp, said)| logp - said).collect();
+                first.get_or_insert(said);
                 Estimate::of(&ratios)
             };
             if reference.is_policy {
-                estimates.push(estimate(&mut before.iter().copied()));
+                estimates.push(estimate(before.clone()));
                 continue;
             }
             let k = others.next().expect("endless");
             let own = reference.tokenizer.as_ref().map(|tokenizer| self.own(tokenizer, &samples)).transpose()?;
             let asked: Vec<&Example> = own.as_ref().map_or_else(|| examples.clone(), |own| own.iter().collect());
             let scored = self.fresh.score(k, &asked, Detail::Sums)?;
-            estimates.push(estimate(&mut scored.iter().map(|scored| scored.sums[0])));
+            estimates.push(estimate(scored.iter().map(|scored| scored.sums[0]).collect()));
         }
-        self.samples = samples;
+        (self.samples, self.logps, self.first) = (samples, logps, first.unwrap_or_default());
         Ok(estimates)
+    }
+
+    /// Tokens of each completion that was sampled last.
+    pub fn lengths(&self) -> Vec<f64> {
+        self.samples.iter().map(|sample| sample.ids.len() as f64).collect()
+    }
+
+    /// Share of distinct runs of `n` tokens among all of them that are in what was sampled last (Li et al., arXiv:1510.03055).
+    pub fn distinct(&self, n: usize) -> f64 {
+        let all: Vec<&[u32]> = self.samples.iter().flat_map(|sample| sample.ids.windows(n)).collect();
+        all.iter().collect::<std::collections::HashSet<_>>().len() as f64 / all.len().max(1) as f64
+    }
+
+    /// What the completions that were sampled last are like; of `kl` the root and its standard error.
+    pub fn metrics(&self, kl: Option<&Estimate>) -> Vec<Metric> {
+        let lengths = self.lengths();
+        let tokens = lengths.iter().sum::<f64>().max(1.0);
+        let mut metrics: Vec<Metric> = vec![
+            ("completions/mean_length".into(), tokens / lengths.len().max(1) as f64),
+            ("completions/distinct_1".into(), self.distinct(1)),
+            ("completions/distinct_2".into(), self.distinct(2)),
+            // Nats a token: of what is sampled from a distribution, the mean of -ln p is its entropy.
+            ("completions/entropy".into(), -self.logps.iter().sum::<f64>() / tokens),
+        ];
+        if let Some(Estimate { mean, stderr }) = kl {
+            let d = mean.max(0.0).sqrt();
+            metrics.push(("sqrt_kl".into(), d));
+            // To first order; at 0, where that has none, the root of the error.
+            let error = if d > 0.0 { stderr / (2.0 * d) } else { stderr.sqrt() };
+            metrics.push(("sqrt_kl_stderr".into(), error));
+            metrics.push(("completions/ref_logp".into(), self.first.iter().sum::<f64>() / tokens));
+            let ratios: Vec<f64> = self.logps.iter().zip(&self.first).map(|(logp, first)| logp - first).collect();
+            if let Some(line) = on_length(&lengths, &ratios).filter(|line| line.r2_with_intercept.is_finite()) {
+                metrics.push(("length/gamma".into(), line.with_intercept[1]));
+                metrics.push(("length/r2".into(), line.r2_with_intercept));
+            }
+        }
+        metrics
+    }
+
+    /// The data's own completions, made by `make` of a row, a prompt and a completion: one for each sample, of the examples with its
+    /// prompt in turn.
+    pub fn answers(&self, make: impl Fn(&Row, (&[u32], &[u32])) -> Result<Written>) -> Result<Vec<Written>> {
+        let examples = || self.task.eval.iter().flat_map(|eval| &eval.examples);
+        let mut answers = Vec::new();
+        for prompt in &self.prompts {
+            let split = |example: &'a Example| example.sequences[0].ids.split_at(example.sequences[0].first);
+            let own = examples().filter(|example| split(example).0 == prompt.ids);
+            for example in own.collect::<Vec<_>>().into_iter().cycle().take(prompt.samples) {
+                answers.push(make(&self.rows[example.row], split(example))?);
+            }
+        }
+        Ok(answers)
     }
 
     fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Rollout>> {
@@ -181,7 +240,8 @@ impl<'a, B: Backend> Drift<'a, B> {
         let of = |sample: &Rollout| {
             let at = self.prompts[sample.prompt].row;
             let Row { parts, variables, .. } = &self.rows[at];
-            let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. }) = parts else {
+            let (Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. } | Parts::Prompt { prompt }) = parts
+            else {
                 let detail = "measures completions of prompts, and these rows are whole texts, which a reference with another tokenizer cannot be asked about";
                 return Err(Error::option("--kl-samples", detail));
             };

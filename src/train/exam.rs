@@ -140,12 +140,14 @@ impl StopWhen {
 }
 
 /// What evaluations call their numbers, without `eval_`.
-pub fn metrics(exams: &[Exam], kl: bool) -> Vec<String> {
+pub fn metrics(exams: &[Exam], kl: bool, gold: bool) -> Vec<String> {
     let own = ["loss", "accuracy", "margin", "perplexity"].map(String::from).into_iter();
     let of = |exam: &Exam| {
         exam.task.metrics().iter().map(|metric| format!("{}/{metric}", exam.task.name)).collect::<Vec<_>>()
     };
-    own.chain(kl.then(|| "kl".to_string())).chain(exams.iter().flat_map(of)).collect()
+    let kl = ["kl", "sqrt_kl"].into_iter().filter(|_| kl).map(String::from);
+    let gold = ["gold", "gold_win_rate"].into_iter().filter(|_| gold).map(String::from);
+    own.chain(kl).chain(gold).chain(exams.iter().flat_map(of)).collect()
 }
 
 #[cfg(test)]
@@ -175,9 +177,12 @@ mod tests {
 
     #[test]
     fn a_metric_that_nothing_has_is_refused_with_those_there_are() {
-        let known = metrics(&[], true);
+        let known = metrics(&[], true, false);
         "kl>3".parse::<StopWhen>().unwrap().check(&known).unwrap();
         let error = "base/acc>3".parse::<StopWhen>().unwrap().check(&known).unwrap_err().to_string();
-        assert!(error.contains("no base/acc") && error.contains("loss, accuracy, margin, perplexity, kl"), "{error}");
+        assert!(
+            error.contains("no base/acc") && error.contains("loss, accuracy, margin, perplexity, kl, sqrt_kl"),
+            "{error}"
+        );
     }
 }

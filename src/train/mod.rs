@@ -1,8 +1,10 @@
 //! Training: the loop, its steps, metrics, checkpoints and plots.
 
+mod alarm;
 mod drift;
 mod evaluate;
 mod exam;
+mod gold;
 mod host;
 mod lineage;
 mod metrics;
@@ -21,6 +23,7 @@ mod step;
 mod task;
 mod tau;
 
+pub use alarm::OnAlarm;
 pub use drift::Estimate;
 pub use evaluate::{Evaluation, Summary};
 pub use exam::StopWhen;
@@ -31,6 +34,6 @@ pub use policy::{Blueprint, Extras, Policy};
 pub use references::own_tokens;
 pub use report::Report;
 pub use run::{Outcome, run};
-pub use settings::{Moving, References, Resume, Rollouts, Samples, Settings};
+pub use settings::{Alarm, Moving, References, Resume, Rollouts, Samples, Settings};
 pub use step::{Pass, Purpose, Rows, Sampled, StepResult, step};
 pub use task::{MICRO_BATCH_TOKENS, Task, check_positions, check_vocabulary, objective};

@@ -5,6 +5,8 @@
 //! from pairs sees the best sample of a prompt as chosen and the worst as rejected (online DPO, Guo et al., arXiv:2402.04792);
 //! a prompt whose samples are worth the same teaches it nothing.
 
+use std::collections::HashSet;
+
 use super::drift::Estimate;
 use super::panel::Gathered;
 use super::policy::Policy;
@@ -134,6 +136,12 @@ impl<'a, B: Backend> Online<'a, B> {
         self.log.sync()
     }
 
+    /// Goes on as after `step`: what was logged later is forgotten.
+    pub fn go_back(&mut self, step: u64) -> Result<()> {
+        self.log = LineLog::resume(&self.settings.output_dir.join(ROLLOUTS), step)?;
+        Ok(())
+    }
+
     /// Completes the prompts of these training examples; `number` counts such batches from 1, `show` is told how far it is.
     pub fn sample(
         &mut self,
@@ -168,6 +176,7 @@ impl<'a, B: Backend> Online<'a, B> {
         };
         let examples: Vec<Example> = data.iter().zip(written.chunks(each)).map(group).collect();
         let refs = self.ask(device, policy, &examples)?;
+        metrics.extend(refs.first().map(|said| likelihood(said, self.rollouts.samples)));
         let counts = vec![self.rollouts.samples; examples.len()];
         let mut sampled = Sampled::new(&examples, counts, self.rollouts.max_new_tokens);
         let stats = &mut sampled.stats;
@@ -212,10 +221,13 @@ impl<'a, B: Backend> Online<'a, B> {
         let (mut written, mut logps) = (Vec::new(), Vec::new());
         for (example, rollouts) in data.iter().zip(rollouts.chunks(samples)) {
             let (prompt, own) = split(example);
-            let (answer, source) = (written_text(self.task, prompt, own, true)?, prompt_of(&self.rows[example.row])?);
+            let row = &self.rows[example.row];
+            let alone = matches!(row.parts, Parts::Prompt { .. });
+            let answer = (!alone).then(|| written_text(self.task, prompt, own, true)).transpose()?;
+            let source = prompt_of(row)?;
             let mut one = |ids: &[u32], finished: bool| {
                 let text = written_text(self.task, prompt, ids, finished)?;
-                let (source, prompt, answer) = (source.clone(), prompt.to_vec(), Some(answer.clone()));
+                let (source, prompt, answer) = (source.clone(), prompt.to_vec(), answer.clone());
                 written.push(Written { source, prompt, row: example.row, ids: ids.to_vec(), text, finished, answer });
                 Result::Ok(())
             };
@@ -261,6 +273,7 @@ impl<'a, B: Backend> Online<'a, B> {
                 "row": one.row,
                 "prompt": self.task.tokenizer.decode(&one.prompt)?,
                 "completion": one.text,
+                "completion_ids": one.ids,
                 "finished": one.finished,
                 "rewards": by_name,
             }))?;
@@ -288,6 +301,8 @@ impl<'a, B: Backend> Online<'a, B> {
             ("frac_reward_zero_std".into(), spreads.iter().filter(|std| **std == 0.0).count() as f64 / prompts),
             ("completions/mean_length".into(), mean(&|s| written[s].ids.len() as f64)),
             ("completions/clipped_ratio".into(), mean(&|s| f64::from(u8::from(!written[s].finished)))),
+            ("completions/distinct_1".into(), distinct(samples, written, 1)),
+            ("completions/distinct_2".into(), distinct(samples, written, 2)),
         ];
         for (name, said) in self.rewards.names().iter().zip(rewards) {
             metrics.push((format!("rewards/{name}/mean").into(), mean(&|s| said[s])));
@@ -313,7 +328,7 @@ impl<'a, B: Backend> Online<'a, B> {
 }
 
 impl Written {
-    fn sample(&self) -> Sample<'_> {
+    pub fn sample(&self) -> Sample<'_> {
         Sample {
             prompt: &self.source,
             completion: &self.text,
@@ -329,7 +344,7 @@ impl Written {
 /// The prompt of a row.
 pub fn prompt_of(row: &Row) -> Result<Content> {
     match &row.parts {
-        Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. } => Ok(prompt.clone()),
+        Parts::Pair { prompt, .. } | Parts::Completion { prompt, .. } | Parts::Prompt { prompt } => Ok(prompt.clone()),
         Parts::Text { .. } => {
             let detail = "rewards completions of prompts, and these rows are whole texts; give rows with a prompt";
             Err(Error::option("--reward", detail))
@@ -344,6 +359,21 @@ pub fn written_text(task: &Task, prompt: &[u32], ids: &[u32], finished: bool) ->
     let ids = &ids[..ids.len() - usize::from(ends)];
     let (start, whole) = (decode(prompt)?, decode(&[prompt, ids].concat())?);
     whole.strip_prefix(&start).map_or_else(|| decode(ids), |text| Ok(text.to_string()))
+}
+
+/// Of the runs of n tokens in these completions, how many are not seen before (Li et al., arXiv:1510.03055): a policy that has found
+/// what pays writes the same again.
+fn distinct(samples: &[usize], written: &[Written], n: usize) -> f64 {
+    let runs = || samples.iter().flat_map(|s| written[*s].ids.windows(n));
+    runs().collect::<HashSet<_>>().len() as f64 / runs().count().max(1) as f64
+}
+
+/// The mean log-probability of a sampled token under the first reference, of `own` sequences in each group of `each`: what the
+/// policy writes that its reference would not.
+fn likelihood(said: &[Scored], own: usize) -> Metric {
+    let tokens = || said.iter().flat_map(|group| group.tokens.iter().take(own)).flatten();
+    let sum: f64 = tokens().map(|x| f64::from(*x)).sum();
+    ("completions/reference_logp".into(), sum / tokens().count().max(1) as f64)
 }
 
 /// Sums and tokens of what a reference said.

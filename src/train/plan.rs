@@ -213,18 +213,30 @@ struct FreshWork<'a> {
     longest: usize,
     prompts: Vec<drift::Prompt<'a>>,
     references: &'a [FreshReference],
+    /// What judges them.
+    gold: Option<&'a Rewards>,
 }
 
 impl<'a> FreshWork<'a> {
     fn new(task: &'a Task, settings: &Settings) -> Option<Self> {
         let prompts = drift::prompts(task, settings.kl_samples);
         let longest = prompts.iter().map(|prompt| prompt.ids.len()).max()? + settings.samples.max_new_tokens;
-        Some(Self { samples: settings.kl_samples, longest, prompts, references: &task.fresh })
+        let (references, gold) = (&task.fresh[..], task.gold.as_ref());
+        Some(Self { samples: settings.kl_samples, longest, prompts, references, gold })
     }
 
     fn largest(&self, packing: Packing) -> Extent {
         drift::largest(packing, self.samples, self.longest)
     }
+}
+
+/// Adds the phase in which completions are judged, and what judges them to all that follow the loading.
+fn judging(rewards: &Rewards, storage: DType, largest: &Extent, mut alone: Phase, phases: &mut Vec<Phase>) {
+    let judges = rewards.plan(storage, largest);
+    let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
+    with_judges.for_each(|phase| phase.weights += judges.resident);
+    (alone.weights, alone.activations) = (alone.weights + judges.resident, judges.judging);
+    phases.push(alone);
 }
 
 impl<'a> Scoring<'a> {
@@ -391,7 +403,8 @@ impl<'a> Workload<'a> {
         Ok(plan)
     }
 
-    /// Those of completions that are trained on: written by the policy, judged, scored by references.
+    /// Those of completions that are judged by a gold reward, and of those that are trained on: written by the policy, judged, scored
+    /// by references.
     fn rollout_phases(
         &self,
         settings: &Settings,
@@ -399,6 +412,10 @@ impl<'a> Workload<'a> {
         phase: &dyn Fn(&'static str, usize, &[Ledger]) -> Phase,
         phases: &mut Vec<Phase>,
     ) {
+        let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
+        if let Some((gold, largest)) = judged {
+            judging(gold, settings.storage(), &largest, phase("reward", working, &[run]), phases);
+        }
         let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
         let (storage, rank) = (settings.storage(), self.blueprint(settings).rank());
         let requests = vec![online::request(settings, rollouts, work.prompt); settings.batch_size];
@@ -406,12 +423,7 @@ impl<'a> Workload<'a> {
         let host = self.host.generating(&self.checkpoint.spec, rank, &requests);
         phases.push(phase("rollout", working.max(host), &[run, decoding]));
         let largest = online::largest(settings.packing, work.stand_ins, settings.batch_size);
-        let judges = work.rewards.plan(storage, &largest);
-        let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
-        with_judges.for_each(|phase| phase.weights += judges.resident);
-        let mut judging = phase("reward", working, &[run]);
-        (judging.weights, judging.activations) = (judging.weights + judges.resident, judges.judging);
-        phases.push(judging);
+        judging(work.rewards, storage, &largest, phase("reward", working, &[run]), phases);
         for reference in work.references.iter().filter(|reference| !reference.is_policy) {
             phases.push(phase("ask", working, &[run, reference.asked(largest).plan(storage)]));
         }

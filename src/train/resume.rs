@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::alarm::Watch;
 use super::policy::{Policy, trained};
 use super::task::Task;
 use crate::checkpoint::hf::{copy_companions, write_config};
@@ -35,6 +36,9 @@ pub struct RunState {
     /// What the objective remembers from step to step.
     #[serde(default)]
     pub objective: Vec<f64>,
+    /// What evaluations saw so far.
+    #[serde(default)]
+    pub watch: Watch,
     /// Every setting that decides the course of the run, as the user writes it.
     pub course: Map<String, Value>,
 }

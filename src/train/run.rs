@@ -6,8 +6,10 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
+use super::alarm::{self, OnAlarm};
 use super::drift::Drift;
 use super::evaluate::{Evaluation, evaluate};
+use super::gold::Gold;
 use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
 use super::online::{self, Online, ROLLOUTS};
@@ -24,7 +26,7 @@ use crate::checkpoint::run_dir::{
     set_aside_after,
 };
 use crate::checkpoint::{write_dir, write_file};
-use crate::error::{Error, Result};
+use crate::error::{At, Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
 use crate::model::{Init, Param, VALUE_HEAD};
@@ -38,6 +40,9 @@ use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
+
+/// Every alarm, and the evaluations that a run which went back has left.
+pub const ALARMS: &str = "alarms.jsonl";
 
 /// The share of tau_ref over a run below which merging is said to do nothing.
 const NEXT_TO_NOTHING: f64 = 1e-3;
@@ -86,23 +91,20 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     }
     first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
-    let drift = match settings.kl_samples {
-        0 => None,
-        _ => Some(Drift::new(device, &task, settings, residency)?),
-    };
+    let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
+    let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
-    let online = match &settings.rollouts {
-        None => None,
-        Some(rollouts) => {
-            let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
-            Some(Online::new(device, &task, settings, rollouts, log)?)
-        }
+    let open_online = |rollouts| {
+        let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
+        Online::new(device, &task, settings, rollouts, log)
     };
+    let online = settings.rollouts.as_ref().map(open_online).transpose()?;
     let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     // A run that was to end here was perhaps killed before it did.
     let last = super::evaluations(&settings.output_dir)?.pop().unwrap_or_default();
-    let evaluated = last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && *step > 0);
+    let evaluated =
+        last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && start.from.is_some());
     let mut session = Session {
         device,
         settings,
@@ -115,6 +117,8 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         state: start.state,
         steps: Steps::new(&task, settings),
         drift,
+        gold,
+        seen: None,
         online,
         batch: None,
         evaluated,
@@ -227,6 +231,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
             num_tokens: 0,
             sampled_tokens: 0,
             objective: objective.initial_state(),
+            watch: Default::default(),
             course: course.clone(),
         },
     };
@@ -306,6 +311,9 @@ struct Session<'a, B: Backend> {
     saved: Option<u64>,
     steps: Steps<'a>,
     drift: Option<Drift<'a, B>>,
+    gold: Option<Gold<'a>>,
+    /// What the last evaluation saw of the policy's own completions, until the watch has looked at it.
+    seen: Option<alarm::Seen>,
     online: Option<Online<'a, B>>,
     /// What the coming step trains on, if the policy wrote it.
     batch: Option<online::Batch>,
@@ -322,12 +330,13 @@ struct Session<'a, B: Backend> {
 
 impl<B: Backend> Session<'_, B> {
     fn train(&mut self, stop: &dyn Fn() -> bool) -> Result<Outcome> {
-        if self.state.step == 0 {
+        let max_steps = self.task.max_steps;
+        if self.state.step == 0 && self.evaluated.is_none() {
             self.evaluate(None)?;
             self.sample()?;
         }
-        let max_steps = self.task.max_steps;
         let mut progress = Progress::new("training", max_steps, "steps").starting_at(self.state.step);
+        self.look_out(&mut |text| progress.say(text))?;
         while self.state.step < max_steps && self.stopped.is_none() {
             // What was sampled is trained on before anything ends: it is in no checkpoint.
             let between = self.state.step.is_multiple_of(self.task.iterations);
@@ -374,7 +383,7 @@ impl<B: Backend> Session<'_, B> {
         rows.sampled = self.batch.as_ref().and_then(|batch| batch.sampled.as_ref());
         let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
-        let rate = self.schedule.rate(number);
+        let rate = self.schedule.rate(number) * self.state.watch.rate();
         let result = step(self.device, &mut self.policy, &pass, rate);
         let tokens = gathered.examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
         let pairs = gathered.pairs();
@@ -455,11 +464,79 @@ impl<B: Backend> Session<'_, B> {
             evaluation.iter().for_each(|evaluation| progress.say(&describe(evaluation)));
             let line = evaluation.map(|evaluation| evaluation.to_json()).unwrap_or_default();
             self.stopped = self.settings.stop_when.iter().find_map(|stop| stop.met(&line));
+            if self.look_out(&mut |text| progress.say(text))? {
+                return Ok(());
+            }
         }
         if save || self.stopped.is_some() {
             self.save_checkpoint()?;
         }
         Ok(())
+    }
+
+    /// Looks at what the last evaluation saw. Whether the run went back to an earlier step.
+    fn look_out(&mut self, tell: &mut dyn FnMut(&str)) -> Result<bool> {
+        let Some(seen) = self.seen.take() else { return Ok(false) };
+        let alarm = self.settings.alarm;
+        let before = self.state.watch.best.as_ref().map(|best| best.step);
+        let finding = self.state.watch.look(&seen, alarm.kl_budget);
+        let step = self.state.step;
+        finding.warnings.iter().for_each(|words| tell(&format!("warning: step {step}: {words}")));
+        if alarm.action != OnAlarm::Warn && finding.best {
+            self.save_checkpoint()?;
+            // One that was made for this alone is of no more use.
+            let regular =
+                |step: u64| self.settings.save_steps.is_some_and(|every| step > 0 && step.is_multiple_of(every));
+            if let Some(old) = before.filter(|old| *old != step && !regular(*old)) {
+                let dir = checkpoint_path(&self.settings.output_dir, old);
+                std::fs::remove_dir_all(&dir).at(&dir)?;
+            }
+        }
+        let Some(why) = finding.alarm else { return Ok(false) };
+        let action = self.state.watch.act(alarm.action);
+        let best = self.state.watch.best.as_ref().map(|best| best.step);
+        let left = super::evaluations(&self.settings.output_dir)?;
+        let left: Vec<_> = left.into_iter().filter(|line| line["step"].as_u64() > best).collect();
+        let mut log = LineLog::resume(&self.settings.output_dir.join(ALARMS), u64::MAX)?;
+        let taken = format!("{action:?}").to_lowercase();
+        log.append(&json!({"step": step, "why": why, "action": taken, "best_step": best, "evaluations": left}))?;
+        match (action, best) {
+            (OnAlarm::Warn, _) | (_, None) => {
+                tell(&format!("ALARM: step {step}: {why}"));
+                Ok(false)
+            }
+            (action, Some(best)) => {
+                tell(&format!("ALARM: step {step}: {why}; going back to step {best}"));
+                self.go_back(best)?;
+                match action {
+                    OnAlarm::Rollback => {
+                        let rate = self.state.watch.rate();
+                        tell(&format!("from step {best} on at {rate} of the learning rate"));
+                    }
+                    _ => self.stopped = Some(format!("{why} (--on-alarm); the model is that of step {best}")),
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// Makes everything as it was at a checkpoint, but for what the watch has learned.
+    fn go_back(&mut self, step: u64) -> Result<()> {
+        let output = &self.settings.output_dir;
+        let dir = checkpoint_path(output, step);
+        let state = read_state(&dir, &self.state.course)?;
+        self.policy.rest();
+        load_state(self.device, &mut self.policy, &dir, self.settings.dtype)?;
+        self.policy.optimizer.resume(step);
+        let watch = self.state.watch.gone_back(state.watch.clone());
+        self.state = RunState { watch, ..state };
+        self.ref_weights = self.panel.weights(self.settings, self.task, step + 1)?;
+        self.batch = None;
+        set_aside_after(output, step)?;
+        [self.metrics, self.evaluations, self.samples] = open_logs(output, Some(&dir))?;
+        self.online.iter_mut().try_for_each(|online| online.go_back(step))?;
+        (self.evaluated, self.saved) = (Some(step), None);
+        self.save_checkpoint().map(drop)
     }
 
     /// Shows itself in the bar of the training that it interrupts, or in one of its own.
@@ -483,16 +560,34 @@ impl<B: Backend> Session<'_, B> {
         let anchor = self.panel.anchor();
         let mut done = |done| show("evaluating", done, held_out);
         let mut measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
-        let drift = match &mut self.drift {
+        let kl = match &mut self.drift {
             Some(drift) => {
                 let all = self.settings.kl_samples;
-                drift.measure(self.device, &mut self.policy, &mut |done| show("sampling", done, all))?
+                let kl = drift.measure(self.device, &mut self.policy, &mut |done| show("sampling", done, all))?;
+                measured.metrics.extend(drift.metrics(kl.first()));
+                kl
             }
             None => Vec::new(),
         };
         if let (Some(drift), Some(online)) = (&self.drift, &mut self.online) {
             measured.metrics.extend(online.judge_held_out(&drift.written()?)?);
         }
+        let mut golds = Vec::new();
+        if let (Some(drift), Some(gold)) = (&self.drift, &mut self.gold) {
+            let (gold, metrics) = gold.measure(drift)?;
+            golds = gold;
+            measured.metrics.extend(metrics);
+        }
+        let metric = |name: &str| measured.metrics.iter().find(|metric| metric.0 == name).map(|metric| metric.1);
+        self.seen = self.drift.as_ref().zip(kl.first()).map(|(drift, kl)| alarm::Seen {
+            step,
+            kl: *kl,
+            gold: golds,
+            lengths: drift.lengths(),
+            distinct_2: drift.distinct(2),
+            chosen: metric("logps/chosen"),
+            rejected: metric("logps/rejected"),
+        });
         let (device, tokenizer) = (self.device, &self.task.tokenizer);
         let mut exams = Vec::new();
         for exam in &self.task.exams {
@@ -509,7 +604,7 @@ impl<B: Backend> Session<'_, B> {
             summary: measured.summary,
             metrics: measured.metrics.into_iter().map(|(name, value)| (name.into_owned(), value)).collect(),
             exams,
-            drift,
+            drift: kl,
             runtime: started.elapsed().as_secs_f64(),
         };
         self.evaluations.append(&evaluation.to_json())?;
@@ -583,6 +678,9 @@ impl<B: Backend> Session<'_, B> {
         self.check_weights()?;
         if self.evaluated != Some(self.state.step) {
             self.evaluate(None)?;
+            if self.look_out(&mut |text| say(text))? {
+                say(format_args!("the last step is behind; the model is that of step {}", self.state.step));
+            }
         }
         self.sample()?;
         self.policy.rest();

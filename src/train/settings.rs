@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::alarm::OnAlarm;
 use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
@@ -30,6 +31,9 @@ pub struct Settings {
     pub eval_tasks: Vec<(String, PathBuf)>,
     /// Any of these ends the run.
     pub stop_when: Vec<StopWhen>,
+    /// What those completions are really worth: measured, never trained on.
+    pub gold: Vec<RewardSpec>,
+    pub alarm: Alarm,
     /// Rows of the file that are left out at its start, and how many after those are looked at.
     pub skip: usize,
     pub take: Option<usize>,
@@ -109,6 +113,14 @@ pub struct References {
     /// Of several, who decides how much each counts.
     pub rule: Rule,
     pub moving: Option<Moving>,
+}
+
+/// When a run has gone too far, and what it does then.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Alarm {
+    /// Largest KL from the first reference, nats.
+    pub kl_budget: Option<f64>,
+    pub action: OnAlarm,
 }
 
 /// A reference that follows the policy.

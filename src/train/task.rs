@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::alarm::OnAlarm;
 use super::exam::{self, Exam};
 use super::online::stand_in;
 use super::plan::sample_requests;
@@ -12,7 +13,7 @@ use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
     task_references,
 };
-use super::settings::{References, Settings};
+use super::settings::{Alarm, References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
@@ -55,6 +56,8 @@ pub struct Task {
     pub sampled_by: Vec<FreshReference>,
     /// What completions are rewarded by.
     pub rewards: Option<Rewards>,
+    /// What held-out completions are really worth.
+    pub gold: Option<Rewards>,
     /// Of each training example the most that completions of its prompt can come to; empty where none are sampled.
     pub stand_ins: Vec<Example>,
     /// What held-out rows are evaluated with, where the objective can say nothing about them: the likelihood of their completions.
@@ -126,6 +129,30 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// A run that goes back needs a checkpoint at each evaluation, and an optimizer that can go at another rate from there.
+fn check_alarm(settings: &Settings, method: &optim::Method, iterations: u64) -> Result<()> {
+    let Alarm { action, .. } = settings.alarm;
+    if action == OnAlarm::Warn {
+        return Ok(());
+    }
+    let (flag, detail) = if !settings.eval_steps.is_some_and(|steps| steps.is_multiple_of(iterations)) {
+        (
+            "--eval-steps",
+            format!(
+                "an alarm goes back to an evaluation, and those may lie between two steps on the same completions; give a multiple of --num-iterations {iterations}"
+            ),
+        )
+    } else if action == OnAlarm::Rollback && method.merges() {
+        let name = &settings.optimizer.name;
+        ("--on-alarm", format!("{name} merges on a schedule, which a lower learning rate would leave; use stop"))
+    } else if action == OnAlarm::Rollback && settings.references.rule.observes() {
+        ("--on-alarm", "weights of references that follow the pairs of earlier steps cannot go back; use stop".into())
+    } else {
+        return Ok(());
+    };
+    Err(Error::option(flag, detail))
 }
 
 /// The language model of the settings under its adapters.
@@ -223,6 +250,8 @@ impl Task {
         let eval = settings.eval_dataset.as_deref().map(load).transpose()?;
         let rollouts = settings.rollouts.as_ref();
         let rewards = rollouts.map(|rollouts| Rewards::open(&rollouts.rewards)).transpose()?;
+        let gold = (!settings.gold.is_empty()).then(|| Rewards::open(&settings.gold)).transpose()?;
+        check_alarm(settings, &method, rollouts.map_or(1, |rollouts| rollouts.iterations))?;
         let stand_ins = rollouts.map_or(Vec::new(), |rollouts| {
             let stand_in = |example: &Example| stand_in(example, rollouts, needs.answers, needs.pairs);
             train.examples.iter().map(stand_in).collect()
@@ -230,7 +259,7 @@ impl Task {
         let likelihood = needs.rewards.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
         let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
         let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
-        let known = exam::metrics(&exams, settings.kl_samples > 0);
+        let known = exam::metrics(&exams, settings.kl_samples > 0, !settings.gold.is_empty());
         settings.stop_when.iter().try_for_each(|stop| stop.check(&known))?;
         let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
         let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
@@ -260,6 +289,7 @@ impl Task {
             fresh,
             sampled_by,
             rewards,
+            gold,
             stand_ins,
             likelihood,
             train,
@@ -414,6 +444,12 @@ impl Task {
             course["rollout_temperature"] = json!(rollouts.temperature);
             course["rollout_top_p"] = json!(rollouts.top_p);
         }
+        if settings.alarm.action != OnAlarm::Warn {
+            let Alarm { kl_budget, action } = settings.alarm;
+            course["on_alarm"] = json!(format!("{action:?}").to_lowercase());
+            course["kl_budget"] = json!(kl_budget);
+            course["gold_reward"] = json!(self.gold.as_ref().map(Rewards::identity).transpose()?.map(hex));
+        }
         let optimizer = settings.optimizer.resolved()?;
         for (name, value) in settings.objective.resolved()?.iter().chain(optimizer.iter()) {
             course[name] = json!(value);
@@ -472,6 +508,7 @@ fn load_dataset(
         Form::Pairs => None,
         _ if needs.pairs && settings.rollouts.is_none() => Some("trains on pairs (prompt, chosen, rejected)"),
         Form::Unpaired if !needs.labels => Some("would learn what is labelled undesirable, too"),
+        Form::Prompts if needs.answers => Some("compares with the data's own completions (prompt, completion)"),
         Form::Completions | Form::Text if needs.labels => Some("trains on labels (prompt, completion, label) or pairs"),
         _ => None,
     };

@@ -88,7 +88,11 @@ fn check_tokens(dir: &Path, model: &Path, case: &Value) -> Result<(), Failed> {
     let rows = case["rows"].as_array().ok_or("no rows")?;
     fs::write(&path, rows.iter().map(|row| format!("{row}\n")).collect::<String>())?;
     let max_length = case["max_length"].as_u64().map(|n| n as usize);
-    let data = Dataset::load(&path, &tokenizer, &EncodeOptions { max_length, on_overflow: Overflow::Truncate })?;
+    let data = Dataset::load(
+        &path,
+        &tokenizer,
+        &EncodeOptions { max_length, on_overflow: Overflow::Truncate, prompts: false },
+    )?;
     let mut ours = data.examples.iter();
     for theirs in case["trl"].as_array().ok_or("no trl")? {
         let example = ours.next().ok_or("a row is missing")?;

@@ -8,6 +8,7 @@ mod metrics;
 mod optimizers;
 mod references;
 mod rollouts;
+mod scaling;
 mod soups;
 
 use std::collections::BTreeMap;
@@ -44,13 +45,13 @@ const FILES: &[(&str, Result<Check, &str>)] = &[
     ("reference_free", Ok(losses::reference_free)),
     ("reward_model", Ok(losses::reward_model)),
     ("rl", Ok(rollouts::rl)),
-    ("scaling_law", Err("scaling-law fits are not built yet")),
+    ("scaling_law", Ok(scaling::scaling_law)),
     ("sft", Ok(losses::sft)),
     ("soups", Ok(soups::soups)),
     ("stepk", Ok(optimizers::online_merging)),
     ("token_level", Ok(losses::token_level)),
-    ("toy_overopt", Err("the over-optimisation toy is not built yet")),
-    ("tree_mdp", Err("the tree MDP is not built yet")),
+    ("toy_overopt", Ok(scaling::toy_overopt)),
+    ("tree_mdp", Ok(scaling::tree_mdp)),
 ];
 
 pub fn trials(root: &Path) -> Vec<Trial> {

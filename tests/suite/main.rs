@@ -1,4 +1,5 @@
 mod adapters;
+mod alarm;
 mod anomalies;
 mod cache;
 mod cli;
@@ -6,6 +7,7 @@ mod cli;
 mod common;
 mod exactness;
 mod experiment;
+mod lab;
 mod lineage;
 mod lora;
 mod merge;

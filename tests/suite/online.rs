@@ -150,3 +150,37 @@ fn what_cannot_be_sampled_or_rewarded_is_refused() {
     let texts = plain.replace("train.jsonl", "texts.jsonl");
     w.fails(1, &format!("{texts} grpo --reward rules.toml"), &["whole texts"]);
 }
+
+/// What follows a prompt is not looked at, so it need not be there.
+#[test]
+fn prompts_alone_are_enough() {
+    let w = workspace();
+    let prompts: Vec<String> =
+        w.lines("train.jsonl").iter().map(|row| serde_json::json!({"prompt": row["prompt"]}).to_string()).collect();
+    w.write("prompts.jsonl", &prompts.join("\n"));
+    let line = format!(
+        "{TRAIN} {FOUR} --objective grpo --beta 0.1 --eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5"
+    );
+    w.ok(&format!("{line} --output-dir rows"));
+    w.ok(&format!("{line} --output-dir alone").replace("train.jsonl", "prompts.jsonl"));
+    assert_eq!(w.lines("rows/rollouts.jsonl"), w.lines("alone/rollouts.jsonl"));
+    assert_eq!(steps(&w, "rows"), steps(&w, "alone"));
+    let last = &steps(&w, "alone")[3];
+    for (key, range) in [
+        ("completions/distinct_1", 0.0..=1.0),
+        ("completions/distinct_2", 0.0..=1.0),
+        ("completions/reference_logp", -20.0..=0.0),
+    ] {
+        assert!(range.contains(&number(last, key)), "{key}");
+    }
+    let one = &w.lines("alone/rollouts.jsonl")[0];
+    assert!(one["completion_ids"].as_array().is_some_and(|ids| !ids.is_empty() && ids.len() <= 6));
+
+    let refused = |flags: &str, part: &str| {
+        w.fails(1, &format!("{flags} --model model --dataset prompts.jsonl --output-dir x"), &[part]);
+    };
+    refused("train --objective grao --reward rules.toml --learning-rate 1e-3", "these rows are prompts");
+    refused("train --objective sft --learning-rate 1e-3", "with --reward the policy writes them");
+    w.fails(1, "logps --model model --dataset prompts.jsonl --out x", &["has prompts alone"]);
+    w.ok("preview --model model --dataset prompts.jsonl");
+}

@@ -29,7 +29,7 @@ fn number(line: &Line, key: &str) -> f64 {
 }
 
 fn open(what: PathBuf) -> Rewards {
-    Rewards::open(&[RewardSpec { what, weight: 1.0 }]).unwrap()
+    Rewards::open(&[RewardSpec { what, weight: 1.0, fluency: false }]).unwrap()
 }
 
 fn sample<'a>(prompt: &'a Content, completion: &'a str) -> Sample<'a> {
@@ -133,6 +133,7 @@ fn what_cannot_judge_is_refused() {
     let w = Workspace::with_reviews(4);
     let score = "--dataset heldout.jsonl --out s.jsonl";
     w.fails(1, &format!("score --reward model {score}"), &["is a language model, and a reward model"]);
+    w.fails(1, &format!("score --reward fluency:nothing {score}"), &["nothing/config.json"]);
     w.fails(1, &format!("score --reward nothing {score}"), &["nothing: there is no such file or folder"]);
     w.fails(2, &format!("score {score}"), &["--model"]);
     w.fails(2, &format!("score --reward a --model b {score}"), &["--reward", "--model"]);
@@ -176,7 +177,7 @@ fn what_cannot_judge_is_refused() {
 fn rewards_are_listed() {
     let w = Workspace::new();
     let listed = w.ok("list rewards").stdout;
-    for part in ["exact_match", "gsm8k", "process", "timeout_s: seconds for an answer", "pessimism"] {
+    for part in ["exact_match", "gsm8k", "process", "http", "timeout_s: seconds for an answer", "pessimism"] {
         assert!(listed.contains(part), "{listed}");
     }
 }

@@ -93,6 +93,8 @@ fn rewards_are_compared_sample_by_sample() {
             "reward_stderr",
             "win_rate",
             "win_rate_stderr",
+            "answer_beaten",
+            "answer_beaten_stderr",
             "words",
             "words_stderr",
             "distinct_2",
@@ -112,6 +114,10 @@ fn rewards_are_compared_sample_by_sample() {
     let wins: f64 = sft.iter().zip(&base).map(|(a, b)| if a == b { 0.5 } else { f64::from(u8::from(a > b)) }).sum();
     assert!((of(1, "win_rate") - wins / 9.0).abs() < 1e-12);
     assert!((of(1, "reward") - sft.iter().sum::<f64>() / 9.0).abs() < 1e-12);
+    w.ok("score --model judge --dataset prompts.jsonl --out answers.jsonl");
+    let answers = w.column("answers.jsonl", "score");
+    let beaten = sft.iter().enumerate().filter(|(s, reward)| **reward > answers[s / 3]).count() as f64 / 9.0;
+    assert!((of(1, "answer_beaten") - beaten).abs() < 1e-12, "{beaten}");
     let first = &log[0];
     let row = json!({"prompt": first["prompt"], "completion": first["completions"][0]});
     w.write_lines("first.jsonl", &[row]);

@@ -17,7 +17,7 @@ use crate::{merge, objectives, optim};
 /// What a recipe of an experiment has beside the keys of `cuvee train`.
 const KEYS: [&str; 4] = ["seeds", "prepare", "arm", "measure"];
 /// And a run of it.
-const RUN_KEYS: [&str; 4] = ["name", "grid", "merge", "shared"];
+const RUN_KEYS: [&str; 5] = ["name", "grid", "merge", "pairs", "shared"];
 /// What is decided for each run.
 const DECIDED: [&str; 4] = ["output_dir", "seed", "resume_from_checkpoint", "stop_at_step"];
 const SEED: u64 = 42;
@@ -63,6 +63,8 @@ pub struct Variant {
 pub enum What {
     Train(Table),
     Merge(Table),
+    /// Pairs that a gold reward labels: a file to train on.
+    Pairs(Table),
 }
 
 /// `--grid KEY=V,V..`
@@ -87,15 +89,16 @@ pub fn grid(text: &str) -> Result<Grid, String> {
 
 impl What {
     pub fn command(&self) -> clap::Command {
-        recipe::subcommand(match self {
-            Self::Train(_) => "train",
-            Self::Merge(_) => "merge",
-        })
+        match self {
+            Self::Train(_) => recipe::subcommand("train"),
+            Self::Merge(_) => recipe::subcommand("merge"),
+            Self::Pairs(_) => recipe::subcommand_of("lab", "pairs"),
+        }
     }
 
     pub fn table(&self) -> &Table {
         match self {
-            Self::Train(table) | Self::Merge(table) => table,
+            Self::Train(table) | Self::Merge(table) | Self::Pairs(table) => table,
         }
     }
 }
@@ -305,16 +308,27 @@ impl Reader<'_> {
                 return Err(of_run("merge: expected a table, as { method = \"linear\", models = [...] }".into()));
             }
         };
-        if let (Some(_), Some(key)) = (merged, rest.keys().next()) {
+        let paired = match entry.get("pairs") {
+            None => None,
+            Some(Value::Table(pairs)) if prepared && merged.is_none() => Some(pairs),
+            Some(Value::Table(_)) => {
+                return Err(of_run("pairs: are made for arms to train on; put them under [[prepare]]".into()));
+            }
+            Some(_) => {
+                return Err(of_run("pairs: expected a table, as { model = \"@sft\", prompts = \"...\" }".into()));
+            }
+        };
+        if let (Some(_), Some(key)) = (merged.or(paired), rest.keys().next()) {
             return Err(of_run(format!(
-                "{key}: does nothing where a run is merged; put it into merge = {{...}}, or drop it"
+                "{key}: does nothing where nothing is trained; put it into merge or pairs = {{...}}, or drop it"
             )));
         }
         let searched = !prepared && (self.wanted.is_empty() || self.wanted.contains(&name));
         for point in self.points(entry, &rest, merged, searched).map_err(of_run)? {
-            let what = match merged {
-                Some(merge) => self.merged(merge, &point),
-                None => self.trained(&rest, &point),
+            let what = match (merged, paired) {
+                (Some(merge), _) => self.merged(merge, &point),
+                (None, Some(pairs)) => self.paired(pairs, &point),
+                (None, None) => self.trained(&rest, &point),
             };
             let what = what.map_err(of_run)?;
             let label: Vec<String> = point.iter().map(|(key, value)| format!("{key}={}", short(value))).collect();
@@ -437,6 +451,16 @@ impl Reader<'_> {
         let keys = recipe::resolve(&recipe::subcommand("merge"), &own, self.folder, &["models"]);
         keys.map(What::Merge).map_err(|detail| format!("merge: {detail}"))
     }
+
+    fn paired(&self, pairs: &Table, point: &Table) -> Result<What, String> {
+        let mut own = pairs.clone();
+        own.extend(point.clone());
+        if let Some(key) = ["out", "seed"].into_iter().find(|key| own.contains_key(*key)) {
+            return Err(format!("pairs: {key}: is what compare decides for each run; drop it"));
+        }
+        let keys = recipe::resolve(&recipe::subcommand_of("lab", "pairs"), &own, self.folder, &[]);
+        keys.map(What::Pairs).map_err(|detail| format!("pairs: {detail}"))
+    }
 }
 
 /// Objectives and optimizers that take a parameter; none where it is not one.
@@ -534,15 +558,19 @@ impl Variant {
         };
         let table = recipe::with_paths(&command, self.what.table(), &mut folder).map_err(|e| e.to_string())?;
         let flags = recipe::flags_of(&table);
-        let given = ["cuvee".into(), OsString::from(name), "--output-dir=x".into()].into_iter().chain(flags);
-        match parse(given) {
+        let start: Vec<OsString> = match &self.what {
+            What::Pairs(_) => ["cuvee", "lab", "pairs", "--out=x"].map(OsString::from).into(),
+            _ => vec!["cuvee".into(), name.into(), "--output-dir=x".into()],
+        };
+        match parse(start.into_iter().chain(flags)) {
             Ok(cli) => match cli.command {
                 Command::Train(args) => {
                     let settings = train::from_run(&args.run, false).map_err(|e| e.to_string())?;
                     settings.optimizer.build().map_err(|e| e.to_string())?;
                     train_objective(&settings).map(|objective| objective.needs().scores).map_err(|e| e.to_string())
                 }
-                _ => Ok(false),
+                // Pairs write no text either.
+                _ => Ok(matches!(self.what, What::Pairs(_))),
             },
             Err(failure) => Err(failure.into_text()),
         }

@@ -10,9 +10,12 @@ use toml::{Table, Value};
 use super::experiment::{Experiment, Variant, What, reference};
 use super::measure::{evaluated, logged};
 use crate::checkpoint::run_dir;
+use crate::cli::lab::summary;
 use crate::cli::{print, recipe, train};
 use crate::error::{At, Error, Result};
-use crate::lab::{Arm, Axes, Job, Makes, Measured, Metrics, Outcome, Report, Runner, Step};
+use crate::lab::{
+    Arm, Axes, Cell, Job, Makes, Measured, Metrics, Outcome, Report, Runner, Step, SweepPlan, write_report,
+};
 use crate::machine::processor;
 use crate::merge;
 use crate::progress::say;
@@ -47,12 +50,7 @@ pub fn run(experiment: &Experiment) -> Result<()> {
     let output = &experiment.output_dir;
     fs::create_dir_all(output).at(output)?;
     let _lock = run_dir::lock(output)?;
-    let stop = train::stop_on_signal()?;
-    let program = std::env::current_exe().at("the path of this program")?;
-    let (jobs, arms) = (plan.jobs.len(), experiment.variants.len());
-    say(format_args!("{arms} variants, {} runs and {} evaluations", plan.runs.len(), jobs - plan.runs.len()));
-    let stop = || stop.load(Ordering::Relaxed);
-    let outcomes = Runner { program: &program, jobs: experiment.jobs, stop: &stop }.run(&plan.jobs)?;
+    let outcomes = plan.run_all()?;
     let report = plan.report(&outcomes)?;
     report.write(output)?;
     let folder = output.display();
@@ -60,13 +58,59 @@ pub fn run(experiment: &Experiment) -> Result<()> {
         true => print(&format!("{}\n", report.to_json()))?,
         false => print(&format!("{}\ntable   {folder}/compare.md\nfigure  {folder}/compare.svg\n", report.text()))?,
     }
+    complete(&outcomes, output)
+}
+
+/// `cuvee lab sweep`: the same runs, and the report of their gold rewards; with `print`, their commands alone.
+pub fn sweep(experiment: &Experiment, print_commands: bool) -> Result<()> {
+    let mut plan = Plan::new(experiment);
+    plan.all()?;
+    let cells = plan.cells()?;
+    let output = &experiment.output_dir;
+    fs::create_dir_all(output).at(output)?;
+    let _lock = run_dir::lock(output)?;
+    cells.write(output)?;
+    if print_commands {
+        plan.jobs.iter().try_for_each(Job::lay)?;
+        return print(&plan.commands());
+    }
+    let outcomes = plan.run_all()?;
+    print(&summary(&write_report(output)?, output))?;
+    complete(&outcomes, output)
+}
+
+fn complete(outcomes: &[Outcome], output: &Path) -> Result<()> {
     match outcomes.iter().filter(|outcome| **outcome != Outcome::Done).count() {
         0 => Ok(()),
         missing => Err(Error::file(
             output,
-            format!("{missing} of {jobs} runs are missing, see above; the same command tries them again"),
+            format!("{missing} of {} runs are missing, see above; the same command tries them again", outcomes.len()),
         )),
     }
+}
+
+/// An argument as a shell reads it.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:@+".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.into() } else { format!("'{}'", text.replace('\'', "'\\''")) }
+}
+
+/// What a job's steps are in a shell; safe to run twice.
+fn command(job: &Job) -> String {
+    let line = |step: &Step| {
+        let words = step.args.iter().map(|arg| quoted(&arg.to_string_lossy()));
+        let command = std::iter::once("cuvee".to_string()).chain(words).collect::<Vec<_>>().join(" ");
+        let path = |path: &Path| quoted(&path.to_string_lossy());
+        match &step.makes {
+            Makes::Run => command,
+            Makes::Folder(folder) => format!("{{ [ -e {} ] || {command}; }}", path(folder)),
+            Makes::Output(out) => {
+                let unfinished = path(&out.with_extension("tmp"));
+                format!("{command} > {unfinished} && mv {unfinished} {}", path(out))
+            }
+        }
+    };
+    job.steps.iter().map(line).collect::<Vec<_>>().join(" && ")
 }
 
 /// A hash of what a file or folder holds; of a folder's files their names, sizes and times, as models are large.
@@ -117,6 +161,73 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(())
+    }
+
+    fn run_all(&self) -> Result<Vec<Outcome>> {
+        let stop = train::stop_on_signal()?;
+        let program = std::env::current_exe().at("the path of this program")?;
+        let (runs, arms) = (self.runs.len(), self.experiment.variants.len());
+        say(format_args!("{arms} variants, {runs} runs and {} evaluations", self.jobs.len() - runs));
+        let stop = || stop.load(Ordering::Relaxed);
+        Runner { program: &program, jobs: self.experiment.jobs, stop: &stop }.run(&self.jobs)
+    }
+
+    /// One command a line; a comment where those before must be done.
+    fn commands(&self) -> String {
+        let mut levels: Vec<usize> = Vec::new();
+        for job in &self.jobs {
+            levels.push(job.needs.iter().map(|need| levels[*need] + 1).max().unwrap_or(0));
+        }
+        let mut text = String::new();
+        for level in 0..=levels.iter().copied().max().unwrap_or(0) {
+            if level > 0 {
+                text += "# These need what is above.\n";
+            }
+            let of_level = self.jobs.iter().zip(&levels).filter(|(_, l)| **l == level);
+            of_level.for_each(|(job, _)| text += &format!("{}\n", command(job)));
+        }
+        text
+    }
+
+    /// The cells of a sweep, each with what its report needs.
+    ///
+    /// # Errors
+    /// An arm that measures no gold reward along training.
+    fn cells(&self) -> Result<SweepPlan> {
+        let (mut cells, mut samples) = (Vec::new(), 0);
+        for run in &self.runs {
+            let variant = &self.experiment.variants[run.variant];
+            let What::Train(table) = &variant.what else { continue };
+            if variant.prepared || variant.scores {
+                continue;
+            }
+            let missing = ["eval_dataset", "eval_steps", "kl_samples", "gold_reward"]
+                .into_iter()
+                .find(|key| !table.contains_key(*key));
+            if let Some(key) = missing {
+                let detail =
+                    format!("{}: {key} is missing; a sweep measures a gold reward along training", variant.name);
+                return Err(Error::file(&self.experiment.recipe, detail));
+            }
+            samples = table.get("kl_samples").and_then(Value::as_integer).unwrap_or(0) as usize;
+            let text = |key: &str| table.get(key).map(|value| value.as_str().map_or(value.to_string(), String::from));
+            let apart = variant.point.split(' ').filter(|word| !word.is_empty() && !word.starts_with("beta="));
+            let apart: Vec<&str> = apart.map(|word| word.strip_prefix("model=@").unwrap_or(word)).collect();
+            cells.push(Cell {
+                name: self.jobs[run.job].name.clone(),
+                group: [&[variant.method.as_str()], &apart[..]].concat().join(" "),
+                size: text("model").unwrap_or_default().trim_start_matches('@').to_string(),
+                objective: text("objective").unwrap_or_default(),
+                beta: table.get("beta").and_then(|beta| beta.as_float().or(beta.as_integer().map(|beta| beta as f64))),
+                seed: run.seed,
+                dir: run.logs.strip_prefix(&self.experiment.output_dir).unwrap_or(&run.logs).to_path_buf(),
+                command: command(&self.jobs[run.job]),
+            });
+        }
+        match cells.is_empty() {
+            true => Err(Error::file(&self.experiment.recipe, "has no arm that is trained; a sweep measures those")),
+            false => Ok(SweepPlan { recipe: self.experiment.recipe.clone(), samples, cells }),
+        }
     }
 
     /// The run of a variant that goes with a seed.
@@ -173,12 +284,18 @@ impl<'a> Plan<'a> {
             table.insert("seed".into(), Value::Integer(number as i64));
         }
         let (table, needs, parts) = self.filled(&command, &table, seed)?;
-        let model = dir.join("model");
+        let model = dir.join(if matches!(variant.what, What::Pairs(_)) { "pairs.jsonl" } else { "model" });
         let (mut file, mut logs) = (None, model.clone());
         let steps = match &variant.what {
             What::Merge(_) => {
                 let args = ["merge".into(), flag("output-dir", &model)].into_iter().chain(recipe::flags_of(&table));
                 vec![Step { args: args.collect(), makes: Makes::Folder(model.clone()) }]
+            }
+            What::Pairs(_) => {
+                let args =
+                    ["lab".into(), "pairs".into(), flag("out", &model)].into_iter().chain(recipe::flags_of(&table));
+                let threads = self.threads.map(|threads| format!("--threads={threads}").into());
+                vec![Step { args: args.chain(threads).collect(), makes: Makes::Folder(model.clone()) }]
             }
             What::Train(_) => {
                 let adapter = ["lora_rank", "lora_start"].iter().any(|key| table.contains_key(*key));
@@ -210,6 +327,7 @@ impl<'a> Plan<'a> {
     fn draws(&self, what: &What) -> bool {
         match what {
             What::Train(_) => true,
+            What::Pairs(_) => true,
             What::Merge(table) => {
                 let method = table.get("method").and_then(Value::as_str);
                 method.and_then(|name| merge::find(name).ok()).is_some_and(|method| method.random)

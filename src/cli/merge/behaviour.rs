@@ -64,7 +64,7 @@ pub fn compare(args: &BehaviourArgs, models: [&Checkpoint; 2]) -> Result<Option<
 /// The same on a short text, as far as 32 tokens of it.
 pub fn compare_on_text(args: &BehaviourArgs, models: [&Checkpoint; 2]) -> Result<Behaviour> {
     let tokenizer = Tokenizer::load(&models[0].dir)?;
-    let options = EncodeOptions { max_length: Some(32), on_overflow: Overflow::Truncate };
+    let options = EncodeOptions { max_length: Some(32), on_overflow: Overflow::Truncate, ..EncodeOptions::default() };
     on(args, &Dataset::of_text("a short text", TEXT, &tokenizer, &options)?, models)
 }
 

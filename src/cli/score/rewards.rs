@@ -68,6 +68,7 @@ fn split(row: Row) -> Result<Texts, String> {
     let (prompt, completions) = match row.parts {
         Parts::Pair { prompt, chosen, rejected } => (prompt, vec![chosen, rejected]),
         Parts::Completion { prompt, completion } => (prompt, vec![completion]),
+        Parts::Prompt { .. } => return Err("has a prompt alone, and a completion is asked about".into()),
         Parts::Text { text: Content::Messages(mut messages) } => {
             let answer = messages.split_off(messages.len().saturating_sub(1));
             (Content::Messages(messages), vec![Content::Messages(answer)])

@@ -138,7 +138,12 @@ impl MeasureArgs {
         tokenizer: &Tokenizer,
         prompts: &[Prompt],
     ) -> Result<Vec<Rollout>> {
-        let of = |prompt: &Prompt| tasks::Prompt { text: String::new(), ids: prompt.ids.clone(), until: Vec::new() };
+        let of = |prompt: &Prompt| tasks::Prompt {
+            text: String::new(),
+            ids: prompt.ids.clone(),
+            until: Vec::new(),
+            answer: None,
+        };
         let prompts: Vec<tasks::Prompt> = prompts.iter().map(of).collect();
         let Self { max_new_tokens, samples, seed, .. } = *self;
         let writing = Writing { max_new_tokens, samples, sampling: Sampling::plain(seed) };

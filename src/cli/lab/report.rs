@@ -1,0 +1,67 @@
+//! `cuvee lab report` and `cuvee watch`
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use crate::checkpoint::run_dir::is_finished;
+use crate::cli::args::steps;
+use crate::cli::{print, train};
+use crate::error::Result;
+use crate::lab::{Overopt, PAGE, write_report};
+use crate::progress::say;
+
+const POLL: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ReportArgs {
+    /// Output folder of `cuvee lab sweep`, finished or not
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "\
+Renders DIR/report.html and report.json again and again, until every run is finished or Ctrl-C.
+
+Example:
+  cuvee watch runs/overoptimisation --every 20")]
+pub struct WatchArgs {
+    /// Output folder of `cuvee lab sweep`
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Seconds between two renderings
+    #[arg(long, value_name = "N", default_value = "30", value_parser = steps)]
+    pub every: u64,
+}
+
+pub fn run(args: &ReportArgs) -> Result<()> {
+    let found = write_report(&args.dir)?;
+    print(&summary(&found, &args.dir))
+}
+
+/// The verdicts, and where the page is.
+pub fn summary(found: &Overopt, dir: &std::path::Path) -> String {
+    let lines = found.verdicts().into_iter().map(|(group, verdict)| format!("{group}: {verdict}\n"));
+    lines.chain([format!("report  {}\n", dir.join(PAGE).display())]).collect()
+}
+
+pub fn watch(args: &WatchArgs) -> Result<()> {
+    let stop = train::stop_on_signal()?;
+    loop {
+        let found = write_report(&args.dir)?;
+        let (cells, looks) = (&found.plan.cells, found.looks.len());
+        let done = cells.iter().filter(|cell| is_finished(&args.dir.join(&cell.dir))).count();
+        say(format_args!("{}: {done} of {} runs, {looks} evaluations", args.dir.join(PAGE).display(), cells.len()));
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(args.every) {
+            if done == cells.len() || stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            sleep(POLL);
+        }
+    }
+}

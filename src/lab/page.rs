@@ -1,0 +1,329 @@
+//! The report of a sweep as one page: no script, no network, figures inside, readable in print.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::fit::{COLUMNS, cells, remarks};
+use super::hump::{Dot, Group, Hump, hump_svg};
+use super::overopt::{Cell, Look, Overopt};
+use crate::checkpoint::json::write_json;
+use crate::checkpoint::write_file;
+use crate::error::Result;
+use crate::train::plot::{Panel, Series, curves_svg, escape};
+
+pub const PAGE: &str = "report.html";
+pub const NUMBERS: &str = "report.json";
+
+const STYLE: &str = "
+:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 12.5px; } td, th { padding: 2px 8px; text-align: right; border-bottom: 1px solid #9ca3af55; }
+td:first-child, th:first-child { text-align: left; } figure { margin: 1.5rem 0; break-inside: avoid; } svg { max-width: 100%; height: auto; }
+figcaption, .how { font-size: 13px; opacity: 0.8; } code { font-size: 12.5px; overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
+@media print { body { max-width: none; margin: 0; } h2 { break-after: avoid; } .scroll { overflow: visible; } }";
+
+/// Writes `report.html` and, beside it, all its numbers as `report.json`.
+pub fn write_report(dir: &Path) -> Result<Overopt> {
+    let found = Overopt::read(dir)?;
+    write_json(&dir.join(NUMBERS), &found.to_json())?;
+    let page = page(&found, dir);
+    write_file(&dir.join(PAGE), |out| out.write_all(page.as_bytes()))?;
+    Ok(found)
+}
+
+fn page(found: &Overopt, dir: &Path) -> String {
+    let (all, begun) = (
+        found.plan.cells.len(),
+        (0..found.plan.cells.len()).filter(|cell| found.of_cell(*cell).next().is_some()).count(),
+    );
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
+         <link rel=\"icon\" href=\"data:,\"><title>Over-optimisation</title><style>{STYLE}</style></head><body>\n\
+         <h1>Where alignment starts to hurt</h1>\n<p>{begun} of {all} runs of {} have been evaluated. Distance is d = √KL(policy ‖ reference), \
+         nats, on {} completions of held-out prompts; the gold reward is shifted and scaled to mean 0 and standard deviation 1 before \
+         training, for each size.</p>\n",
+        code(&found.plan.recipe.display().to_string()),
+        found.plan.samples
+    );
+    page += "<ul>\n";
+    for (group, verdict) in found.verdicts() {
+        let _ = writeln!(page, "<li><b>{}</b>: {}</li>", escape(&group), escape(&verdict));
+    }
+    page += "</ul>\n<h2>Gold reward over distance</h2>\n";
+    humps(found, &mut page);
+    dynamics(found, &mut page);
+    predictors(found, &mut page);
+    lengths(found, &mut page);
+    pareto(found, &mut page);
+    fit_table(found, &mut page);
+    cell_table(found, &mut page);
+    reproduce(found, dir, &mut page);
+    page + "</body></html>\n"
+}
+
+fn code(text: &str) -> String {
+    format!("<code>{}</code>", escape(text))
+}
+
+fn figure(page: &mut String, svg: &str, caption: &str) {
+    let _ = writeln!(page, "<figure>{svg}<figcaption>{caption}</figcaption></figure>");
+}
+
+fn table(page: &mut String, head: &[&str], rows: &[Vec<String>]) {
+    let cells = |tag: &str, row: &[String]| {
+        row.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect::<String>()
+    };
+    let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
+    let _ = writeln!(page, "<div class=\"scroll\"><table><thead><tr>{}</tr></thead><tbody>", cells("th", &head));
+    rows.iter().for_each(|row| *page += &format!("<tr>{}</tr>\n", cells("td", row)));
+    *page += "</tbody></table></div>\n";
+}
+
+fn number(x: f64) -> String {
+    match x {
+        _ if !x.is_finite() => "–".into(),
+        _ if x != 0.0 && x.abs() < 1e-3 => format!("{x:.1e}"),
+        _ => format!("{x:.3}"),
+    }
+}
+
+fn humps(found: &Overopt, page: &mut String) {
+    for size in found.sizes() {
+        let of_size = |group: &str| found.plan.cells.iter().any(|cell| cell.group == group && cell.size == size);
+        let groups: Vec<Group> =
+            found.fitted.groups.iter().filter(|group| of_size(&group.name)).map(|group| group.drawn()).collect();
+        let figure_of = Hump {
+            title: format!("Starting from {size}"),
+            x_label: "d = √KL from the reference".into(),
+            y_label: "gold reward".into(),
+            groups,
+        };
+        figure(
+            page,
+            &hump_svg(&figure_of),
+            "Every evaluation of every beta and seed with its standard error; the log form with its 95 % band over what was measured; a \
+             thin upright line is its peak. Hollow points do not count: their completions repeat themselves or are too unlikely under the \
+             reference.",
+        );
+    }
+}
+
+/// The mean over seeds at each evaluation of a beta.
+fn path(found: &Overopt, group: &str, beta: Option<f64>, of: &dyn Fn(&Look) -> (f64, f64)) -> Vec<(f64, f64)> {
+    let mut by_step: Vec<(f64, Vec<(f64, f64)>)> = Vec::new();
+    for look in found.of_group(group).filter(|look| found.plan.cells[look.cell].beta == beta) {
+        match by_step.iter_mut().find(|(step, _)| *step == look.step) {
+            Some((_, points)) => points.push(of(look)),
+            None => by_step.push((look.step, vec![of(look)])),
+        }
+    }
+    by_step.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mean =
+        |points: &[(f64, f64)], k: fn(&(f64, f64)) -> f64| points.iter().map(k).sum::<f64>() / points.len() as f64;
+    by_step.iter().map(|(_, points)| (mean(points, |p| p.0), mean(points, |p| p.1))).collect()
+}
+
+fn betas(found: &Overopt, group: &str) -> Vec<Option<f64>> {
+    let mut betas: Vec<Option<f64>> =
+        found.plan.cells.iter().filter(|cell| cell.group == group).map(|cell| cell.beta).collect();
+    betas.sort_by(|a, b| a.unwrap_or(0.0).total_cmp(&b.unwrap_or(0.0)));
+    betas.dedup();
+    betas
+}
+
+fn label(beta: Option<f64>) -> String {
+    beta.map_or("all".into(), |beta| format!("β {beta}"))
+}
+
+fn dynamics(found: &Overopt, page: &mut String) {
+    *page += "<h2>Within the run</h2>\n";
+    let panel = |name: &String, y_label: &str, of: &dyn Fn(&Look) -> (f64, f64)| {
+        let series = |beta: Option<f64>| Series { name: label(beta), points: path(found, name, beta, of) };
+        Panel {
+            title: name.clone(),
+            y_label: y_label.into(),
+            series: betas(found, name).into_iter().map(series).collect(),
+        }
+    };
+    let names: Vec<String> = found.groups().iter().map(|group| group.name.clone()).collect();
+    let gold: Vec<Panel> =
+        names.iter().map(|name| panel(name, "gold reward", &|look| (look.epoch, look.gold))).collect();
+    figure(
+        page,
+        &curves_svg("Gold reward over epochs", "epoch", &gold),
+        "Means over seeds. Small betas spend more KL in as many steps.",
+    );
+    let spent: Vec<Panel> = names.iter().map(|name| panel(name, "d", &|look| (look.epoch, look.d))).collect();
+    figure(page, &curves_svg("Distance over epochs", "epoch", &spent), "Means over seeds.");
+}
+
+fn predictors(found: &Overopt, page: &mut String) {
+    *page += "<h2>Do loss and implicit accuracy tell?</h2>\n";
+    for (name, title) in [("loss", "held-out loss"), ("accuracy", "held-out implicit accuracy")] {
+        let group = |name_of: &str| {
+            let dots = found.of_group(name_of).filter(|look| look.step > 0.0);
+            let dot = |look: &Look| Dot { d: look.of(name), gold: look.gold, stderr: 0.0, valid: look.valid };
+            Group { name: name_of.to_string(), dots: dots.map(dot).collect(), fit: None }
+        };
+        let groups = found.groups().iter().map(|g| group(&g.name)).collect();
+        let svg = hump_svg(&Hump {
+            title: format!("Gold reward against {title}"),
+            x_label: title.into(),
+            y_label: "gold reward".into(),
+            groups,
+        });
+        figure(page, &svg, "One point for each evaluation. If it told, points would lie on a line.");
+    }
+    let row = |name: &str| {
+        let cell = |what: &str| number(found.told(name, what));
+        vec![name.to_string(), cell("loss"), cell("accuracy")]
+    };
+    let rows: Vec<Vec<String>> = found.groups().iter().map(|group| row(&group.name)).collect();
+    table(page, &["correlation with the gold reward", "loss", "implicit accuracy"], &rows);
+}
+
+fn lengths(found: &Overopt, page: &mut String) {
+    *page += "<h2>Length</h2>\n";
+    let groups = found.groups().into_iter().map(|group| {
+        let dot =
+            |look: &Look| Dot { d: look.d, gold: look.of("completions/mean_length"), stderr: 0.0, valid: look.valid };
+        Group { name: group.name.clone(), dots: found.of_group(&group.name).map(dot).collect(), fit: None }
+    });
+    let hump = Hump {
+        title: "Length over distance".into(),
+        x_label: "d = √KL from the reference".into(),
+        y_label: "tokens of a completion".into(),
+        groups: groups.collect(),
+    };
+    figure(page, &hump_svg(&hump), "Mean length of the sampled completions.");
+    let mut rows = Vec::new();
+    for group in found.groups() {
+        for beta in betas(found, &group.name) {
+            let last = |of: &str| {
+                path(found, &group.name, beta, &|look| (look.epoch, look.of(of)))
+                    .last()
+                    .map_or(f64::NAN, |point| point.1)
+            };
+            let cells = ["completions/mean_length", "length/gamma", "length/r2"].map(|name| number(last(name)));
+            rows.push([vec![group.name.clone(), label(beta)], cells.to_vec()].concat());
+        }
+    }
+    table(page, &["at the end", "beta", "tokens", "γ, nats a token", "R²"], &rows);
+    *page += "<p class=\"how\">γ and R² are of the line c + γ|y| through the log-ratios ln π/ref of the sampled completions: how much of what the \
+              policy learned is length alone.</p>\n";
+}
+
+fn pareto(found: &Overopt, page: &mut String) {
+    let Some(tax) = &found.tax else { return };
+    let groups = found.groups().into_iter().map(|group| {
+        let dot = |look: &Look| Dot { d: look.of(tax), gold: look.gold, stderr: look.gold_stderr, valid: look.valid };
+        Group { name: group.name.clone(), dots: found.of_group(&group.name).map(dot).collect(), fit: None }
+    });
+    let hump = Hump {
+        title: "Gold reward against what it costs".into(),
+        x_label: format!("{tax}, less is better"),
+        y_label: "gold reward".into(),
+        groups: groups.collect(),
+    };
+    let _ = writeln!(page, "<h2>What it costs</h2>");
+    figure(page, &hump_svg(&hump), "Every evaluation. The best lie up and to the left.");
+}
+
+fn fit_table(found: &Overopt, page: &mut String) {
+    *page += "<h2>Fits</h2>\n";
+    let rows = found.groups().into_iter().flat_map(|group| {
+        group.fits.iter().map(|fit| [vec![group.name.clone()], cells(fit)].concat()).collect::<Vec<_>>()
+    });
+    let head: Vec<&str> = std::iter::once("group").chain(COLUMNS).collect();
+    table(page, &head, &rows.collect::<Vec<_>>());
+    *page += "<p class=\"how\">Least squares. Intervals hold 95 %, from resampled runs. \"left out\": error of each point predicted from all others; \
+              \"far half\": fitted to the half with small d, error on the other; \"best in\": share of the resamples in which the form predicts \
+              what was not drawn better than the others do.</p>\n<ul>\n";
+    for group in found.groups() {
+        remarks(group)
+            .iter()
+            .for_each(|line| *page += &format!("<li>{}: {}</li>\n", escape(&group.name), escape(line)));
+    }
+    *page += "</ul>\n";
+}
+
+fn cell_table(found: &Overopt, page: &mut String) {
+    *page += "<h2>Runs</h2>\n";
+    let row = |(at, cell): (usize, &Cell)| {
+        let looks: Vec<&Look> = found.of_cell(at).collect();
+        let Some(last) = looks.last() else {
+            return [vec![cell.name.clone()], vec!["–".to_string(); 8]].concat();
+        };
+        let best = looks.iter().max_by(|a, b| a.gold.total_cmp(&b.gold)).expect("there is a last one");
+        let invalid = looks.iter().filter(|look| !look.valid).count();
+        let validity = if invalid == 0 { "yes".into() } else { format!("{invalid} of {} not", looks.len()) };
+        vec![
+            cell.name.clone(),
+            format!("{} at step {}", number(best.gold), best.step),
+            number(best.d),
+            number(last.gold),
+            number(last.d),
+            number(last.of("gold_win_rate")),
+            number(last.of("completions/distinct_2")),
+            number(last.of("completions/ref_logp")),
+            validity,
+        ]
+    };
+    let rows: Vec<Vec<String>> = found.plan.cells.iter().enumerate().map(row).collect();
+    let head =
+        ["run", "best gold", "its d", "last gold", "its d", "win rate", "distinct-2", "ref log-prob", "gold valid"];
+    table(page, &head, &rows);
+    *page += "<p class=\"how\">Win rate, distinct-2 and the log-probability under the reference (nats a token) are of the last evaluation. A best of \
+              many is too good by chance.</p>\n";
+}
+
+fn reproduce(found: &Overopt, dir: &Path, page: &mut String) {
+    let folder = dir.display();
+    *page += "<h2>Again</h2>\n<ul>\n";
+    for (what, command) in [
+        ("everything", format!("cuvee lab sweep {}", found.plan.recipe.display())),
+        ("this page", format!("cuvee lab report {folder}")),
+        (
+            "the fits and their figure, from the points of the JSON",
+            format!("cuvee lab fit {folder}/{NUMBERS} --output-dir {folder}/fit"),
+        ),
+    ] {
+        let _ = writeln!(page, "<li>{what}: {}</li>", code(&command));
+    }
+    *page += "</ul>\n<p class=\"how\">Every number of every figure is in <code>report.json</code>: points (humps, dynamics, scatters, length, cost), fits, \
+              correlation_with_gold, verdicts. Single runs:</p>\n<ul>\n";
+    found.plan.cells.iter().for_each(|cell| *page += &format!("<li>{}</li>\n", code(&cell.command)));
+    *page += "</ul>\n";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::overopt::tests::sweep;
+    use super::*;
+
+    #[test]
+    fn the_page_is_whole_alone_and_says_what_the_json_says() {
+        let folder = tempfile::tempdir().unwrap();
+        sweep(folder.path());
+        let found = write_report(folder.path()).unwrap();
+        let page = std::fs::read_to_string(folder.path().join(PAGE)).unwrap();
+        // To look at it: CUVEE_PLOT=report.html cargo test --release the_page
+        if let Some(path) = std::env::var_os("CUVEE_PLOT") {
+            std::fs::write(path, &page).unwrap();
+        }
+        assert!(!page.contains("NaN") && !page.contains("<script") && !page.contains("src="), "self-contained");
+        assert!(!page.replace("http://www.w3.org/2000/svg", "").contains("http"), "no network");
+        assert!(page.contains("cuvee train &lt;x&gt;") && page.contains("5 of 6 runs"));
+        for (open, close) in [("<figure>", "</figure>"), ("<table>", "</table>"), ("<svg", "</svg>"), ("<tr>", "</tr>")]
+        {
+            assert_eq!(page.matches(open).count(), page.matches(close).count(), "{open}");
+        }
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join(NUMBERS)).unwrap()).unwrap();
+        let peak = json["fits"][0]["fits"][0]["peak_d"].as_f64().unwrap();
+        assert!(page.contains(&format!("{peak:.3} [")), "{peak}");
+        // Every point of the JSON is drawn: two humps, two scatters, length and cost.
+        let drawn = page.matches("class=\"dot c").count() + page.matches("class=\"hollow c").count();
+        assert!(drawn >= 55 + 55 * 2 + 60 * 2, "{drawn}");
+        assert_eq!(found.looks.len(), 60);
+    }
+}
