@@ -70,3 +70,24 @@ fn cosines(products: &Cosines) -> Cosines {
     let row = |i: usize| (0..products.len()).map(move |j| products[i][j] / (products[i][i] * products[j][j]).sqrt());
     (0..products.len()).map(|i| row(i).collect()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inner_products_of_products_need_no_product() {
+        let one = Factors { rank: 1, b: vec![1.0, -2.0, 0.5], a: vec![3.0, 1.0] };
+        let other = Factors { rank: 2, b: vec![1.0, 0.0, 2.0, 1.0, -1.0, 4.0], a: vec![0.5, -1.0, 2.0, 0.25] };
+        let whole: f64 = one.product().iter().zip(other.product()).map(|(a, b)| a * b).sum();
+        assert!((one.dot(&other) - whole).abs() < 1e-12 && (other.dot(&one) - whole).abs() < 1e-12);
+        assert!(whole != 0.0);
+    }
+
+    #[test]
+    fn angles_are_between_minus_one_and_one() {
+        let found = cosines(&vec![vec![4.0, -2.0, 0.0], vec![-2.0, 1.0, 0.0], vec![0.0, 0.0, 0.0]]);
+        assert_eq!((found[0][0], found[0][1]), (1.0, -1.0));
+        assert!(found[0][2].is_nan(), "who has learned nothing goes nowhere");
+    }
+}

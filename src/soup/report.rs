@@ -251,25 +251,31 @@ impl Report {
         let short: Vec<&str> = names.iter().map(String::as_str).collect();
         let pairs = (0..names.len()).flat_map(|i| (i + 1..names.len()).map(move |j| (i, j)));
         let panel = |(i, j): (usize, usize)| {
-            let place = |arm: &&Measured| arm.reward(i).mean.is_finite() && arm.reward(j).mean.is_finite();
-            let arms: Vec<&Measured> = self.arms.iter().filter(place).collect();
+            let known = |arm: &&Measured| arm.reward(i).mean.is_finite() && arm.reward(j).mean.is_finite();
+            let mut arms: Vec<&Measured> = self.arms.iter().filter(known).collect();
+            let edge = |weights: &Vec<f64>| super::support(weights).iter().all(|k| [i, j].contains(k));
+            // Along the edge between the two, so that its line is the path; the same order in every panel.
+            let place = |arm: &Measured| match &arm.weights {
+                Some(weights) if edge(weights) => (0, weights[j]),
+                Some(_) => (1, 0.0),
+                None => (2, 0.0),
+            };
+            arms.sort_by(|a, b| place(a).partial_cmp(&place(b)).expect("weights are numbers"));
             let on = front(&arms.iter().map(|a| vec![a.reward(i).mean, a.reward(j).mean]).collect::<Vec<_>>());
             let dot = |(arm, on_front): (&&Measured, bool)| {
                 let (x, y) = (arm.reward(i), arm.reward(j));
-                // A line through all blends would mean nothing; what lies on the edge between the two is one path.
-                let edge = |weights: &Vec<f64>| super::support(weights).iter().all(|k| [i, j].contains(k));
+                // A line through all blends would mean nothing; what lies on the edge is one path.
                 let (method, label) = match &arm.weights {
                     Some(weights) if edge(weights) => {
-                        (format!("soup of {} and {}", names[i], names[j]), label(&short, weights))
+                        let alone = (weights[i] == 1.0).then_some(i).or((weights[j] == 1.0).then_some(j));
+                        let label = alone.map_or_else(|| label(&short, weights), |k| names[k].clone());
+                        (format!("soup of {} and {}", names[i], names[j]), label)
                     }
                     Some(_) => ("soup with others".into(), String::new()),
                     None => (arm.method.clone(), String::new()),
                 };
                 Dot { method, label, at: (x.mean, y.mean), spread: (x.stderr, y.stderr), on_front }
             };
-            let mut dots: Vec<Dot> = arms.iter().zip(on).map(dot).collect();
-            // Along the edge, so that its line is the path.
-            dots.sort_by(|a, b| a.method.cmp(&b.method).then(a.at.0.total_cmp(&b.at.0)));
             Scatter {
                 title: format!("{} and {}", names[i], names[j]),
                 x_label: names[i].clone(),
@@ -277,7 +283,7 @@ impl Report {
                 x_down: false,
                 y_down: false,
                 baseline: "base".into(),
-                dots,
+                dots: arms.iter().zip(on).map(dot).collect(),
             }
         };
         stacked_svg(&pairs.map(panel).collect::<Vec<_>>())

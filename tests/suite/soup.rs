@@ -227,7 +227,13 @@ fn a_sweep_trains_each_preference_once_and_one_more_when_one_is_added() {
         told["predicted"]["short"]["predicted"].is_number() && told["predicted"]["kl"]["loo_rmse"].is_number(),
         "{told}"
     );
-    let done = w.ok("soup fit --sweep soups --comparisons heldout.jsonl");
+    let choice = |i: usize| {
+        let chosen = ["fine", "fine, too", "fine, and so is the cast"][i % 3];
+        let rejected = ["a long story about nothing", "dull, dull, dull"][i % 2];
+        json!({"prompt": "Review:", "chosen": format!(" {chosen}"), "rejected": format!(" {rejected}")})
+    };
+    w.write_lines("choices.jsonl", &(0..16).map(choice).collect::<Vec<_>>());
+    let done = w.ok("soup fit --sweep soups --comparisons choices.jsonl");
     assert!(done.stdout.contains("of 16 choices alike") && done.stdout.contains("predicted"), "{}", done.stdout);
     w.fails(1, "soup fit --sweep soups --at loud=1", &["no preference \"loud\"; there are short, long, plain"]);
     w.fails(1, "soup fit --sweep soups --at short=0.5", &["type --at short=1.000000 --at long=0.000000"]);
@@ -279,7 +285,7 @@ fn a_user_is_found_in_choices_by_rewards_or_by_policies() {
     // Someone who always wants the shorter text, and does not care about shouting.
     let choice = |i: usize| {
         let text = |words: usize, loud: bool| format!("{}{}", " good".repeat(words), if loud { "!" } else { "." });
-        json!({"prompt": "Review:", "chosen": text(1 + i % 4, i % 2 == 0), "rejected": text(6 + i % 3, i % 3 == 0)})
+        json!({"prompt": "Review:", "chosen": text(1 + i % 4, i.is_multiple_of(2)), "rejected": text(6 + i % 3, i.is_multiple_of(3))})
     };
     w.write_lines("choices.jsonl", &(0..24).map(choice).collect::<Vec<_>>());
     let fit = |flags: &str| -> Value {
