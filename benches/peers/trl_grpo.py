@@ -81,6 +81,15 @@ class Ordered(GRPOTrainer):
         return out
 
 
+def clip(parameters, max_norm, *args, **kwargs):
+    """torch sums squares in f32, which makes a norm of this many numbers 1e-5 too small."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+    torch.nn.utils.clip_grads_with_norm_([p for p in trainer.model.parameters() if p.grad is not None], max_norm, norm)
+    return norm
+
+
+torch.nn.utils.clip_grad_norm_ = clip
 waits, seen = [], Steps()
 given = lambda prompts, completions, reward=None, **kwargs: reward
 rules = lambda prompts, completions, **kwargs: [-abs(len(text) - 80.0) for text in completions]
@@ -95,6 +104,8 @@ with tempfile.TemporaryDirectory() as folder:
         weight_decay=recipe.get("weight_decay", 0.0), temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False, logging_steps=1,
         report_to=[], use_cpu=True, bf16=False, fp16=False, save_strategy="no", gradient_checkpointing=False, seed=42,
         disable_tqdm=True, use_bias_correction_kl=False,
+        # Dr. GRPO is its paper's in cuvee; in TRL only the normaliser changes with loss_type.
+        scale_rewards=recipe.get("scale_rewards", "none" if recipe["objective"] == "dr_grpo" else "group"),
     )
     trainer = Ordered(
         model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), args=config, processing_class=tokenizer,

@@ -57,7 +57,9 @@ pub fn hump_svg(figure: &Hump) -> String {
     if dots().next().is_none() {
         return svg + &text("none", (WIDTH / 2.0, HEIGHT / 2.0), "middle", 12, "no data") + "</svg>\n";
     }
-    let x = Axis::new(with_zero(dots().map(|dot| dot.d).collect()).into_iter());
+    // A curve starts at 0.
+    let start = figure.groups.iter().any(|group| group.fit.is_some()).then_some(0.0);
+    let x = Axis::new(with_zero(dots().map(|dot| dot.d).chain(start).collect()).into_iter());
     let reach = with_zero(dots().flat_map(|dot| [dot.gold - dot.stderr, dot.gold + dot.stderr]).collect());
     let (low, high) =
         reach.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), y| (low.min(*y), high.max(*y)));

@@ -19,7 +19,7 @@ pub const LAB: &str = "lab.json";
 /// Of what completions had before training: below this share of distinct pairs of neighbouring tokens, or by so many nats a token less
 /// likely under the reference, what a gold reward says is about another kind of text than it was made for.
 const DISTINCT: f64 = 0.5;
-const UNLIKELY: f64 = 1.5;
+const UNLIKELY: f64 = 3.0;
 const RESAMPLES: usize = 500;
 
 /// A run of a sweep.
