@@ -136,7 +136,7 @@ fn what_is_wrong_with_a_sweep_is_said_before_anything_runs() {
         "plain.toml",
         "objective = 'sigmoid'\nbeta = 0.1\nmodel = 'model'\ndataset = 'heldout.jsonl'\noutput_dir = 'x'\n",
     );
-    assert!(w.run("lab sweep plain.toml").stderr.contains("lists no runs"));
+    assert!(w.run("lab sweep plain.toml").stderr.contains("lists its runs as [[arm]]"));
     assert!(w.run("lab report model").stderr.contains("holds no lab.json"));
     // Whoever works in the folder keeps others out.
     std::fs::create_dir(w.path("lab")).unwrap();

@@ -133,7 +133,7 @@ fn what_cannot_judge_is_refused() {
     let w = Workspace::with_reviews(4);
     let score = "--dataset heldout.jsonl --out s.jsonl";
     w.fails(1, &format!("score --reward model {score}"), &["is a language model, and a reward model"]);
-    w.fails(1, &format!("score --reward fluency:nothing {score}"), &["nothing/config.json"]);
+    w.fails(1, &format!("score --reward fluency:nothing {score}"), &["nothing: there is no such folder"]);
     w.fails(1, &format!("score --reward nothing {score}"), &["nothing: there is no such file or folder"]);
     w.fails(2, &format!("score {score}"), &["--model"]);
     w.fails(2, &format!("score --reward a --model b {score}"), &["--reward", "--model"]);
