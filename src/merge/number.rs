@@ -73,7 +73,7 @@ impl Real for f32 {
     }
 
     fn ranked(self, at: u32) -> u64 {
-        self.key() << 32 | u64::from(at)
+        (self.key() << 32) | u64::from(at)
     }
 
     fn at(ranked: u64) -> usize {
@@ -111,7 +111,7 @@ impl Real for f64 {
     }
 
     fn ranked(self, at: u32) -> u128 {
-        u128::from(self.key()) << 32 | u128::from(at)
+        (u128::from(self.key()) << 32) | u128::from(at)
     }
 
     fn at(ranked: u128) -> usize {

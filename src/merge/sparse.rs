@@ -131,7 +131,7 @@ impl Search {
             return values.iter().for_each(|value| add(*value));
         }
         // Magnitudes are in the order of their keys. Blocks without a candidate, which are most, are compared and passed over.
-        let (first, last) = (T::of_key(self.prefix << above), T::of_key((self.prefix + 1 << above) - 1));
+        let (first, last) = (T::of_key(self.prefix << above), T::of_key(((self.prefix + 1) << above) - 1));
         let candidate = |value: &T| (value.abs() >= first) & (value.abs() <= last);
         for block in values.chunks(BLOCK) {
             if block.iter().fold(false, |any, value| any | candidate(value)) {

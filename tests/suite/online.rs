@@ -157,7 +157,7 @@ fn prompts_alone_are_enough() {
     let w = workspace();
     let prompts: Vec<String> =
         w.lines("train.jsonl").iter().map(|row| serde_json::json!({"prompt": row["prompt"]}).to_string()).collect();
-    w.write("prompts.jsonl", &prompts.join("\n"));
+    w.write("prompts.jsonl", prompts.join("\n"));
     let line = format!(
         "{TRAIN} {FOUR} --objective grpo --beta 0.1 --eval-dataset train.jsonl --kl-samples 4 --max-new-tokens 5"
     );
