@@ -123,10 +123,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         per_device_batch_size: run.data.per_device_train_batch_size,
         shuffle: !run.data.no_shuffle,
         seed: run.schedule.seed,
-        encode: EncodeOptions {
-            prompts: run.rollouts.rollouts().is_some(),
-            ..super::encode(Some(run.data.max_length), run.data.on_overflow)
-        },
+        encode: encode(run),
         packing: super::packing(&run.batching),
         recompute: run.recompute,
         threads: run.engine.threads.unwrap_or_else(|| crate::machine::processor().allowed),
@@ -147,6 +144,12 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         rollouts: run.rollouts.rollouts(),
         recipe: String::new(),
     })
+}
+
+/// Rows may be prompts alone where the policy writes what follows.
+fn encode(run: &RunArgs) -> EncodeOptions {
+    let encode = super::encode(Some(run.data.max_length), run.data.on_overflow);
+    EncodeOptions { prompts: run.rollouts.rollouts().is_some(), ..encode }
 }
 
 fn decay(kind: args::LrSchedulerType) -> Decay {
