@@ -79,7 +79,12 @@ const ACCEPTED: &str = "accepted are pairs (prompt, chosen, rejected, or the las
 
 /// Of `COLUMNS`, the first that the object has.
 fn columns_of(object: &Object) -> Option<(Form, &'static [&'static str])> {
-    COLUMNS.iter().copied().find(|(_, columns)| columns.iter().all(|column| object.contains_key(*column)))
+    // A prompt beside one of these lacks something.
+    let alone = || !["chosen", "rejected", "completion", "label"].iter().any(|column| object.contains_key(*column));
+    let has = |(form, columns): &(Form, &[&str])| {
+        columns.iter().all(|column| object.contains_key(*column)) && (*form != Form::Prompts || alone())
+    };
+    COLUMNS.iter().copied().find(has)
 }
 
 impl fmt::Display for Form {
@@ -187,8 +192,7 @@ fn parse_object(text: &[u8]) -> Result<Object, String> {
 fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
     if let Some(missing) = columns.iter().find(|column| !object.contains_key(**column)) {
         return Err(match columns_of(&object) {
-            // Most rows have a prompt: what else they have says more.
-            Some((other, _)) if other != form && other != Form::Prompts => {
+            Some((other, _)) if other != form => {
                 format!("has the form {other}, the first row has the form {form}; keep them in separate files")
             }
             _ => format!("column {missing:?} is missing; {}", unfit(&object)),

@@ -207,7 +207,7 @@ fn a_recipe_that_cannot_be_run_is_refused_before_anything_runs() {
         ("[[prepare]]\nname = 'a'\nshared = true\nmodel = '@sft'", "a: is shared by all seeds and starts from sft"),
         ("[[arm]]\nname = 'a'\nmerge = { method = 'linaer', models = ['@sft'] }", "linear"),
         ("[[arm]]\nname = 'a'\nmerge = { method = 'linear', model = ['@sft', '@dpo'], densty = 1 }", "\"density\""),
-        ("[[arm]]\nname = 'a'\nbeta = 1\nmerge = { method = 'linear' }", "beta: does nothing where a run is merged"),
+        ("[[arm]]\nname = 'a'\nbeta = 1\nmerge = { method = 'linear' }", "beta: does nothing where nothing is trained"),
         ("[[arm]]\nname = 'a'\n[arm.grid]\nbeta = 1", "a: grid: beta: expected a list of values"),
         ("[arm2]", "unknown key \"arm2\"; did you mean \"arm\"?"),
         ("[measure]\nbaseline = '@spo'", "[measure]: baseline: there is no run @spo; did you mean \"@dpo\"?"),
