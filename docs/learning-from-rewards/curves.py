@@ -15,7 +15,7 @@ COLORS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a4
 runs = pathlib.Path(sys.argv[1]) / "runs"
 arms = {}
 for arm in sorted(runs.iterdir()):
-    for seed in sorted(arm.glob("seed-*/metrics.jsonl")):
+    for seed in sorted(arm.glob("seed-*/model/metrics.jsonl")):
         lines = [json.loads(line) for line in open(seed, encoding="utf-8")]
         if "num_sampled_tokens" not in lines[-1]:
             continue

@@ -118,35 +118,37 @@ fn model(name: &str) -> Tiny {
 
 const F32: Allowed = Allowed { logps: 1e-4, gradients: 1e-3, weights: 1e-5 };
 const BF16: Allowed = Allowed { logps: 0.5, gradients: 0.2, weights: 1e-2 };
+/// What reaches an adapter of the keys is a sum of derivatives of scores that cancel, without a bias or a rotation beside it.
+const BF16_ADAPTER: Allowed = Allowed { gradients: 0.35, ..BF16 };
 
 /// A training step against the CPU's; the same bits again, with activations computed again, and with prompts apart.
 fn step(name: &str, storage: DType) {
-    compare(name, storage, &model(name), [Sharing::On, Sharing::Off].map(host));
+    compare(name, storage, &model(name), [Sharing::On, Sharing::Off].map(host), &BF16);
 }
 
 /// The same of adapters, those that are applied and the one that trains.
 fn lora(name: &str, storage: DType) {
     let tiny = tiny::adapted(Size::Small, 0.1).into_iter().find(|tiny| tiny.name == name).expect("listed");
-    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host));
+    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host), &BF16_ADAPTER);
 }
 
 /// The same of a reward model.
 fn reward(name: &str, storage: DType) {
     let tiny = tiny::rewards(Size::Small).into_iter().find(|tiny| tiny.name == name).expect("listed");
     let host = |sharing| HostBatch::reading(Read::Last { pad: None }, &Size::Small.examples(), sharing);
-    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host));
+    compare(name, storage, &tiny, [Sharing::On, Sharing::Off].map(host), &BF16);
 }
 
-fn compare(name: &str, storage: DType, tiny: &Tiny, [shared, apart]: [HostBatch; 2]) {
+fn compare(name: &str, storage: DType, tiny: &Tiny, [shared, apart]: [HostBatch; 2], bf16: &Allowed) {
     let found = train(open(storage), tiny, &shared, Keep::Everything);
     let expected = train(Cpu::new(1).unwrap(), tiny, &shared, Keep::Everything);
-    let allowed = if storage == DType::F32 { F32 } else { BF16 };
-    assert_near(name, &found, &expected, &allowed);
+    let allowed = if storage == DType::F32 { &F32 } else { bf16 };
+    assert_near(name, &found, &expected, allowed);
     assert_same("once more", &train(open(storage), tiny, &shared, Keep::Everything), &found);
     assert_same("recomputed", &train(open(storage), tiny, &shared, Keep::Inputs), &found);
     let apart = train(open(storage), tiny, &apart, Keep::Everything);
     assert!(apart.step.logps == found.step.logps, "{name}: other log-probabilities without shared prompts");
-    assert_near("prompts apart", &apart, &found, &allowed);
+    assert_near("prompts apart", &apart, &found, allowed);
 }
 
 /// Hidden states before the head of a sequence that is decoded with a cache, against those of the whole sequence.
