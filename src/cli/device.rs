@@ -11,8 +11,8 @@ use crate::ops::Backend;
 use crate::progress::say;
 
 /// What a command does once there is a device: a closure that is generic over it.
-pub trait Job {
-    type Output;
+pub trait Job: Send {
+    type Output: Send;
     fn run<B: Backend>(self, device: &B) -> Result<Self::Output>;
 }
 
@@ -54,8 +54,11 @@ pub fn run<J: Job>(engine: &EngineArgs, dtype: Dtype, given: Option<&Path>, job:
     // Fails only where a pool is there already, as in a test that calls this twice.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     match place(engine.device) {
-        Place::Cpu if engine.no_amx => job.run(&Cpu::with_isa(threads, Isa::detect())?),
-        Place::Cpu => job.run(&Cpu::new(threads)?),
+        Place::Cpu => {
+            let cpu = if engine.no_amx { Cpu::with_isa(threads, Isa::detect())? } else { Cpu::new(threads)? };
+            // On one of its own threads: a parallel section then starts with a call, not by waking a thread and sleeping.
+            cpu.run(|| job.run(&cpu))
+        }
         Place::Cuda(ordinal) => {
             let cache_dir = cache_dir(given).ok().map(|dir| dir.join("kernels"));
             let batch_invariant = engine.batch_invariant;

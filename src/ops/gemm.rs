@@ -17,6 +17,7 @@
 //! weights' memory.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use rayon::prelude::*;
 
@@ -70,6 +71,14 @@ pub struct Panel<'a> {
     pub width: usize,
 }
 
+/// A packed panel of B, or what is left of it from some value of k on.
+#[derive(Clone, Copy)]
+pub struct Columns<'a> {
+    pub data: &'a [f32],
+    /// As `pack_b` said: numbers of few bits are less to multiply.
+    pub pieces: usize,
+}
+
 /// Where the sums of a tile live: in C, or in a buffer where C ends within the tile.
 #[derive(Clone, Copy)]
 pub struct Sums {
@@ -99,20 +108,36 @@ pub trait Kernel: Copy + Sync {
     fn panel_b(depth: usize) -> usize;
     /// Pack a panel; what lies beyond its width or depth becomes zero.
     fn pack_a(self, panel: Panel, out: &mut [f32]);
-    fn pack_b(self, panel: Panel, out: &mut [f32]);
+    /// Returns how many pieces of each number there are to multiply.
+    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize;
     /// The smallest height that the kernel can multiply and that holds `rows`.
     fn height(rows: usize) -> usize;
     /// Continues the sums of the first `rows` rows of a tile by `depth` terms; `rows` is a `height`.
     ///
     /// # Safety
     /// `sums` must have that many rows of `COLS` that nobody else touches.
-    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums);
+    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: Columns, sums: Sums);
     /// What a thread does around its calls of `multiply`.
     fn session(self, work: impl FnOnce());
 }
 
+/// A kernel of products of few rows. The sums of all tiles of a panel of B wait in buffers of `[ROWS, COLS]` while pieces of the
+/// panel go by, laid out as `multiply` likes them best.
+pub trait FewRows: Kernel {
+    /// Brings the first `rows` rows of a tile from C to its buffer, and back.
+    ///
+    /// # Safety
+    /// Both have that many rows of `COLS`, a `height`, that nobody else touches.
+    unsafe fn take(self, rows: usize, c: Sums, buffer: Sums);
+    /// # Safety
+    /// As `take`.
+    unsafe fn give(self, rows: usize, buffer: Sums, c: Sums);
+}
+
 /// The part of a product that is packed at a time: rows of A, columns of B and depth of both at most.
 const BLOCK: [usize; 3] = [1536, 1536, 1536];
+/// Panels of B of a block, at 32 columns or more.
+const MOST_PANELS: usize = BLOCK[1] / 32;
 /// Bytes of packed A that one task multiplies: they stay in the core's second-level cache.
 const TASK_BYTES: usize = 5 << 18;
 /// Rows of a task at least.
@@ -124,6 +149,32 @@ const TILE_LEN: usize = 32 * 32;
 
 /// `c` is `[m, n]` with row stride `n`; `a` is `[m, k]`, `b` is `[k, n]`.
 pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+    product(Team { cpu, threads: cpu.threads() }, dims, a, b, c, start);
+}
+
+/// As [`gemm`], on the thread that calls: for products that are themselves parts of a parallel section.
+pub fn gemm_alone(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+    product(Team { cpu, threads: 1 }, dims, a, b, c, start);
+}
+
+/// Who computes a product.
+#[derive(Clone, Copy)]
+struct Team<'a> {
+    cpu: &'a Cpu,
+    threads: usize,
+}
+
+impl Team<'_> {
+    fn for_each(self, serial: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
+        if serial || tasks == 1 || self.threads == 1 {
+            (0..tasks).for_each(task);
+        } else {
+            self.cpu.run(|| (0..tasks).into_par_iter().for_each(task));
+        }
+    }
+}
+
+fn product(team: Team, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
     let [m, n, k] = dims;
     assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
     if k == 0 && start == Start::Zero {
@@ -132,13 +183,14 @@ pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], 
     if m == 0 || n == 0 || k == 0 {
         return;
     }
-    match cpu.products() {
-        Products::Chains if are_few::<Fma>(dims, cpu.threads()) => few(cpu, Fma(cpu.isa()), dims, a, b, c, start),
-        Products::Chains => blocked(cpu, Fma(cpu.isa()), dims, a, b, c, start),
+    let fma = Fma(team.cpu.isa());
+    match team.cpu.products() {
+        Products::Chains if are_few::<Fma>(dims, team.threads) => few(team, fma, dims, a, b, c, start),
+        Products::Chains => blocked(team, fma, dims, a, b, c, start),
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles if are_few::<AmxTurned>(dims, cpu.threads()) => few(cpu, AmxTurned, dims, a, b, c, start),
+        Products::Tiles if are_few::<AmxTurned>(dims, team.threads) => few(team, AmxTurned, dims, a, b, c, start),
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles => blocked(cpu, Amx, dims, a, b, c, start),
+        Products::Tiles => blocked(team, Amx, dims, a, b, c, start),
     }
 }
 
@@ -172,40 +224,58 @@ thread_local! {
     static PANEL: RefCell<Scratch> = RefCell::default();
 }
 
-/// Whether all rows of A stay in a core's second-level cache, and there are columns for all threads.
+/// Whether all rows of A stay in a core's second-level cache, and there are columns for all threads, or rows for one.
 fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
-    m.div_ceil(K::ROWS) * K::panel_a(k) * size_of::<f32>() <= TASK_BYTES && n.div_ceil(K::COLS) >= 2 * threads
+    let columns = n.div_ceil(K::COLS) >= 2 * threads || m <= TASK_ROWS;
+    m.div_ceil(K::ROWS) * K::panel_a(k) * size_of::<f32>() <= TASK_BYTES && columns
 }
 
-/// A product of few rows: the bits are those of [`blocked`].
-fn few<K: Kernel>(cpu: &Cpu, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+/// A product of few rows: the bits are those of [`blocked`]. A piece of B is packed into the nearest cache, meets all rows of A
+/// there and is forgotten; what it needs next comes from memory meanwhile.
+fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
     let shared = Shared::new(c);
     let mut scratch = PACKED.take();
-    let (panel_a, panel_b) = (K::panel_a(k), K::panel_b(k));
+    let (panel_a, piece, tile_len) = (K::panel_a(k), K::DEPTH.min(k), K::ROWS * K::COLS);
     let tiles = [m.div_ceil(K::ROWS), n.div_ceil(K::COLS)];
     let packed_a = scratch[0].grown(tiles[0] * panel_a);
     let rows = Side { operand: a, first: 0, len: m, first_k: 0, depth: k };
-    pack(cpu, &rows, K::ROWS, panel_a, |panel, out| kernel.pack_a(panel, out), packed_a);
-    let (packed_a, columns) = (&*packed_a, b.turned());
-    let width = tiles[1].div_ceil(8 * cpu.threads());
-    for_each(cpu, m * n * k < SERIAL_WORK, tiles[1].div_ceil(width), |task| {
-        PANEL.with_borrow_mut(|scratch| {
-            let packed_b = &mut scratch.grown(panel_b)[..panel_b];
-            kernel.session(|| {
-                for col in task * width..tiles[1].min((task + 1) * width) {
-                    let (Operand { data, row, col: by_depth }, first) = (columns, col * K::COLS);
-                    let (data, width) = (&data[first * row..], K::COLS.min(n - first));
-                    kernel.pack_b(Panel { data, by_depth, by_width: row, depth: k, width }, packed_b);
-                    for first_k in (0..k).step_by(K::DEPTH) {
-                        let (depth, fresh) = (K::DEPTH.min(k - first_k), first_k == 0 && start == Start::Zero);
-                        let piece = Block { rows: [0, m], cols: [0, n], depth, n, fresh };
-                        let b = &packed_b[K::panel_b(first_k)..][..K::panel_b(depth)];
-                        for row in 0..tiles[0] {
-                            let a = &packed_a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(depth)];
-                            multiply_tile(kernel, &piece, [row, col], a, b, &shared);
-                        }
+    pack(team, &rows, K::ROWS, panel_a, |_, panel, out| kernel.pack_a(panel, out), packed_a);
+    let (packed_a, Operand { data, row: by_width, col: by_depth }) = (&*packed_a, b.turned());
+    let width = tiles[1].div_ceil(8 * team.threads);
+    let column = |col: usize, sums: &mut [f32], packed_b: &mut [f32]| {
+        let place = |row: usize| Place { tile: [row, col], rows: [0, m], cols: [0, n], stride: n };
+        let (data, width) = (&data[col * K::COLS * by_width..], K::COLS.min(n - col * K::COLS));
+        for first_k in (0..k).step_by(piece) {
+            let (depth, first) = (piece.min(k - first_k), first_k == 0);
+            let data = &data[first_k * by_depth..];
+            let packed = &mut packed_b[..K::panel_b(depth)];
+            let pieces = kernel.pack_b(Panel { data, by_depth, by_width, depth, width }, packed);
+            let b = Columns { data: packed, pieces };
+            for (row, sums) in sums.chunks_exact_mut(tile_len).enumerate() {
+                let a = &packed_a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(depth)];
+                let (rows, fresh) = (place(row).height::<K>(), first && start == Start::Zero);
+                let sums = Sums { start: sums.as_mut_ptr(), stride: K::COLS, fresh };
+                // SAFETY: a buffer has ROWS rows of COLS.
+                unsafe {
+                    if first && !fresh {
+                        place(row).with::<K>(&shared, true, |c| kernel.take(rows, c, sums));
                     }
+                    kernel.multiply(rows, depth, a, b, sums);
                 }
+            }
+        }
+        for (row, sums) in sums.chunks_exact_mut(tile_len).enumerate() {
+            let sums = Sums { start: sums.as_mut_ptr(), stride: K::COLS, fresh: false };
+            // SAFETY: as above.
+            place(row).with::<K>(&shared, false, |c| unsafe { kernel.give(place(row).height::<K>(), sums, c) });
+        }
+    };
+    team.for_each(m * n * k < SERIAL_WORK, tiles[1].div_ceil(width), |task| {
+        PANEL.with_borrow_mut(|scratch| {
+            let (sums, packed_b) =
+                scratch.grown(tiles[0] * tile_len + K::panel_b(piece)).split_at_mut(tiles[0] * tile_len);
+            kernel.session(|| {
+                (task * width..tiles[1].min((task + 1) * width)).for_each(|col| column(col, sums, packed_b))
             });
         });
     });
@@ -213,7 +283,7 @@ fn few<K: Kernel>(cpu: &Cpu, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Op
 }
 
 fn blocked<K: Kernel>(
-    cpu: &Cpu,
+    team: Team,
     kernel: K,
     [m, n, k]: [usize; 3],
     a: Operand,
@@ -231,13 +301,17 @@ fn blocked<K: Kernel>(
         for first_k in (0..k).step_by(most_depth) {
             let (cols, depth) = (most_cols.min(n - first_col), most_depth.min(k - first_k));
             let columns = Side { operand: b.turned(), first: first_col, len: cols, first_k, depth };
-            pack(cpu, &columns, K::COLS, K::panel_b(depth), |panel, out| kernel.pack_b(panel, out), packed_b);
+            let pieces = [const { AtomicUsize::new(0) }; MOST_PANELS];
+            let pack_b = |number: usize, panel: Panel, out: &mut [f32]| {
+                pieces[number].store(kernel.pack_b(panel, out), Relaxed);
+            };
+            pack(team, &columns, K::COLS, K::panel_b(depth), pack_b, packed_b);
             for first_row in (0..m).step_by(most_rows) {
                 let rows = Side { operand: a, first: first_row, len: most_rows.min(m - first_row), first_k, depth };
-                pack(cpu, &rows, K::ROWS, K::panel_a(depth), |panel, out| kernel.pack_a(panel, out), packed_a);
+                pack(team, &rows, K::ROWS, K::panel_a(depth), |_, panel, out| kernel.pack_a(panel, out), packed_a);
                 let fresh = first_k == 0 && start == Start::Zero;
                 let block = Block { rows: [first_row, rows.len], cols: [first_col, cols], depth, n, fresh };
-                multiply_block(cpu, kernel, &block, packed_a, packed_b, &shared);
+                multiply_block(team, kernel, &block, packed_a, (packed_b, &pieces), &shared);
             }
         }
     }
@@ -253,31 +327,23 @@ struct Side<'a> {
     depth: usize,
 }
 
-fn for_each(cpu: &Cpu, serial: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
-    if serial || tasks == 1 {
-        (0..tasks).for_each(task);
-    } else {
-        cpu.run(|| (0..tasks).into_par_iter().for_each(task));
-    }
-}
-
 fn pack(
-    cpu: &Cpu,
+    team: Team,
     side: &Side,
     width: usize,
     panel_len: usize,
-    pack: impl Fn(Panel, &mut [f32]) + Sync,
+    pack: impl Fn(usize, Panel, &mut [f32]) + Sync,
     packed: &mut [f32],
 ) {
     let shared = Shared::new(packed);
-    for_each(cpu, side.len * side.depth < SERIAL_WORK, side.len.div_ceil(width), |panel| {
+    team.for_each(side.len * side.depth < SERIAL_WORK, side.len.div_ceil(width), |panel| {
         // SAFETY: each task writes its own panel.
         let out = unsafe { shared.slice(panel * panel_len, panel_len) };
         let Operand { data, row, col } = side.operand;
         let first = panel * width;
         let data = &data[(side.first + first) * row + side.first_k * col..];
         let width = width.min(side.len - first);
-        pack(Panel { data, by_depth: col, by_width: row, depth: side.depth, width }, out);
+        pack(panel, Panel { data, by_depth: col, by_width: row, depth: side.depth, width }, out);
     });
 }
 
@@ -291,33 +357,41 @@ struct Block {
     fresh: bool,
 }
 
-fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: &[f32], b: &[f32], c: &Shared<f32>) {
+fn multiply_block<K: Kernel>(
+    team: Team,
+    kernel: K,
+    block: &Block,
+    a: &[f32],
+    (b, pieces): (&[f32], &[AtomicUsize]),
+    c: &Shared<f32>,
+) {
     let (panel_a, panel_b) = (K::panel_a(block.depth), K::panel_b(block.depth));
     let tiles = [block.rows[1].div_ceil(K::ROWS), block.cols[1].div_ceil(K::COLS)];
     // Enough tasks for every thread: by rows as long as each has so many that B need not be fetched too often, then by
     // columns.
-    let wanted = 4 * cpu.threads();
+    let wanted = 4 * team.threads;
     let in_cache = TASK_BYTES / (panel_a * size_of::<f32>());
     let height = tiles[0].div_ceil(wanted).max(TASK_ROWS / K::ROWS).min(in_cache).max(1);
     let row_tasks = tiles[0].div_ceil(height);
     let width = tiles[1].div_ceil(wanted.div_ceil(row_tasks).min(tiles[1]));
     let col_tasks = tiles[1].div_ceil(width);
     let serial = block.rows[1] * block.cols[1] * block.depth < SERIAL_WORK;
-    for_each(cpu, serial, row_tasks * col_tasks, |task| {
+    team.for_each(serial, row_tasks * col_tasks, |task| {
         let (first_row, first_col) = (task / col_tasks * height, task % col_tasks * width);
         kernel.session(|| {
             for col in first_col..tiles[1].min(first_col + width) {
                 // The panel of B goes by in pieces that stay in the first-level cache for all rows.
                 for first_k in (0..block.depth).step_by(K::DEPTH) {
-                    let piece = Block {
-                        depth: K::DEPTH.min(block.depth - first_k),
-                        fresh: block.fresh && first_k == 0,
-                        ..*block
-                    };
-                    let b = &b[col * panel_b + K::panel_b(first_k)..][..K::panel_b(piece.depth)];
+                    let (depth, fresh) = (K::DEPTH.min(block.depth - first_k), block.fresh && first_k == 0);
+                    let data = &b[col * panel_b + K::panel_b(first_k)..][..K::panel_b(depth)];
+                    let b = Columns { data, pieces: pieces[col].load(Relaxed) };
                     for row in first_row..tiles[0].min(first_row + height) {
-                        let a = &a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(piece.depth)];
-                        multiply_tile(kernel, &piece, [row, col], a, b, c);
+                        let a = &a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(depth)];
+                        let place = Place { tile: [row, col], rows: block.rows, cols: block.cols, stride: block.n };
+                        place.with::<K>(c, !fresh, |sums| {
+                            // SAFETY: a place has so many rows of COLS.
+                            unsafe { kernel.multiply(place.height::<K>(), depth, a, b, Sums { fresh, ..sums }) };
+                        });
                     }
                 }
             }
@@ -325,29 +399,54 @@ fn multiply_block<K: Kernel>(cpu: &Cpu, kernel: K, block: &Block, a: &[f32], b: 
     });
 }
 
-/// Continues the sums of one tile by `block.depth` terms.
-fn multiply_tile<K: Kernel>(kernel: K, block: &Block, [row, col]: [usize; 2], a: &[f32], b: &[f32], c: &Shared<f32>) {
-    let (fresh, depth) = (block.fresh, block.depth);
-    let at = (block.rows[0] + row * K::ROWS) * block.n + block.cols[0] + col * K::COLS;
-    let (tile_rows, tile_cols) =
-        (K::ROWS.min(block.rows[1] - row * K::ROWS), K::COLS.min(block.cols[1] - col * K::COLS));
-    let rows = K::height(tile_rows);
-    if tile_rows == rows && tile_cols == K::COLS {
-        let sums = Sums { start: c.block(at, block.n, rows, K::COLS), stride: block.n, fresh };
-        // SAFETY: the block of C is this task's own: tiles are disjoint.
-        return unsafe { kernel.multiply(rows, depth, a, b, sums) };
+/// Where a tile lies in C: in a block of it that begins at `[first, count]` rows and columns.
+#[derive(Clone, Copy)]
+struct Place {
+    tile: [usize; 2],
+    rows: [usize; 2],
+    cols: [usize; 2],
+    /// Row stride of C.
+    stride: usize,
+}
+
+impl Place {
+    /// Rows and columns of the tile that are there.
+    fn size<K: Kernel>(&self) -> [usize; 2] {
+        let [row, col] = self.tile;
+        [K::ROWS.min(self.rows[1] - row * K::ROWS), K::COLS.min(self.cols[1] - col * K::COLS)]
     }
-    const { assert!(K::ROWS * K::COLS <= TILE_LEN) };
-    let mut buffer = [0.0f32; TILE_LEN];
-    // SAFETY: as above.
-    let row_of = |i: usize| unsafe { c.slice(at + i * block.n, tile_cols) };
-    if !fresh {
-        (0..tile_rows).for_each(|i| buffer[i * K::COLS..][..tile_cols].copy_from_slice(row_of(i)));
+
+    /// The rows that the kernel computes.
+    fn height<K: Kernel>(&self) -> usize {
+        K::height(self.size::<K>()[0])
     }
-    let sums = Sums { start: buffer.as_mut_ptr(), stride: K::COLS, fresh };
-    // SAFETY: the buffer has ROWS rows of COLS.
-    unsafe { kernel.multiply(rows, depth, a, b, sums) };
-    (0..tile_rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * K::COLS..][..tile_cols]));
+
+    /// Works on `height` rows of COLS: in C, or in a buffer where C ends within the tile, filled from C if that is `read`.
+    /// Whoever calls has the tile to itself.
+    fn with<K: Kernel>(&self, c: &Shared<f32>, read: bool, work: impl FnOnce(Sums)) {
+        let [rows, cols] = self.size::<K>();
+        let at = (self.rows[0] + self.tile[0] * K::ROWS) * self.stride + self.cols[0] + self.tile[1] * K::COLS;
+        if rows == self.height::<K>() && cols == K::COLS {
+            let start = c.block(at, self.stride, rows, cols);
+            return work(Sums { start, stride: self.stride, fresh: false });
+        }
+        self.with_buffer::<K>(c, read, at, work);
+    }
+
+    /// Apart, because a buffer that is not needed takes time too.
+    #[inline(never)]
+    fn with_buffer<K: Kernel>(&self, c: &Shared<f32>, read: bool, at: usize, work: impl FnOnce(Sums)) {
+        const { assert!(K::ROWS * K::COLS <= TILE_LEN) };
+        let [rows, cols] = self.size::<K>();
+        let mut buffer = [0.0f32; TILE_LEN];
+        // SAFETY: tiles are disjoint, and this one is the caller's.
+        let row_of = |i: usize| unsafe { c.slice(at + i * self.stride, cols) };
+        if read {
+            (0..rows).for_each(|i| buffer[i * K::COLS..][..cols].copy_from_slice(row_of(i)));
+        }
+        work(Sums { start: buffer.as_mut_ptr(), stride: K::COLS, fresh: false });
+        (0..rows).for_each(|i| row_of(i).copy_from_slice(&buffer[i * K::COLS..][..cols]));
+    }
 }
 
 #[cfg(test)]
@@ -376,14 +475,19 @@ mod tests {
         (0..len).map(|i| random.normal(i as u64) as f32).collect()
     }
 
+    /// The same numbers with only these bits.
+    fn cut(x: Vec<f32>, bits: u32) -> Vec<f32> {
+        x.into_iter().map(|x| f32::from_bits(x.to_bits() & bits)).collect()
+    }
+
     fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
         (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
     }
 
-    /// Every layout of the operands and both starts on some device: the results are `expected` for `Start::Zero` and
+    /// Every layout of the operands, B with some of its `bits`, and both starts on some device: the results are `expected` for `Start::Zero` and
     /// `Start::Output`.
-    fn check_layouts(cpu: &Cpu, [m, n, k]: [usize; 3], expected: [&[f32]; 2], what: &str) {
-        let (a, b, c0) = (random(m * k, 1), random(k * n, 2), random(m * n, 3));
+    fn check_layouts(cpu: &Cpu, [m, n, k]: [usize; 3], bits: u32, expected: [&[f32]; 2], what: &str) {
+        let (a, b, c0) = (random(m * k, 1), cut(random(k * n, 2), bits), random(m * n, 3));
         let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
         for (start, expected) in [Start::Zero, Start::Output].into_iter().zip(expected) {
             for a in [Operand::new(&a, k), Operand::transposed(&at, m)] {
@@ -419,7 +523,7 @@ mod tests {
             });
             for isa in &sets {
                 let cpu = Cpu::with_isa(2, *isa).unwrap();
-                check_layouts(&cpu, [m, n, k], expected.each_ref().map(Vec::as_slice), &format!("{isa:?}"));
+                check_layouts(&cpu, [m, n, k], !0, expected.each_ref().map(Vec::as_slice), &format!("{isa:?}"));
             }
         }
     }
@@ -453,8 +557,9 @@ mod tests {
         if Products::detect() != Products::Tiles {
             return eprintln!("this machine has no AMX: nothing was tested");
         }
-        for [m, n, k] in SIZES {
-            let (a, bt) = (random(m * k, 1), transpose(&random(k * n, 2), k, n));
+        // Numbers of B with all their bits, with those of a half-precision number, and with those of bfloat16.
+        for ([m, n, k], bits) in SIZES.into_iter().flat_map(|size| [!0, !0x1fff, !0xffff].map(|bits| (size, bits))) {
+            let (a, bt) = (random(m * k, 1), transpose(&cut(random(k * n, 2), bits), k, n));
             let expected = [vec![0.0; m * n], random(m * n, 3)].map(|mut c| {
                 for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                     c[i * n + j] = tile_sum(&a[i * k..][..k], &bt[j * k..][..k], c[i * n + j]);
@@ -463,8 +568,8 @@ mod tests {
             });
             for threads in [1, 3] {
                 let cpu = Cpu::new(threads).unwrap();
-                let what = format!("{threads} threads");
-                check_layouts(&cpu, [m, n, k], expected.each_ref().map(Vec::as_slice), &what);
+                let what = format!("{threads} threads, bits {bits:x}");
+                check_layouts(&cpu, [m, n, k], bits, expected.each_ref().map(Vec::as_slice), &what);
             }
         }
     }

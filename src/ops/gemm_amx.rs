@@ -10,6 +10,9 @@
 //! sums the products of even and of odd k apart and adds both to the element: TDPBF16PS in Intel's manual. Numbers
 //! below 2^-126 count as zero. An infinity becomes NaN: its x1 is infinity minus infinity.
 //!
+//! Where every number of a panel of B has 8 significant bits, as the weights of most published models do, or 16, its lower pieces
+//! are zeros: the three products with them, or the one, are left out, and the bits stay the same.
+//!
 //! Of few rows [`AmxTurned`] makes the transposed product: a weight's rows then are rows of the unit's A, whose layout needs no
 //! transposition. The partial products have the same order, and a product of two numbers has no order, so the bits are the same.
 //!
@@ -19,7 +22,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::gemm::{Kernel, Panel, Sums};
+use super::gemm::{Columns, FewRows, Kernel, Panel, Sums};
 
 /// Rows (of A) or columns (of B) of a tile register.
 const HALF: usize = 16;
@@ -51,12 +54,12 @@ impl Kernel for Amx {
 
     fn pack_a(self, panel: Panel, out: &mut [f32]) {
         // SAFETY: whoever made an `Amx` saw that the machine has AVX-512.
-        unsafe { pack(panel, Operand::A, out) }
+        unsafe { pack::<3>(panel, Operand::A, out) }
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) {
+    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
         // SAFETY: as above.
-        unsafe { pack(panel, Operand::B, out) }
+        unsafe { pack_pieces(panel, Operand::B, out) }
     }
 
     /// Few rows cost as much as all: packing B for them costs several times more.
@@ -64,9 +67,8 @@ impl Kernel for Amx {
         TILE
     }
 
-    unsafe fn multiply(self, _: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
-        let steps = depth.div_ceil(STEP);
-        assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
+    unsafe fn multiply(self, _: usize, depth: usize, a: &[f32], b: Columns, sums: Sums) {
+        let steps = steps(depth, a, b);
         // SAFETY: panels of `steps` steps (just asserted); the sums as promised by the caller; a prefetch may name any
         // address.
         unsafe {
@@ -76,7 +78,8 @@ impl Kernel for Amx {
                 _mm_prefetch::<_MM_HINT_T0>(line);
                 _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(64));
             }
-            multiply(steps, a.as_ptr(), b.as_ptr(), sums);
+            let multiply = [multiply_1, multiply_2, multiply_3][b.pieces - 1];
+            multiply(steps, a.as_ptr(), b.data.as_ptr(), sums);
         }
     }
 
@@ -91,6 +94,13 @@ impl Kernel for Amx {
     }
 }
 
+/// Steps of a piece of two packed panels, which are so long.
+fn steps(depth: usize, a: &[f32], b: Columns) -> usize {
+    let steps = depth.div_ceil(STEP);
+    assert!(a.len() >= steps * STEP_LEN && b.data.len() >= steps * STEP_LEN && steps > 0);
+    steps
+}
+
 /// The same product with its sides exchanged: `C^T = B^T A^T`, transposed on its way to C.
 #[derive(Clone, Copy)]
 pub struct AmxTurned;
@@ -98,8 +108,8 @@ pub struct AmxTurned;
 impl Kernel for AmxTurned {
     const ROWS: usize = TILE;
     const COLS: usize = TILE;
-    /// A pass fits the second-level cache, beside the rows.
-    const DEPTH: usize = 48 * STEP;
+    /// Of 1, 2, 3, 4, 6, 9, 12 and 18 steps the best: what is packed is still near when the last rows meet it.
+    const DEPTH: usize = 12 * STEP;
 
     fn panel_a(depth: usize) -> usize {
         Amx::panel_b(depth)
@@ -110,34 +120,28 @@ impl Kernel for AmxTurned {
     }
 
     fn pack_a(self, panel: Panel, out: &mut [f32]) {
-        Amx.pack_b(panel, out);
+        // SAFETY: as for `Amx`.
+        unsafe { pack::<3>(panel, Operand::B, out) }
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) {
-        Amx.pack_a(panel, out);
+    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
+        // SAFETY: as for `Amx`.
+        unsafe { pack_pieces(panel, Operand::A, out) }
     }
 
     fn height(rows: usize) -> usize {
         if rows <= HALF { HALF } else { TILE }
     }
 
-    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: &[f32], sums: Sums) {
-        let steps = depth.div_ceil(STEP);
-        assert!(a.len() >= steps * STEP_LEN && b.len() >= steps * STEP_LEN && steps > 0);
-        let mut turned = Turned([0.0; TILE * TILE]);
-        let to = Sums { start: turned.0.as_mut_ptr(), stride: TILE, fresh: sums.fresh };
-        // SAFETY: panels of `steps` steps (just asserted); `turned` has 32 rows of 32, the sums as promised by the caller. Whoever
-        // made an `AmxTurned` saw that the machine has AVX-512.
-        unsafe {
-            if !sums.fresh {
-                turn([TILE, rows], sums, to);
-            }
-            match rows {
-                HALF => multiply_turned_half(steps, b.as_ptr(), a.as_ptr(), to),
-                _ => multiply_turned(steps, b.as_ptr(), a.as_ptr(), to),
-            }
-            turn([rows, TILE], to, sums);
-        }
+    /// The sums are those of C^T.
+    unsafe fn multiply(self, rows: usize, depth: usize, a: &[f32], b: Columns, sums: Sums) {
+        let steps = steps(depth, a, b);
+        let multiply = match rows {
+            HALF => [multiply_turned_half_1, multiply_turned_half_2, multiply_turned_half_3],
+            _ => [multiply_turned_1, multiply_turned_2, multiply_turned_3],
+        }[b.pieces - 1];
+        // SAFETY: panels of `steps` steps; the sums as promised by the caller.
+        unsafe { multiply(steps, b.data.as_ptr(), a.as_ptr(), sums) }
     }
 
     fn session(self, work: impl FnOnce()) {
@@ -145,9 +149,17 @@ impl Kernel for AmxTurned {
     }
 }
 
-/// A tile of C^T.
-#[repr(C, align(64))]
-struct Turned([f32; TILE * TILE]);
+impl FewRows for AmxTurned {
+    unsafe fn take(self, rows: usize, c: Sums, buffer: Sums) {
+        // SAFETY: as promised by the caller; whoever made an `AmxTurned` saw that the machine has AVX-512.
+        unsafe { turn([TILE, rows], c, buffer) }
+    }
+
+    unsafe fn give(self, rows: usize, buffer: Sums, c: Sums) {
+        // SAFETY: as above.
+        unsafe { turn([rows, TILE], buffer, c) }
+    }
+}
 
 /// `to[i][j] = from[j][i]` for a `to` of whole squares of 16.
 ///
@@ -155,12 +167,14 @@ struct Turned([f32; TILE * TILE]);
 /// `from` and `to` have so many rows and columns, and the machine has AVX-512.
 #[target_feature(enable = "avx512f")]
 unsafe fn turn([rows, cols]: [usize; 2], from: Sums, to: Sums) {
-    for (row, col) in (0..rows).step_by(HALF).flat_map(|row| (0..cols).step_by(HALF).map(move |col| (row, col))) {
-        // SAFETY: squares of 16 lie in both, as promised by the caller.
-        unsafe {
-            let square = std::array::from_fn(|j| _mm512_loadu_ps(from.row(col + j).add(row)));
-            for (i, line) in transpose(square).into_iter().enumerate() {
-                _mm512_storeu_ps(to.row(row + i).add(col), line);
+    for row in (0..rows).step_by(HALF) {
+        for col in (0..cols).step_by(HALF) {
+            // SAFETY: squares of 16 lie in both, as promised by the caller.
+            unsafe {
+                let square = std::array::from_fn(|j| _mm512_loadu_ps(from.row(col + j).add(row)));
+                for (i, line) in transpose(square).into_iter().enumerate() {
+                    _mm512_storeu_ps(to.row(row + i).add(col), line);
+                }
             }
         }
     }
@@ -187,10 +201,43 @@ impl TileConfig {
     }
 }
 
-/// Loads a register of a panel; offsets within a step are in bytes.
+/// Loads two registers with a piece of a step of a panel: those of the unit's A are 4 and 5, those of its B 6 and 7.
 macro_rules! load {
-    ($register:literal, $panel:literal, $offset:literal) => {
-        concat!("tileloadd tmm", $register, ", [{", $panel, "} + {line} + ", $offset, "]")
+    ($low:literal, $high:literal, $panel:literal, $at:literal, $next:literal) => {
+        concat!(
+            "tileloadd tmm",
+            $low,
+            ", [{",
+            $panel,
+            "} + {line} + ",
+            $at,
+            "]\n",
+            "tileloadd tmm",
+            $high,
+            ", [{",
+            $panel,
+            "} + {line} + ",
+            $next,
+            "]"
+        )
+    };
+    (a 0) => {
+        load!(4, 5, "a", 0, 1024)
+    };
+    (a 1) => {
+        load!(4, 5, "a", 2048, 3072)
+    };
+    (a 2) => {
+        load!(4, 5, "a", 4096, 5120)
+    };
+    (b 0) => {
+        load!(6, 7, "b", 0, 1024)
+    };
+    (b 1) => {
+        load!(6, 7, "b", 2048, 3072)
+    };
+    (b 2) => {
+        load!(6, 7, "b", 4096, 5120)
     };
 }
 
@@ -199,204 +246,126 @@ macro_rules! products {
     () => {
         "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
     };
-}
-
-/// The same with one of B.
-macro_rules! half_products {
-    () => {
+    (half) => {
         "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm2, tmm5, tmm6"
     };
 }
 
-/// Sums in registers 0 to 3 (two by two), A in 4 and 5, B in 6 and 7.
+/// A function that continues 32 by 32 sums in registers 0 to 3 (two by two), or the left 16 columns of them, by `steps` steps of
+/// the given instructions.
 ///
 /// # Safety
-/// `a` and `b` are panels of `steps` steps, `sums` has 32 rows of 32, and a session is open.
-unsafe fn multiply(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
-    // SAFETY: reads the panels and reads and writes the sums, as promised by the caller.
-    unsafe {
-        asm!(
-            "test {fresh}, {fresh}",
-            "jnz 2f",
-            "tileloadd tmm0, [{c} + {stride}]",
-            "tileloadd tmm1, [{c} + {stride} + 64]",
-            "tileloadd tmm2, [{low} + {stride}]",
-            "tileloadd tmm3, [{low} + {stride} + 64]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "3:",
-            // x0 with y2, y1, y0
-            load!(4, "a", 0),
-            load!(5, "a", 1024),
-            load!(6, "b", 4096),
-            load!(7, "b", 5120),
-            products!(),
-            load!(6, "b", 2048),
-            load!(7, "b", 3072),
-            products!(),
-            load!(6, "b", 0),
-            load!(7, "b", 1024),
-            products!(),
-            // x2 and x1 with y0
-            load!(4, "a", 4096),
-            load!(5, "a", 5120),
-            products!(),
-            load!(4, "a", 2048),
-            load!(5, "a", 3072),
-            products!(),
-            // x1 with y1
-            load!(6, "b", 2048),
-            load!(7, "b", 3072),
-            products!(),
-            "add {a}, 6144",
-            "add {b}, 6144",
-            "dec {steps}",
-            "jnz 3b",
-            "tilestored [{c} + {stride}], tmm0",
-            "tilestored [{c} + {stride} + 64], tmm1",
-            "tilestored [{low} + {stride}], tmm2",
-            "tilestored [{low} + {stride} + 64], tmm3",
-            fresh = in(reg) usize::from(sums.fresh),
-            c = in(reg) sums.start,
-            low = in(reg) sums.row(HALF),
-            stride = in(reg) sums.stride * size_of::<f32>(),
-            line = in(reg) 64usize,
-            a = inout(reg) a => _,
-            b = inout(reg) b => _,
-            steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
+/// Of what it defines: `a` and `b` are panels of `steps` steps, `sums` has so many rows and columns, and a session is open.
+macro_rules! continue_sums {
+    ($name:ident, $($step:expr),* $(,)?) => {
+        continue_sums!(
+            @ $name,
+            "tileloadd tmm0, [{c} + {stride}]\ntileloadd tmm1, [{c} + {stride} + 64]\n\
+             tileloadd tmm2, [{low} + {stride}]\ntileloadd tmm3, [{low} + {stride} + 64]",
+            "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3",
+            "tilestored [{c} + {stride}], tmm0\ntilestored [{c} + {stride} + 64], tmm1\n\
+             tilestored [{low} + {stride}], tmm2\ntilestored [{low} + {stride} + 64], tmm3",
+            $($step),*
         );
-    }
+    };
+    (half $name:ident, $($step:expr),* $(,)?) => {
+        continue_sums!(
+            @ $name,
+            "tileloadd tmm0, [{c} + {stride}]\ntileloadd tmm2, [{low} + {stride}]",
+            "tilezero tmm0\ntilezero tmm2",
+            "tilestored [{c} + {stride}], tmm0\ntilestored [{low} + {stride}], tmm2",
+            $($step),*
+        );
+    };
+    (@ $name:ident, $fetch:expr, $zero:expr, $store:expr, $($step:expr),*) => {
+        unsafe fn $name(steps: usize, a: *const f32, b: *const f32, sums: Sums) {
+            // SAFETY: reads the panels and reads and writes the sums, as promised by the caller.
+            unsafe {
+                asm!(
+                    "test {fresh}, {fresh}",
+                    "jnz 2f",
+                    $fetch,
+                    "jmp 3f",
+                    "2:",
+                    $zero,
+                    "3:",
+                    $($step,)*
+                    "add {a}, 6144",
+                    "add {b}, 6144",
+                    "dec {steps}",
+                    "jnz 3b",
+                    $store,
+                    fresh = in(reg) usize::from(sums.fresh),
+                    c = in(reg) sums.start,
+                    low = in(reg) sums.row(HALF),
+                    stride = in(reg) sums.stride * size_of::<f32>(),
+                    line = in(reg) 64usize,
+                    a = inout(reg) a => _,
+                    b = inout(reg) b => _,
+                    steps = inout(reg) steps => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
 }
 
-/// As `multiply` for a product whose sides are exchanged: `y`, the unit's A, holds what is B of the whole product, and `x`
-/// what is A. The order is that of `multiply`: x0 y2, x0 y1, x0 y0, x2 y0, x1 y0, x1 y1.
-///
-/// # Safety
-/// As `multiply`.
-unsafe fn multiply_turned(steps: usize, y: *const f32, x: *const f32, sums: Sums) {
-    // SAFETY: as in `multiply`.
-    unsafe {
-        asm!(
-            "test {fresh}, {fresh}",
-            "jnz 2f",
-            "tileloadd tmm0, [{c} + {stride}]",
-            "tileloadd tmm1, [{c} + {stride} + 64]",
-            "tileloadd tmm2, [{low} + {stride}]",
-            "tileloadd tmm3, [{low} + {stride} + 64]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "3:",
-            // x0 with y2, y1, y0
-            load!(6, "x", 0),
-            load!(7, "x", 1024),
-            load!(4, "y", 4096),
-            load!(5, "y", 5120),
-            products!(),
-            load!(4, "y", 2048),
-            load!(5, "y", 3072),
-            products!(),
-            load!(4, "y", 0),
-            load!(5, "y", 1024),
-            products!(),
-            // x2 and x1 with y0
-            load!(6, "x", 4096),
-            load!(7, "x", 5120),
-            products!(),
-            load!(6, "x", 2048),
-            load!(7, "x", 3072),
-            products!(),
-            // x1 with y1
-            load!(4, "y", 2048),
-            load!(5, "y", 3072),
-            products!(),
-            "add {y}, 6144",
-            "add {x}, 6144",
-            "dec {steps}",
-            "jnz 3b",
-            "tilestored [{c} + {stride}], tmm0",
-            "tilestored [{c} + {stride} + 64], tmm1",
-            "tilestored [{low} + {stride}], tmm2",
-            "tilestored [{low} + {stride} + 64], tmm3",
-            fresh = in(reg) usize::from(sums.fresh),
-            c = in(reg) sums.start,
-            low = in(reg) sums.row(HALF),
-            stride = in(reg) sums.stride * size_of::<f32>(),
-            line = in(reg) 64usize,
-            y = inout(reg) y => _,
-            x = inout(reg) x => _,
-            steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
+// x is the unit's A: x0 with y2, y1 and y0, then x2 and x1 with y0, then x1 with y1.
+#[rustfmt::skip]
+continue_sums!(
+    multiply_3,
+    load!(a 0), load!(b 2), products!(), load!(b 1), products!(), load!(b 0), products!(),
+    load!(a 2), products!(), load!(a 1), products!(), load!(b 1), products!(),
+);
+#[rustfmt::skip]
+continue_sums!(
+    multiply_2,
+    load!(a 0), load!(b 1), products!(), load!(b 0), products!(),
+    load!(a 2), products!(), load!(a 1), products!(), load!(b 1), products!(),
+);
+#[rustfmt::skip]
+continue_sums!(
+    multiply_1,
+    load!(a 0), load!(b 0), products!(), load!(a 2), products!(), load!(a 1), products!(),
+);
 
-/// The left half of `multiply_turned`: up to 16 rows of the whole product.
-///
-/// # Safety
-/// As `multiply`.
-unsafe fn multiply_turned_half(steps: usize, y: *const f32, x: *const f32, sums: Sums) {
-    // SAFETY: as in `multiply`.
-    unsafe {
-        asm!(
-            "test {fresh}, {fresh}",
-            "jnz 2f",
-            "tileloadd tmm0, [{c} + {stride}]",
-            "tileloadd tmm2, [{low} + {stride}]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm2",
-            "3:",
-            load!(6, "x", 0),
-            load!(4, "y", 4096),
-            load!(5, "y", 5120),
-            half_products!(),
-            load!(4, "y", 2048),
-            load!(5, "y", 3072),
-            half_products!(),
-            load!(4, "y", 0),
-            load!(5, "y", 1024),
-            half_products!(),
-            load!(6, "x", 4096),
-            half_products!(),
-            load!(6, "x", 2048),
-            half_products!(),
-            load!(4, "y", 2048),
-            load!(5, "y", 3072),
-            half_products!(),
-            "add {y}, 6144",
-            "add {x}, 6144",
-            "dec {steps}",
-            "jnz 3b",
-            "tilestored [{c} + {stride}], tmm0",
-            "tilestored [{low} + {stride}], tmm2",
-            fresh = in(reg) usize::from(sums.fresh),
-            c = in(reg) sums.start,
-            low = in(reg) sums.row(HALF),
-            stride = in(reg) sums.stride * size_of::<f32>(),
-            line = in(reg) 64usize,
-            y = inout(reg) y => _,
-            x = inout(reg) x => _,
-            steps = inout(reg) steps => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
+// x is the unit's B; the order is the same.
+#[rustfmt::skip]
+continue_sums!(
+    multiply_turned_3,
+    load!(b 0), load!(a 2), products!(), load!(a 1), products!(), load!(a 0), products!(),
+    load!(b 2), products!(), load!(b 1), products!(), load!(a 1), products!(),
+);
+#[rustfmt::skip]
+continue_sums!(
+    multiply_turned_2,
+    load!(b 0), load!(a 1), products!(), load!(a 0), products!(),
+    load!(b 2), products!(), load!(b 1), products!(), load!(a 1), products!(),
+);
+#[rustfmt::skip]
+continue_sums!(
+    multiply_turned_1,
+    load!(a 0), load!(b 0), products!(), load!(b 2), products!(), load!(b 1), products!(),
+);
+#[rustfmt::skip]
+continue_sums!(
+    half multiply_turned_half_3,
+    load!(b 0), load!(a 2), products!(half), load!(a 1), products!(half), load!(a 0), products!(half),
+    load!(b 2), products!(half), load!(b 1), products!(half), load!(a 1), products!(half),
+);
+#[rustfmt::skip]
+continue_sums!(
+    half multiply_turned_half_2,
+    load!(b 0), load!(a 1), products!(half), load!(a 0), products!(half),
+    load!(b 2), products!(half), load!(b 1), products!(half), load!(a 1), products!(half),
+);
+#[rustfmt::skip]
+continue_sums!(
+    half multiply_turned_half_1,
+    load!(a 0), load!(b 0), products!(half), load!(b 2), products!(half), load!(b 1), products!(half),
+);
 
 /// Which side of the product a panel is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -405,8 +374,40 @@ enum Operand {
     B,
 }
 
+/// Packs the pieces that are not all zeros, and returns their number.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack(panel: Panel, operand: Operand, out: &mut [f32]) {
+fn pack_pieces(panel: Panel, operand: Operand, out: &mut [f32]) -> usize {
+    let pieces = pieces(&panel);
+    match pieces {
+        1 => pack::<1>(panel, operand, out),
+        2 => pack::<2>(panel, operand, out),
+        _ => pack::<3>(panel, operand, out),
+    }
+    pieces
+}
+
+/// Into how many bfloat16 the numbers of a panel can be cut. Where that is three, the first ones say so; where not, this brings
+/// them into the cache.
+#[target_feature(enable = "avx512f")]
+fn pieces(panel: &Panel) -> usize {
+    let Panel { data, by_depth, by_width, depth, width } = *panel;
+    let (stride, lines, len) = if by_depth == 1 { (by_width, width, depth) } else { (by_depth, depth, width) };
+    let mut bits = _mm512_setzero_si512();
+    for line in 0..lines {
+        let line = &data[line * stride..][..len];
+        for at in (0..len).step_by(HALF) {
+            bits = _mm512_or_si512(bits, _mm512_castps_si512(load(&line[at..], len - at, len)));
+        }
+        if _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xff)) != 0 {
+            return 3;
+        }
+    }
+    if _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xffff)) != 0 { 2 } else { 1 }
+}
+
+/// The first `PIECES` pieces of each step.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn pack<const PIECES: usize>(panel: Panel, operand: Operand, out: &mut [f32]) {
     let mut turned = [0.0f32; TILE * STEP];
     for (step, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
         let mut part = Part::of(&panel, step * STEP);
@@ -416,13 +417,13 @@ fn pack(panel: Panel, operand: Operand, out: &mut [f32]) {
                 if part.by_depth != 1 {
                     part = part.turned(&mut turned);
                 }
-                pack_rows(&part, out);
+                pack_rows::<PIECES>(&part, out);
             }
             Operand::B => {
                 if part.by_width != 1 {
                     part = part.turned(&mut turned);
                 }
-                pack_pairs(&part, out);
+                pack_pairs::<PIECES>(&part, out);
             }
         }
     }
@@ -527,7 +528,7 @@ fn rest(x: __m512) -> __m512 {
 
 /// Tiles of A: a row is a row and its 32 values of k.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_rows(part: &Part, out: &mut [f32]) {
+fn pack_rows<const PIECES: usize>(part: &Part, out: &mut [f32]) {
     // The upper 16-bit halves of two vectors, one after the other.
     let odd: [u16; 32] = std::array::from_fn(|i| 2 * i as u16 + 1);
     // SAFETY: 64 bytes are read from an array of 64.
@@ -541,7 +542,7 @@ fn pack_rows(part: &Part, out: &mut [f32]) {
                 high = load(&row[HALF..], part.depth - HALF, 2 * STEP);
             }
         }
-        for piece in 0..3 {
+        for piece in 0..PIECES {
             let halves = _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd, _mm512_castps_si512(high));
             store(&mut out[piece * PIECE_LEN + i * HALF..], _mm512_castsi512_ps(halves));
             (low, high) = (rest(low), rest(high));
@@ -551,15 +552,16 @@ fn pack_rows(part: &Part, out: &mut [f32]) {
 
 /// Tiles of B: a row is a pair of values of k, each with 16 columns.
 #[target_feature(enable = "avx512f")]
-fn pack_pairs(part: &Part, out: &mut [f32]) {
+fn pack_pairs<const PIECES: usize>(part: &Part, out: &mut [f32]) {
     let ahead = STEP * part.by_depth;
-    for (pair, first) in (0..HALF).flat_map(|pair| [(pair, 0), (pair, HALF)]) {
+    for half in 0..2 * HALF {
+        let (pair, first) = (half / 2, half % 2 * HALF);
         let line = |k: usize| match k < part.depth && first < part.width {
             true => load(&part.data[k * part.by_depth + first..], part.width - first, ahead),
             false => _mm512_setzero_ps(),
         };
         let (mut even, mut odd) = (line(2 * pair), line(2 * pair + 1));
-        for piece in 0..3 {
+        for piece in 0..PIECES {
             let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
             let high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(HIGH));
             let at = piece * PIECE_LEN + first / HALF * REGISTER_LEN + pair * HALF;

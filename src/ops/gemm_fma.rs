@@ -3,7 +3,7 @@
 //! `c[i][j] = fma(a[i][k], b[k][j], c[i][j])` for k = 0, 1, 2, ...: the bits are those of the chain on every instruction
 //! set. Panels hold `[depth, 12]` of A and `[depth, 32]` of B.
 
-use super::gemm::{Kernel, Panel, Sums};
+use super::gemm::{Columns, FewRows, Kernel, Panel, Sums};
 use crate::device::Isa;
 
 /// Rows of a tile.
@@ -32,8 +32,9 @@ impl Kernel for Fma {
         pack_panel::<TILE_ROWS>(self.0, panel, out);
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) {
+    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
         pack_panel::<COLS>(self.0, panel, out);
+        1
     }
 
     fn height(rows: usize) -> usize {
@@ -45,7 +46,7 @@ impl Kernel for Fma {
         }
     }
 
-    unsafe fn multiply(self, rows: usize, _: usize, a: &[f32], b: &[f32], sums: Sums) {
+    unsafe fn multiply(self, rows: usize, _: usize, a: &[f32], Columns { data: b, .. }: Columns, sums: Sums) {
         // SAFETY: as promised by the caller.
         unsafe {
             match rows {
@@ -60,6 +61,20 @@ impl Kernel for Fma {
 
     fn session(self, work: impl FnOnce()) {
         work();
+    }
+}
+
+impl FewRows for Fma {
+    unsafe fn take(self, rows: usize, c: Sums, buffer: Sums) {
+        for row in 0..rows {
+            // SAFETY: as promised by the caller.
+            unsafe { buffer.row(row).copy_from_nonoverlapping(c.row(row), COLS) }
+        }
+    }
+
+    unsafe fn give(self, rows: usize, buffer: Sums, c: Sums) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.take(rows, buffer, c) }
     }
 }
 

@@ -28,7 +28,7 @@ use super::{Attention, Backward, Dims, Forward, NO_PARENT, Segment, check_segmen
 use crate::device::{Cpu, Isa};
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start};
-use crate::ops::simd::{LANES, Shared, dispatched, exp, exp_of_negative, transpose};
+use crate::ops::simd::{LANES, Shared, dispatched, exp, exp_of_negative, prefetch, transpose};
 
 /// Keys of a block of the online softmax; blocks start at multiples of it.
 const BLOCK: usize = 64;
@@ -121,12 +121,6 @@ struct Strip<'a> {
     to: [u32; STRIP],
 }
 
-/// One kv head of the keys and values of some positions: `[positions, head_dim]`.
-struct Keys<'a> {
-    k: Operand<'a>,
-    v: Operand<'a>,
-}
-
 impl<'a> Inputs<'a> {
     fn group(&self) -> usize {
         self.dims.heads / self.dims.kv_heads
@@ -196,27 +190,58 @@ impl<'a> Strip<'a> {
         })
     }
 
-    /// The keys of part of a block, read in place where they lie in one segment and not too far apart.
-    fn keys<'s>(&self, positions: &Range<usize>, gathered: &'s mut [Buffer; 2]) -> Keys<'s>
+    /// Part of a block whose rows can be read in place, or all of it: copying what lies in several segments costs many rows
+    /// less than short products, and few rows, as those of a token that is decoded, more than the products.
+    fn pieces(&self, positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let mut start = positions.start;
+        std::iter::from_fn(move || {
+            let rest = start..positions.end;
+            if rest.is_empty() {
+                return None;
+            }
+            if self.rows <= LANES {
+                // The run that begins here is the last that `runs` finds: they come from the end.
+                start += self.inputs.runs(self.segment, rest.clone()).last()?.2;
+            } else {
+                start = rest.end;
+            }
+            Some(rest.start..start)
+        })
+    }
+
+    /// Asks memory for the keys and values of a block that few rows see: a token that is decoded waits for little else.
+    fn fetch(&self, positions: Range<usize>) {
+        let d = self.inputs.dims;
+        if self.rows > LANES {
+            return;
+        }
+        for (_, row, len) in self.inputs.runs(self.segment, positions) {
+            for row in row..row + len {
+                let at = (row * d.kv_heads + self.kv_head) * d.head_dim;
+                [self.inputs.k, self.inputs.v].into_iter().for_each(|x| prefetch(&x[at..at + d.head_dim]));
+            }
+        }
+    }
+
+    /// One kv head of the rows of k or v at some positions of a block, `[positions, head_dim]`: read in place where they lie in
+    /// one segment and not too far apart.
+    fn rows_of<'s>(&self, positions: &Range<usize>, x: &'a [f32], gathered: &'s mut Buffer) -> Operand<'s>
     where
         'a: 's,
     {
-        let Inputs { dims: d, k, v, .. } = self.inputs;
+        let d = self.inputs.dims;
         let stride = d.kv_heads * d.head_dim;
         let at = |row: usize| (row * d.kv_heads + self.kv_head) * d.head_dim;
         for (position, row, len) in self.inputs.runs(self.segment, positions.clone()) {
             if len == positions.len() && (!stride.is_multiple_of(ALIASED) || self.rows <= LANES) {
-                let rows = |x: &'s [f32]| Operand { data: &x[at(row)..], row: stride, col: 1 };
-                return Keys { k: rows(k), v: rows(v) };
+                return Operand { data: &x[at(row)..], row: stride, col: 1 };
             }
             for i in 0..len {
                 let to = (position + i - positions.start) * d.head_dim;
-                gathered[0][to..to + d.head_dim].copy_from_slice(&k[at(row + i)..][..d.head_dim]);
-                gathered[1][to..to + d.head_dim].copy_from_slice(&v[at(row + i)..][..d.head_dim]);
+                gathered[to..to + d.head_dim].copy_from_slice(&x[at(row + i)..][..d.head_dim]);
             }
         }
-        let [k, v] = gathered;
-        Keys { k: Operand::new(k, d.head_dim), v: Operand::new(v, d.head_dim) }
+        Operand::new(gathered, d.head_dim)
     }
 
     /// What a vector of rows sees, if not all of `positions`.
@@ -345,13 +370,18 @@ fn forward(strip: &Strip, scratch: &mut Scratch, o: &Shared<f32>, lse: &Shared<f
     let Inputs { isa, dims: d, .. } = strip.inputs;
     let (padded, scale) = (strip.inputs.padded(), d.scale() as f32);
     scratch.grow(d.head_dim);
-    let Scratch { rows: [rows, _], inputs_t: [q_t, _], output_t: o_t, weights: [p, _], gathered, .. } = scratch;
+    let Scratch {
+        rows: [rows, _], inputs_t: [q_t, _], output_t: o_t, weights: [p, _], gathered: [gathered, _], ..
+    } = scratch;
     strip.pack(strip.inputs.q, rows, q_t);
-    o_t[..padded * STRIP].fill(0.0);
+    let width = strip.rows.next_multiple_of(PAD);
+    o_t[..padded * STRIP].chunks_exact_mut(STRIP).for_each(|row| row[..width].fill(0.0));
     let (mut max, mut total) = ([f32::NEG_INFINITY; STRIP], [0.0; STRIP]);
     for positions in strip.blocks() {
-        let keys = strip.keys(&positions, gathered);
-        strip.scores(&positions, keys.k, q_t, p);
+        strip.fetch(positions.clone());
+        for piece in strip.pieces(positions.clone()) {
+            strip.scores(&piece, strip.rows_of(&piece, strip.inputs.k, gathered), q_t, p);
+        }
         for (lane, seen) in strip.vectors(positions.clone()) {
             clear_outside(p, lane, &positions, &seen);
             if seen.is_empty() {
@@ -364,7 +394,9 @@ fn forward(strip: &Strip, scratch: &mut Scratch, o: &Shared<f32>, lse: &Shared<f
                 scale_columns(isa, &shrink, &mut o_t[lane..][..(d.head_dim - 1) * STRIP + LANES]);
             }
         }
-        strip.accumulate(&positions, keys.v, p, o_t);
+        for piece in strip.pieces(positions) {
+            strip.accumulate(&piece, strip.rows_of(&piece, strip.inputs.v, gathered), p, o_t);
+        }
     }
     for at in (0..strip.rows).step_by(LANES) {
         let inverse = vector(&total, at).map(|total| 1.0 / total);
@@ -406,9 +438,10 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
     scratch.output_t[..padded * STRIP].fill(0.0);
     for positions in strip.blocks() {
         let Scratch { inputs_t: [q_t, d_o_t], output_t: dq_t, weights: [p, ds], gathered, .. } = &mut *scratch;
-        let keys = strip.keys(&positions, gathered);
-        strip.scores(&positions, keys.k, q_t, p);
-        strip.scores(&positions, keys.v, d_o_t, ds);
+        let [k, v] = gathered.each_mut();
+        let k = strip.rows_of(&positions, strip.inputs.k, k);
+        strip.scores(&positions, k, q_t, p);
+        strip.scores(&positions, strip.rows_of(&positions, strip.inputs.v, v), d_o_t, ds);
         for (lane, seen) in strip.vectors(positions.clone()) {
             [&mut *p, &mut *ds].into_iter().for_each(|x| clear_outside(x, lane, &positions, &seen));
             if seen.is_empty() {
@@ -418,7 +451,7 @@ fn backward(strip: &Strip, scratch: &mut Scratch, g: &Gradients) {
             let (scores, dp) = (&mut p[column(lane, &seen)], &mut ds[column(lane, &seen)]);
             softmax_backward(isa, scale, mask, lse, delta, scores, dp);
         }
-        strip.accumulate(&positions, keys.k, ds, dq_t);
+        strip.accumulate(&positions, k, ds, dq_t);
         add_key_gradients(strip, positions, numbers, scratch, g);
     }
     let Scratch { rows: [rows, _], output_t: dq_t, .. } = scratch;

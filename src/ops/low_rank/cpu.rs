@@ -5,17 +5,19 @@ use rayon::prelude::*;
 use super::{Backward, Blend, Dims, Forward, LowRank};
 use crate::device::{Cpu, Scratch};
 use crate::error::Result;
-use crate::ops::gemm::{Operand, Start, gemm};
-use crate::ops::simd::add;
+use crate::ops::gemm::{Operand, Start, gemm, gemm_alone};
+use crate::ops::simd::{Shared, add};
 
 /// Rows whose product with B is made before it is added: it stays in the cache until then.
 const ROWS: usize = 512;
 /// Rows, and elements, of one task of the elementwise passes.
 const ROWS_PER_TASK: usize = 32;
 const PER_TASK: usize = 1 << 14;
+/// Columns of a part of the product come in multiples of this: those of a tile.
+const COLUMNS: usize = 32;
 
-/// Multiply-adds up to which a whole forward pass is one parallel section: the few rows of decoding.
-const ONE_SECTION: usize = 1 << 22;
+/// Up to so many rows, those of decoding, a forward pass is one parallel section: each more would cost as much as it computes.
+const FEW_ROWS: usize = 32;
 
 thread_local! {
     static PRODUCT: RefCell<Scratch> = RefCell::default();
@@ -63,14 +65,43 @@ fn forward(cpu: &Cpu, a: Forward<Cpu>, d: Dims) {
     PRODUCT.set(scratch);
 }
 
+/// The same bits: every thread computes `x A^T` for itself and adds its columns of the product.
+fn forward_few(cpu: &Cpu, a: Forward<Cpu>, d: Dims) {
+    let (x, down, up, y) = (a.x.f32s(), a.a.f32s(), a.b.f32s(), Shared::new(a.y.into_f32s()));
+    let blend = a.blend.map(|Blend { weights, owner }| (weights.cols(), weights.f32s(), owner.u32s()));
+    let width = d.outputs.div_ceil(cpu.threads()).next_multiple_of(COLUMNS);
+    let part = |part: usize| {
+        let (first, cols) = (part * width, width.min(d.outputs - part * width));
+        let mut scratch = PRODUCT.take();
+        let (t, product) = scratch.grown(d.rows * (d.rank + cols)).split_at_mut(d.rows * d.rank);
+        let (product, up) = (&mut product[..d.rows * cols], &up[first * d.rank..][..cols * d.rank]);
+        let (x, down) = (Operand::new(x, d.inputs), Operand::transposed(down, d.inputs));
+        gemm_alone(cpu, [d.rows, d.rank, d.inputs], x, down, t, Start::Zero);
+        if a.scale != 1.0 {
+            t.iter_mut().for_each(|t| *t *= a.scale);
+        }
+        if let Some((adapters, weights, owner)) = blend {
+            for (t, weights) in t.chunks_exact_mut(d.rank.max(1)).zip(weights.chunks_exact(adapters.max(1))) {
+                t.iter_mut().zip(owner).for_each(|(t, owner)| *t *= weights[*owner as usize]);
+            }
+        }
+        let (t, up) = (Operand::new(t, d.rank), Operand::transposed(up, d.rank));
+        gemm_alone(cpu, [d.rows, cols, d.rank], t, up, product, Start::Zero);
+        for (row, product) in product.chunks_exact(cols).enumerate() {
+            // SAFETY: these columns are this part's alone.
+            add(cpu.isa(), product, unsafe { y.slice(row * d.outputs + first, cols) });
+        }
+        PRODUCT.set(scratch);
+    };
+    cpu.run(|| (0..d.outputs.div_ceil(width)).into_par_iter().for_each(part));
+}
+
 impl LowRank for Cpu {
     fn low_rank(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        if d.rows * d.rank * (d.inputs + d.outputs) > ONE_SECTION {
-            forward(self, a, d);
-        } else {
-            // Each section of its own would cost more than what it computes.
-            self.run(|| forward(self, a, d));
+        match d.rows <= FEW_ROWS && d.outputs > 0 {
+            true => forward_few(self, a, d),
+            false => forward(self, a, d),
         }
         Ok(())
     }

@@ -58,15 +58,12 @@ fn choose(isa: Isa, logits: &[f32], row: &Row, edits: &[u32], weights: &mut [f32
         edit.map_or(logits[id], |edit| row.edited(*edit, logits[id]))
     };
     weigh(isa, max, row.temperature, weights);
-    let kept = Kept::new(weights, row);
-    let mut left = ((u128::from(row.word()) * u128::from(kept.mass)) >> 64) as u64;
-    let drawn = weights.iter().enumerate().position(|(id, w)| {
-        let held = kept.of(id, *w);
-        let past = left < held;
-        left = left.saturating_sub(held);
-        past
-    });
-    drawn.map_or((likeliest as u32, certain()), |id| (id as u32, odds((edited(id) - max) / row.temperature, kept.mass)))
+    let kept = Kept::new(isa, weights, row);
+    let left = ((u128::from(row.word()) * u128::from(kept.mass)) >> 64) as u64;
+    match kept.at(isa, weights, left) {
+        Some(id) => (id as u32, odds((edited(id) - max) / row.temperature, kept.mass)),
+        None => (likeliest as u32, certain()),
+    }
 }
 
 dispatched! {
@@ -108,6 +105,29 @@ fn mass(weight: f32) -> u64 {
     (weight * (1u64 << UNIT_BITS) as f32) as u64
 }
 
+dispatched! {
+    /// What the weights above `least` hold, and those of it if they are `tied` in.
+    fn held(least: f32, tied: bool, weights: &[f32]) -> u64 {
+        let of = |w: f32| {
+            let kept = w > least || (tied && w == least);
+            let units = if kept { w.min(1.0) * (1u64 << UNIT_BITS) as f32 } else { 0.0 };
+            // SAFETY: what is kept is a number from 0 to 1. As `mass`, in a way that vectors can do.
+            unsafe { units.to_int_unchecked::<i64>() as u64 }
+        };
+        let mut lanes = [0u64; LANES];
+        let (vectors, tail) = weights.as_chunks::<LANES>();
+        for w in vectors {
+            for i in 0..LANES {
+                lanes[i] += of(w[i]);
+            }
+        }
+        lanes.into_iter().chain(tail.iter().map(|w| of(*w))).sum()
+    }
+}
+
+/// Weights that are passed over together on the way to the one that is drawn.
+const STRIDE: usize = 512;
+
 /// What is drawn from: tokens of a larger weight than `least`, and of those of this weight the ids up to `last`.
 struct Kept {
     least: f32,
@@ -116,10 +136,9 @@ struct Kept {
 }
 
 impl Kept {
-    fn new(weights: &[f32], row: &Row) -> Self {
+    fn new(isa: Isa, weights: &[f32], row: &Row) -> Self {
         let all = weights.len() - 1;
-        let held = |least: f32| weights.iter().filter(|w| **w >= least).map(|w| mass(*w)).sum::<u64>();
-        let from = |least: f32| Self { least, last: all, mass: held(least) };
+        let from = |least: f32| Self { least, last: all, mass: held(isa, least, true, weights) };
         let mut kept = match row.top_k as usize {
             0 => from(0.0),
             k if k >= weights.len() => from(0.0),
@@ -135,6 +154,27 @@ impl Kept {
             kept = Self { least, last, mass: above + ties * mass(least) };
         }
         if row.min_p > kept.least { from(row.min_p) } else { kept }
+    }
+
+    /// The token that holds what comes after `left`.
+    fn at(&self, isa: Isa, weights: &[f32], mut left: u64) -> Option<usize> {
+        let mut passes = |held: u64| {
+            let past = left >= held;
+            left -= if past { held } else { 0 };
+            past
+        };
+        for (stride, weights) in weights.chunks(STRIDE).enumerate() {
+            let first = stride * STRIDE;
+            // Where the last token that is kept lies within, each is asked for itself.
+            let within = (first..first + weights.len() - 1).contains(&self.last);
+            if within || !passes(held(isa, self.least, first <= self.last, weights)) {
+                let at = weights.iter().enumerate().position(|(i, w)| !passes(self.of(first + i, *w)));
+                if at.is_some() {
+                    return at.map(|at| first + at);
+                }
+            }
+        }
+        None
     }
 
     fn of(&self, id: usize, weight: f32) -> u64 {
