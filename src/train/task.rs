@@ -21,8 +21,8 @@ use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_ord
 use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
-use crate::objectives::kl::KlPenalty;
-use crate::objectives::{Choice, Objective, Params, mrpo};
+use crate::objectives::kl::{Estimator, KlPenalty};
+use crate::objectives::{Choice, Objective, Params, find, mrpo};
 use crate::optim;
 use crate::references::Reference;
 use crate::rewards::Rewards;
@@ -108,8 +108,17 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     if rule.observes() {
         return refuse("--ref-weights", "weights that follow pairs of the data have none here; give fixed ones".into());
     }
-    if settings.kl_penalty.is_some() {
-        return refuse("--kl-penalty", format!("{name} on samples has a KL of its own: give --beta"));
+    if let Some(penalty) = &settings.kl_penalty {
+        let has_own =
+            |term: &(String, f64)| find(&term.0).is_ok_and(|entry| entry.params.iter().any(|p| p.name == "beta"));
+        if settings.objective.terms.iter().any(has_own) {
+            return refuse("--kl-penalty", format!("{name} on samples has a KL of its own: give --beta"));
+        }
+        if penalty.estimator == Estimator::Exact {
+            let detail =
+                "exact reads what references said of completions before the run, and these are sampled; give k2 or k3";
+            return refuse("--kl-estimator", detail.into());
+        }
     }
     if rollouts.samples < 2 && name != "reinforce" {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
