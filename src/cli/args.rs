@@ -17,10 +17,12 @@ use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::rollouts::RolloutArgs;
+use super::run::StagesArgs;
 use super::serve::ServeArgs;
 use super::soup::SoupArgs;
 use super::tasks::{TaskArg, TaskArgs};
-use super::{flags, needs, recipe};
+use super::written::WrittenArgs;
+use super::{flags, is_given, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
@@ -54,6 +56,8 @@ pub enum Command {
     /// Run many variants of a recipe over several seeds and tabulate what they are worth: any that it lists, or each of
     /// several references and their blends
     Compare(Compare),
+    /// Run a recipe of stages, from data to a report: fine-tuning, reward models, alignment, soups, measurements, over several seeds
+    Run(StagesArgs),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
@@ -722,13 +726,15 @@ pub struct EvalArgs {
     #[arg(
         long,
         value_name = "FILE",
-        required_unless_present = "task",
+        required_unless_present_any = ["task", "prompts"],
         conflicts_with = "task",
         help_heading = "Files"
     )]
     pub dataset: Option<PathBuf>,
     #[command(flatten)]
     pub tasks: TaskArgs,
+    #[command(flatten)]
+    pub written: WrittenArgs,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -1213,9 +1219,10 @@ impl LimitArgs {
 impl EvalArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
-        let of_tasks =
-            ["baseline", "reward_model", "base_model", "samples", "max_new_tokens", "seed", "log_samples", "plot"];
-        of_tasks.into_iter().try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
+        let of_tasks = ["baseline", "reward_model", "base_model", "log_samples", "plot"];
+        let of_both = if is_given(flags, "prompts") { &[][..] } else { &["samples", "max_new_tokens", "seed"] };
+        let mut options = of_tasks.iter().chain(of_both);
+        options.try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
         needs(flags, "base_model", "reward_model", "it is asked about the completions that are judged")?;
         needs(flags, "on_overflow", "dataset", "tasks have rules of their own for what is too long")?;
         if self.model.len() > 1 {
