@@ -66,6 +66,18 @@ pub enum Outcome {
     Skipped(String),
 }
 
+/// What is in a job's folder.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Found {
+    Nothing,
+    /// Begun, of what it would be made of now.
+    Begun,
+    /// Made of something else; seconds that it took, where it came to its end.
+    Other(Option<f64>),
+    /// Seconds that it took.
+    Done(f64),
+}
+
 #[derive(Serialize, Deserialize)]
 struct State {
     key: String,
@@ -82,6 +94,19 @@ impl State {
 }
 
 impl Job {
+    /// What there is of it.
+    ///
+    /// # Errors
+    /// A state that cannot be read.
+    pub fn found(&self) -> Result<Found> {
+        Ok(match State::read(&self.dir)? {
+            None => Found::Nothing,
+            Some(State { key, finished: true, seconds, .. }) if key == self.key => Found::Done(seconds),
+            Some(State { key, finished, seconds, .. }) if key != self.key => Found::Other(finished.then_some(seconds)),
+            Some(_) => Found::Begun,
+        })
+    }
+
     /// Makes its folder, for someone else to run its commands; what is there already stays.
     ///
     /// # Errors
@@ -116,7 +141,11 @@ pub struct Runner<'a> {
     pub program: &'a Path,
     /// Jobs at a time.
     pub jobs: usize,
+    /// What this is, and what jobs are, in the plural: `comparing`, `runs`.
+    pub doing: (&'a str, &'a str),
     pub stop: &'a dyn Fn() -> bool,
+    /// Is asked about every job that is done, by its place: what is wrong with what it made, after which no job is begun.
+    pub gate: &'a dyn Fn(usize) -> Option<String>,
 }
 
 /// A job whose process is at work.
@@ -144,7 +173,7 @@ impl Runner<'_> {
     ///
     /// Fails where the user interrupts, with every process told so and waited for, and where a folder is not one of these.
     pub fn run(&self, jobs: &[Job]) -> Result<Vec<Outcome>> {
-        let progress = Progress::new("comparing", jobs.len() as u64, "runs");
+        let progress = Progress::new(self.doing.0, jobs.len() as u64, self.doing.1);
         let (outcomes, running) = (vec![None; jobs.len()], Vec::new());
         let mut work = Work { jobs, runner: self, outcomes, running, progress, ran: (0, Duration::ZERO) };
         let result = work.all();
@@ -161,7 +190,8 @@ impl Work<'_> {
         loop {
             if (self.runner.stop)() {
                 let (done, all) = (self.done(), self.jobs.len());
-                let detail = format!("{done} of {all} runs are done; the same command goes on where it stopped");
+                let unit = self.runner.doing.1;
+                let detail = format!("{done} of {all} {unit} are done; the same command goes on where it stopped");
                 return Err(Error::Interrupted { detail });
             }
             let mut idle = self.collect()?;
@@ -199,8 +229,9 @@ impl Work<'_> {
         }
         match State::read(dir)? {
             Some(state) if state.key == *key && state.finished => {
+                self.progress.at(self.done() as u64 + 1, name);
                 self.outcomes[job] = Some(Outcome::Done);
-                self.progress.at(self.done() as u64, name);
+                self.pass(job);
                 return Ok(());
             }
             Some(state) if state.key == *key => {}
@@ -222,6 +253,19 @@ impl Work<'_> {
         self.step(job, 0, Instant::now())
     }
 
+    /// Asks the gate about a job that is done. Behind one that fails nothing is begun; what is at work comes to its end.
+    fn pass(&mut self, job: usize) {
+        let Some(wrong) = (self.runner.gate)(job) else { return };
+        let name = self.jobs[job].name.clone();
+        self.progress.say(&format!("{name}: {wrong}"));
+        self.outcomes[job] = Some(Outcome::Failed(wrong));
+        let at_work: Vec<usize> = self.running.iter().map(|running| running.job).collect();
+        let waiting = self.outcomes.iter_mut().enumerate().filter(|(job, _)| !at_work.contains(job));
+        for (_, outcome) in waiting.filter(|(_, outcome)| outcome.is_none()) {
+            *outcome = Some(Outcome::Skipped(name.clone()));
+        }
+    }
+
     fn state(&self, job: usize, finished: Option<Duration>) -> Result<()> {
         let Job { dir, key, name, .. } = &self.jobs[job];
         let seconds = finished.map_or(0.0, |time| time.as_secs_f64());
@@ -241,6 +285,7 @@ impl Work<'_> {
             self.state(job, Some(since.elapsed()))?;
             self.ran = (self.ran.0 + 1, self.ran.1 + since.elapsed());
             self.close(job, Outcome::Done, &format!("{:.1} s", since.elapsed().as_secs_f64()));
+            self.pass(job);
             return Ok(());
         };
         let log = self.log(dir)?;
@@ -372,7 +417,11 @@ mod tests {
     }
 
     fn run(jobs: &[Job], at_once: usize) -> Vec<Outcome> {
-        Runner { program: Path::new("sh"), jobs: at_once, stop: &|| false }.run(jobs).unwrap()
+        runner(at_once, &|| false).run(jobs).unwrap()
+    }
+
+    fn runner(jobs: usize, stop: &dyn Fn() -> bool) -> Runner<'_> {
+        Runner { program: Path::new("sh"), jobs, doing: ("testing", "runs"), stop, gate: &|_| None }
     }
 
     #[test]
@@ -406,9 +455,26 @@ mod tests {
         assert!(!dir.join("base.1").exists());
 
         fs::create_dir(dir.join("mine")).unwrap();
-        let runner = Runner { program: Path::new("sh"), jobs: 1, stop: &|| false };
-        let message = runner.run(&[job(dir, "mine", &[], "true")]).unwrap_err().to_string();
+        let message = runner(1, &|| false).run(&[job(dir, "mine", &[], "true")]).unwrap_err().to_string();
         assert!(message.contains("left alone"), "{message}");
+    }
+
+    #[test]
+    fn behind_a_gate_that_fails_nothing_is_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let jobs =
+            [job(dir, "first", &[], "echo 1"), job(dir, "second", &[], "echo 2"), job(dir, "third", &[1], "echo 3")];
+        let gate = |job: usize| (job == 0).then(|| "1 is too little".to_string());
+        for _ in 0..2 {
+            let outcomes = Runner { gate: &gate, ..runner(1, &|| false) }.run(&jobs).unwrap();
+            let skipped = || Outcome::Skipped("first".into());
+            assert_eq!(outcomes, [Outcome::Failed("1 is too little".into()), skipped(), skipped()]);
+        }
+        // What it made is there, and is not made again once the gate is lower.
+        fs::write(dir.join("first/out"), "kept").unwrap();
+        assert_eq!(run(&jobs, 1), [Outcome::Done, Outcome::Done, Outcome::Done]);
+        assert_eq!(fs::read_to_string(dir.join("first/out")).unwrap(), "kept");
     }
 
     #[test]
@@ -435,8 +501,8 @@ mod tests {
         let script =
             format!("trap 'echo stopping >&2; exit 9' TERM; touch '{}'; while :; do sleep 0.02; done", ready.display());
         let jobs = [job(folder.path(), "endless", &[], &script)];
-        let runner = Runner { program: Path::new("sh"), jobs: 1, stop: &|| ready.exists() };
-        let error = runner.run(&jobs).unwrap_err();
+        let stop = || ready.exists();
+        let error = runner(1, &stop).run(&jobs).unwrap_err();
         assert!(matches!(&error, Error::Interrupted { detail } if detail.contains("0 of 1 runs")), "{error}");
         assert!(fs::read_to_string(jobs[0].dir.join(LOG)).unwrap().contains("stopping"));
     }

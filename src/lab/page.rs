@@ -14,7 +14,7 @@ use crate::train::plot::{Panel, Series, curves_svg, escape};
 pub const PAGE: &str = "report.html";
 pub const NUMBERS: &str = "report.json";
 
-const STYLE: &str = "
+pub const STYLE: &str = "
 :root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 12.5px; } td, th { padding: 2px 8px; text-align: right; border-bottom: 1px solid #9ca3af55; }
 td:first-child, th:first-child { text-align: left; } figure { margin: 1.5rem 0; break-inside: avoid; } svg { max-width: 100%; height: auto; }
@@ -64,11 +64,11 @@ fn code(text: &str) -> String {
     format!("<code>{}</code>", escape(text))
 }
 
-fn figure(page: &mut String, svg: &str, caption: &str) {
+pub fn figure(page: &mut String, svg: &str, caption: &str) {
     let _ = writeln!(page, "<figure>{svg}<figcaption>{caption}</figcaption></figure>");
 }
 
-fn table(page: &mut String, head: &[&str], rows: &[Vec<String>]) {
+pub fn table(page: &mut String, head: &[&str], rows: &[Vec<String>]) {
     let cells = |tag: &str, row: &[String]| {
         row.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect::<String>()
     };

@@ -96,7 +96,7 @@ fn quoted(text: &str) -> String {
 }
 
 /// What a job's steps are in a shell; safe to run twice.
-fn command(job: &Job) -> String {
+pub fn command(job: &Job) -> String {
     let line = |step: &Step| {
         let words = step.args.iter().map(|arg| quoted(&arg.to_string_lossy()));
         let command = std::iter::once("cuvee".to_string()).chain(words).collect::<Vec<_>>().join(" ");
@@ -169,7 +169,8 @@ impl<'a> Plan<'a> {
         let (runs, arms) = (self.runs.len(), self.experiment.variants.len());
         say(format_args!("{arms} variants, {runs} runs and {} evaluations", self.jobs.len() - runs));
         let stop = || stop.load(Ordering::Relaxed);
-        Runner { program: &program, jobs: self.experiment.jobs, stop: &stop }.run(&self.jobs)
+        let doing = ("comparing", "runs");
+        Runner { program: &program, jobs: self.experiment.jobs, doing, stop: &stop, gate: &|_| None }.run(&self.jobs)
     }
 
     /// One command a line; a comment where those before must be done.
@@ -424,7 +425,7 @@ pub fn flag(name: &str, path: &Path) -> OsString {
 }
 
 /// An adapter on its model is a model like others, which whatever comes next can start from.
-fn fold(table: &Table, adapter: &Path, model: &Path) -> Step {
+pub fn fold(table: &Table, adapter: &Path, model: &Path) -> Step {
     let base = table.get("model").and_then(Value::as_str).unwrap_or_default();
     let args = vec![
         "merge".into(),
