@@ -1,11 +1,13 @@
 //! Experiments: many runs of one recipe, and what they come to.
 
 mod compare;
+mod equal;
 mod fit;
 mod hump;
 mod jobs;
 mod overopt;
 mod page;
+mod race;
 mod report;
 mod scatter;
 mod table;
@@ -18,6 +20,7 @@ pub use fit::{
 pub use jobs::{Job, Makes, Outcome, Runner, Step};
 pub use overopt::{Cell, Overopt, Plan as SweepPlan};
 pub use page::{PAGE, write_report};
+pub use race::{Halving, Race, forget, has_left};
 pub use report::{Arm, Axes, Measured, Metrics, Report};
 pub use scatter::{Dot, Scatter, stacked_svg};
 pub use table::Table;
