@@ -114,10 +114,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         warmup_ratio: run.optim.warmup_ratio,
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
-        stop_at_step: run
-            .schedule
-            .stop_at_step
-            .map(|at| if at < 1.0 { Pause::Share(at) } else { Pause::Step(at as u64) }),
+        stop_at_step: run.schedule.stop_at_step.map(Pause::of),
         resume: run.schedule.resume_from_checkpoint.clone().map(|resume| match resume {
             args::Resume::Auto => Resume::Newest,
             args::Resume::Dir(dir) => Resume::At(dir),

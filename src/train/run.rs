@@ -105,10 +105,9 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let last = super::evaluations(&settings.output_dir)?.pop().unwrap_or_default();
     let evaluated =
         last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && start.from.is_some());
-    let raised = raised(settings, &start.state)?;
     let mut session = Session {
         device,
-        raised,
+        raised: raised(settings, &start.state)?,
         settings,
         schedule: settings.schedule(task.max_steps),
         plan,

@@ -112,6 +112,11 @@ pub enum Pause {
 }
 
 impl Pause {
+    /// A number of steps, or below 1 a share of them.
+    pub fn of(number: f64) -> Self {
+        if number < 1.0 { Self::Share(number) } else { Self::Step(number as u64) }
+    }
+
     /// The step, in a run of `max_steps` that takes `iterations` of them on the same completions.
     pub fn step(self, max_steps: u64, eval_steps: Option<u64>, iterations: u64) -> u64 {
         let least = match self {

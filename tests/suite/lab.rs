@@ -244,7 +244,7 @@ fn what_a_race_cannot_do_is_said_before_anything_runs() {
 #[test]
 fn a_sweep_that_is_killed_loses_nothing_and_two_refuse_each_other() {
     let recipe =
-        racing().replace("max_steps = 8", "max_steps = 24\nsave_steps = 4").replace("eval_steps = 2", "eval_steps = 8");
+        racing().replace("max_steps = 8", "max_steps = 40\nsave_steps = 8").replace("eval_steps = 2", "eval_steps = 8");
     let whole = workspace(&recipe);
     whole.ok("lab sweep lab.toml --jobs 2");
 
@@ -252,14 +252,16 @@ fn a_sweep_that_is_killed_loses_nothing_and_two_refuse_each_other() {
     let mut sweep = w.spawn("lab sweep lab.toml --jobs 2");
     let dir = |beta: &str| format!("lab/runs/dpo-beta-{beta}/seed-42");
     let finished = |beta: &&str| w.so_far(&format!("{}/job.json", dir(beta))).contains("\"finished\": true");
-    // One is done, another on its way.
-    let under_way = |beta: &&str| !finished(beta) && w.exists(&format!("{}/model/checkpoint-8", dir(beta)));
-    assert!(sweep.wait_until(|| BETAS.iter().any(finished) && BETAS.iter().any(|beta| under_way(&beta))));
+    let saved = |beta: &&str, step: u64| w.exists(&format!("{}/model/checkpoint-{step}", dir(beta)));
+    assert!(sweep.wait_until(|| w.exists("lab/runs")));
     w.fails(1, "lab sweep lab.toml", &["lab", "another cuvee run is working in this folder; wait for it, or stop it"]);
+    // One is done, another has just begun.
+    let begun = |beta: &&str| saved(beta, 8) && !saved(beta, 24);
+    assert!(sweep.wait_until(|| BETAS.iter().any(finished) && BETAS.iter().any(begun)));
     assert_eq!(sweep.kill_with_children().signal, Some(libc::SIGKILL));
 
-    let done: Vec<&str> = BETAS.into_iter().filter(|beta| finished(&beta)).collect();
-    let cut: Vec<&str> = BETAS.into_iter().filter(|beta| under_way(&beta)).collect();
+    let done: Vec<&str> = BETAS.into_iter().filter(finished).collect();
+    let cut: Vec<&str> = BETAS.into_iter().filter(|beta| !finished(beta) && saved(beta, 8)).collect();
     assert!(!done.is_empty() && !cut.is_empty() && done.len() + cut.len() <= 4, "{done:?} {cut:?}");
     let times = |w: &Workspace| {
         let files = ["job.json", "model/model.safetensors", "model/evaluations.jsonl", "log.txt"];
