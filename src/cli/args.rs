@@ -452,9 +452,10 @@ pub struct ScheduleArgs {
     /// Optimizer steps; overrides --num-train-epochs
     #[arg(long, value_name = "N", value_parser = steps)]
     pub max_steps: Option<u64>,
-    /// Stop after this step with a checkpoint, schedules unchanged, to be resumed later
-    #[arg(long, value_name = "N", value_parser = steps)]
-    pub stop_at_step: Option<u64>,
+    /// Stop after this step with a checkpoint, schedules unchanged, to be resumed later; below 1, behind this share of the
+    /// steps, with the evaluation that comes next
+    #[arg(long, value_name = "N", value_parser = step_or_share)]
+    pub stop_at_step: Option<f64>,
     /// Continue from OUTPUT_DIR's newest checkpoint (auto; starts anew if there is none) or from this one
     #[arg(long, value_name = "auto|DIR")]
     pub resume_from_checkpoint: Option<Resume>,
@@ -1140,7 +1141,7 @@ impl RunArgs {
         self.rollouts.check(flags)?;
         self.alarm.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
-            (Some(stop), Some(max)) if stop > max => {
+            (Some(stop), Some(max)) if stop > max as f64 => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
             }
             _ => Ok(()),
@@ -1323,6 +1324,11 @@ pub(super) fn seed(text: &str) -> Result<u64, String> {
 
 pub(super) fn steps(text: &str) -> Result<u64, String> {
     whole(text, 1)
+}
+
+/// Of what a run has: so many, or a share of all.
+fn step_or_share(text: &str) -> Result<f64, String> {
+    number(text, "of steps, or a share of them above 0 and below 1", |x| x > 0.0 && (x < 1.0 || x.fract() == 0.0))
 }
 
 fn some_text(text: &str) -> Result<String, String> {

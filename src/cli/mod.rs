@@ -532,7 +532,8 @@ mod tests {
  rollout_top_p = 0.9
  gold_reward = ['g=2']
  kl_budget = 9
- on_alarm = 'stop'";
+ on_alarm = 'rollback'
+ rollback = 'beta'";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";

@@ -51,6 +51,8 @@ pub struct Step {
 pub enum Makes {
     /// A folder that the command itself knows how to continue.
     Run,
+    /// The same, up to this share of its steps: the last step of a job that is to go on later, perhaps.
+    Part(f64),
     /// A folder that appears whole.
     Folder(PathBuf),
     /// A file, of what it prints.
@@ -83,10 +85,17 @@ struct State {
     key: String,
     name: String,
     finished: bool,
+    /// The largest share of its steps that it was to reach and has.
+    #[serde(default)]
+    reached: f64,
     seconds: f64,
 }
 
 impl State {
+    fn new(job: &Job) -> Self {
+        Self { key: job.key.clone(), name: job.name.clone(), finished: false, reached: 0.0, seconds: 0.0 }
+    }
+
     fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(STATE);
         if path.exists() { Ok(Some(serde_json::from_value(read_json(&path)?).at(&path)?)) } else { Ok(None) }
@@ -105,6 +114,14 @@ impl Job {
             Some(State { key, finished, seconds, .. }) if key != self.key => Found::Other(finished.then_some(seconds)),
             Some(_) => Found::Begun,
         })
+    }
+
+    /// The share of its steps that it is to reach; none: it is to finish.
+    fn part(&self) -> Option<f64> {
+        match self.steps.last()?.makes {
+            Makes::Part(share) => Some(share),
+            _ => None,
+        }
     }
 
     /// Makes its folder, for someone else to run its commands; what is there already stays.
@@ -126,8 +143,7 @@ impl Job {
         if let Some((name, content)) = &self.file {
             write_file(&self.dir.join(name), |out| out.write_all(content.as_bytes()))?;
         }
-        let state = State { key: self.key.clone(), name: self.name.clone(), finished: false, seconds: 0.0 };
-        write_json(&self.dir.join(STATE), &state)
+        write_json(&self.dir.join(STATE), &State::new(self))
     }
 }
 
@@ -227,14 +243,16 @@ impl Work<'_> {
             self.close(job, Outcome::Skipped(missing.clone()), &format!("left out, as {missing} is missing"));
             return Ok(());
         }
+        let mut before = State::new(&self.jobs[job]);
+        let part = self.jobs[job].part();
         match State::read(dir)? {
-            Some(state) if state.key == *key && state.finished => {
+            Some(state) if state.key == *key && (state.finished || part.is_some_and(|part| state.reached >= part)) => {
                 self.progress.at(self.done() as u64 + 1, name);
                 self.outcomes[job] = Some(Outcome::Done);
                 self.pass(job);
                 return Ok(());
             }
-            Some(state) if state.key == *key => {}
+            Some(state) if state.key == *key => before = state,
             Some(_) => {
                 let aside = set_aside(dir)?;
                 self.progress.say(&format!(
@@ -246,7 +264,7 @@ impl Work<'_> {
             None => {}
         }
         fs::create_dir_all(dir).at(dir)?;
-        self.state(job, None)?;
+        write_json(&dir.join(STATE), &before)?;
         if let Some((name, content)) = file {
             write_file(&dir.join(name), |out| out.write_all(content.as_bytes()))?;
         }
@@ -266,11 +284,16 @@ impl Work<'_> {
         }
     }
 
-    fn state(&self, job: usize, finished: Option<Duration>) -> Result<()> {
-        let Job { dir, key, name, .. } = &self.jobs[job];
-        let seconds = finished.map_or(0.0, |time| time.as_secs_f64());
-        let state = State { key: key.clone(), name: name.clone(), finished: finished.is_some(), seconds };
-        write_json(&dir.join(STATE), &state)
+    /// Writes down that a job has done what it was to do, in this time.
+    fn done_with(&self, job: usize, time: Duration) -> Result<()> {
+        let job = &self.jobs[job];
+        let Some(state) = State::read(&job.dir)? else { return Err(not_a_job(&job.dir)) };
+        let seconds = state.seconds + time.as_secs_f64();
+        let state = match job.part() {
+            Some(reached) => State { reached, seconds, ..state },
+            None => State { finished: true, seconds, ..state },
+        };
+        write_json(&job.dir.join(STATE), &state)
     }
 
     /// Starts a step, or the first one after it that is not done.
@@ -282,7 +305,7 @@ impl Work<'_> {
             step += 1;
         }
         let Some(Step { args, makes }) = steps.get(step) else {
-            self.state(job, Some(since.elapsed()))?;
+            self.done_with(job, since.elapsed())?;
             self.ran = (self.ran.0 + 1, self.ran.1 + since.elapsed());
             self.close(job, Outcome::Done, &format!("{:.1} s", since.elapsed().as_secs_f64()));
             self.pass(job);
@@ -292,7 +315,7 @@ impl Work<'_> {
         let both = |file: &File| file.try_clone().map(Stdio::from).at(dir.join(LOG));
         let output = match makes {
             Makes::Output(path) => Some((path.with_extension("tmp"), path.clone())),
-            Makes::Run | Makes::Folder(_) => None,
+            Makes::Run | Makes::Part(_) | Makes::Folder(_) => None,
         };
         let stdout = match &output {
             Some((unfinished, _)) => Stdio::from(File::create(unfinished).at(unfinished)?),
@@ -478,6 +501,25 @@ mod tests {
     }
 
     #[test]
+    fn a_part_is_done_once_and_the_rest_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("count");
+        let script = format!("echo x >> '{}'", out.display());
+        let job = |makes| {
+            let args = ["-c", &script].map(OsString::from).to_vec();
+            Job { steps: vec![Step { args, makes }], ..job(folder.path(), "cell", &[], "key") }
+        };
+        // A smaller part of a larger one is there already, and so is any of the whole.
+        let order = [Makes::Part(0.25), Makes::Part(0.25), Makes::Part(0.5), Makes::Part(0.25), Makes::Run, Makes::Run];
+        let ran = order.map(|makes| {
+            assert_eq!(run(&[job(makes)], 1), [Outcome::Done]);
+            fs::read_to_string(&out).unwrap().lines().count()
+        });
+        assert_eq!((ran, run(&[job(Makes::Part(0.75))], 1)), ([1, 1, 2, 2, 3, 3], vec![Outcome::Done]));
+        assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 3);
+    }
+
+    #[test]
     fn a_process_that_was_left_behind_is_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let slow = job(folder.path(), "slow", &[], "true");
@@ -485,11 +527,7 @@ mod tests {
         let log = File::create(slow.dir.join(LOG)).unwrap();
         log.lock().unwrap();
         let mut left = Command::new("sleep").arg("0.4").stderr(log).spawn().unwrap();
-        write_json(
-            &slow.dir.join(STATE),
-            &State { key: "true".into(), name: String::new(), finished: false, seconds: 0.0 },
-        )
-        .unwrap();
+        write_json(&slow.dir.join(STATE), &State::new(&slow)).unwrap();
         run(&[slow], 1);
         assert!(left.try_wait().unwrap().is_some());
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::alarm::OnAlarm;
+use super::alarm::{Lever, OnAlarm};
 use super::exam::{self, Exam};
 use super::online::stand_in;
 use super::plan::sample_requests;
@@ -13,7 +13,7 @@ use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
     task_references,
 };
-use super::settings::{Alarm, References, Settings};
+use super::settings::{Alarm, Pause, References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
@@ -94,6 +94,14 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     Ok(objective)
 }
 
+/// The same at `times` its beta.
+pub fn with_beta(settings: &Settings, times: f64) -> Result<(f64, Box<dyn Objective>)> {
+    let mut raised = settings.clone();
+    let beta = times * settings.objective.resolved()?.number("beta").expect("checked before the run");
+    raised.objective.params.set("beta", beta);
+    Ok((beta, objective(&raised)?))
+}
+
 /// What sampling does not go together with.
 fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     let Some(rollouts) = &settings.rollouts else { return Ok(()) };
@@ -123,11 +131,12 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     if rollouts.samples < 2 && name != "reinforce" {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
     }
-    let steps = [
-        ("--max-steps", settings.max_steps),
-        ("--save-steps", settings.save_steps),
-        ("--stop-at-step", settings.stop_at_step),
-    ];
+    let stop_at = match settings.stop_at_step {
+        Some(Pause::Step(step)) => Some(step),
+        _ => None,
+    };
+    let steps =
+        [("--max-steps", settings.max_steps), ("--save-steps", settings.save_steps), ("--stop-at-step", stop_at)];
     match steps.into_iter().find(|(_, steps)| steps.is_some_and(|steps| !steps.is_multiple_of(rollouts.iterations))) {
         Some((flag, _)) => {
             let n = rollouts.iterations;
@@ -142,9 +151,16 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
 
 /// A run that goes back needs a checkpoint at each evaluation, and an optimizer that can go at another rate from there.
 fn check_alarm(settings: &Settings, method: &optim::Method, iterations: u64) -> Result<()> {
-    let Alarm { action, .. } = settings.alarm;
+    let Alarm { action, lever, .. } = settings.alarm;
     if action == OnAlarm::Warn {
         return Ok(());
+    }
+    if lever == Lever::Beta && settings.rollouts.is_some() {
+        let detail = "completions are credited with the beta that was given; use learning-rate";
+        return Err(Error::option("--rollback", detail));
+    }
+    if lever == Lever::Beta && settings.objective.resolved()?.number("beta").is_none() {
+        return Err(Error::option("--rollback", "the objective has no beta that could be raised; use learning-rate"));
     }
     let (flag, detail) = if !settings.eval_steps.is_some_and(|steps| steps.is_multiple_of(iterations)) {
         (
@@ -454,7 +470,10 @@ impl Task {
             course["rollout_top_p"] = json!(rollouts.top_p);
         }
         if settings.alarm.action != OnAlarm::Warn {
-            let Alarm { kl_budget, action } = settings.alarm;
+            let Alarm { kl_budget, action, lever } = settings.alarm;
+            if lever == Lever::Beta {
+                course["rollback"] = json!("beta");
+            }
             course["on_alarm"] = json!(format!("{action:?}").to_lowercase());
             course["kl_budget"] = json!(kl_budget);
             course["gold_reward"] = json!(self.gold.as_ref().map(Rewards::identity).transpose()?.map(hex));

@@ -144,7 +144,7 @@ impl<'a> Report<'a> {
         if cells.is_empty() {
             return Ok(None);
         }
-        SweepPlan { recipe: plan.recipe.path.clone(), samples, cells }.write(&plan.recipe.output_dir)?;
+        SweepPlan { recipe: plan.recipe.path.clone(), samples, cells, halving: None }.write(&plan.recipe.output_dir)?;
         Overopt::read(&plan.recipe.output_dir).map(Some)
     }
 
