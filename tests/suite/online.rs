@@ -184,3 +184,30 @@ fn prompts_alone_are_enough() {
     w.fails(1, "logps --model model --dataset prompts.jsonl --out x", &["has prompts alone"]);
     w.ok("preview --model model --dataset prompts.jsonl");
 }
+
+/// A policy that is its first reference is held to the second alone, and less far from it by the end than one that is not held.
+#[test]
+fn what_has_no_kl_of_its_own_is_held_to_several_references() {
+    let w = workspace();
+    w.ok("train --objective sft --model model --dataset train.jsonl --batch-size 8 --max-steps 4 --learning-rate 1e-3 --output-dir other");
+    let grao = "--objective grao --ref-model model --ref-model other";
+    train(&w, "held", &format!("{grao} --kl-penalty 0.5 --kl-estimator k3"));
+    let lines = steps(&w, "held");
+    assert_eq!(number(&lines[0], "refs/0/kl"), 0.0);
+    assert!(number(&lines[0], "refs/1/kl") > 0.0 && number(&lines[3], "refs/0/kl") > 0.0, "{lines:?}");
+    train(&w, "tight", &format!("{grao} --kl-penalty 50 --kl-estimator k3"));
+    assert!(number(&steps(&w, "tight")[3], "kl") < number(&lines[3], "kl"));
+    for (flags, expected) in [
+        (
+            format!("{grao} --kl-penalty 0.5"),
+            "--kl-estimator: exact reads what references said of completions before the run",
+        ),
+        (
+            "--objective grpo --kl-penalty 0.5 --kl-estimator k3".into(),
+            "grpo on samples has a KL of its own: give --beta",
+        ),
+    ] {
+        let done = w.run(&format!("{TRAIN} {FOUR} --output-dir refused {flags}"));
+        assert!(done.code != Some(0) && done.stderr.contains(expected), "{flags}: {}", done.stderr);
+    }
+}

@@ -5,8 +5,10 @@ use std::fmt;
 use crate::cli::recipe::nearest;
 use crate::lab::Metrics;
 
+type Comparison = (&'static str, fn(f64, f64) -> bool);
+
 /// Longer ones first: `>` is the start of `>=`.
-const COMPARISONS: [(&str, fn(f64, f64) -> bool); 4] =
+const COMPARISONS: [Comparison; 4] =
     [(">=", |a, b| a >= b), ("<=", |a, b| a <= b), (">", |a, b| a > b), ("<", |a, b| a < b)];
 
 /// All of these must hold.

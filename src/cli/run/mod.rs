@@ -105,7 +105,9 @@ fn wanted(args: &StagesArgs, plan: &Plan) -> Result<Vec<bool>> {
         (None, None) => return Ok(vec![true; plan.jobs.len()]),
     };
     let stages = || plan.recipe.stages.iter();
-    let is = |made: usize| plan.stage(made).name == *name || plan.variant(made).name == *name;
+    // One variant, such as a soup, where no stage is called so.
+    let whole = stages().any(|stage| stage.name == *name);
+    let is = |made: usize| plan.stage(made).name == *name || !whole && plan.variant(made).name == *name;
     let mut wanted: Vec<bool> = (0..plan.jobs.len()).map(is).collect();
     if !wanted.contains(&true) && plan.recipe.report.name.as_ref() != Some(name) {
         let all = || stages().map(|stage| stage.name.clone());

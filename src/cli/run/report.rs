@@ -15,11 +15,11 @@ use crate::checkpoint::write_file;
 use crate::cli::compare::{command, why};
 use crate::error::Result;
 use crate::lab::{
-    Cell, Dot, Found, Hump, Metrics, Outcome, Overopt, STYLE, Scatter, SweepPlan, figure, html_table, hump_svg,
-    scatter_svg,
+    Cell, Dot, FittedGroup, Found, Hump, Metrics, Outcome, Overopt, STYLE, Scatter, SweepPlan, figure, html_table,
+    hump_svg, scatter_svg,
 };
 use crate::train::Estimate;
-use crate::train::plot::escape;
+use crate::train::plot::{COLOURS, escape};
 
 /// What is called so where the recipe names no report.
 const NAME: &str = "report";
@@ -35,6 +35,15 @@ struct Row {
     runs: Vec<(u64, usize, Metrics)>,
     /// How each run that stopped early did.
     stopped: Vec<String>,
+}
+
+/// A number over the seeds of a row.
+#[derive(Clone, Copy)]
+struct Spread {
+    mean: f64,
+    /// Standard deviation; 0 of one.
+    sd: f64,
+    runs: usize,
 }
 
 pub struct Report<'a> {
@@ -148,11 +157,11 @@ impl<'a> Report<'a> {
         Overopt::read(&plan.recipe.output_dir).map(Some)
     }
 
-    /// Mean and standard deviation of a column over the seeds of a row.
-    fn spread(row: &Row, column: &str) -> Option<(f64, f64, usize)> {
+    /// Of a column; none where no run has it.
+    fn spread(row: &Row, column: &str) -> Option<Spread> {
         let values: Vec<f64> = row.runs.iter().filter_map(|run| run.2.get(column)).copied().collect();
         let Estimate { mean, stderr } = (!values.is_empty()).then(|| Estimate::of(&values))?;
-        Some((mean, stderr * (values.len() as f64).sqrt(), values.len()))
+        Some(Spread { mean, sd: stderr * (values.len() as f64).sqrt(), runs: values.len() })
     }
 
     /// The table: a head, and a row for each variant.
@@ -165,9 +174,8 @@ impl<'a> Report<'a> {
             let mut cells = vec![row.name.clone()];
             cells.extend(self.columns.iter().map(|column| match Self::spread(row, column) {
                 None => String::new(),
-                Some((mean, _, 1)) => number(mean),
-                Some((mean, sd, _)) if sd == 0.0 => number(mean),
-                Some((mean, sd, _)) => format!("{} ± {}", number(mean), number(sd)),
+                Some(Spread { mean, sd, .. }) if sd > 0.0 => format!("{} ± {}", number(mean), number(sd)),
+                Some(Spread { mean, .. }) => number(mean),
             }));
             cells.extend(stops.then(|| row.stopped.join("; ")));
             cells
@@ -190,20 +198,25 @@ impl<'a> Report<'a> {
         format!("± is the standard deviation over {seeds} seed(s). {runs} jobs took {} of processes.", duration(time))
     }
 
-    fn hump(&self) -> Option<String> {
-        let found = self.overopt.as_ref()?;
-        Some(hump_svg(&Hump {
-            title: "Gold reward over distance".into(),
-            x_label: "d = √KL from the reference".into(),
-            y_label: "gold reward, standard deviations at the start".into(),
-            groups: found.fitted.groups.iter().map(|group| group.drawn()).collect(),
-        }))
+    /// All arms, in as many figures as there must be for each to have a colour of its own.
+    fn hump(&self) -> Vec<String> {
+        let groups = self.overopt.as_ref().map_or(&[][..], |found| &found.fitted.groups);
+        let figures = groups.len().div_ceil(COLOURS).max(1);
+        let draw = |groups: &[FittedGroup]| {
+            hump_svg(&Hump {
+                title: "Gold reward over distance".into(),
+                x_label: "d = √KL from the reference".into(),
+                y_label: "gold reward, standard deviations at the start".into(),
+                groups: groups.iter().map(FittedGroup::drawn).collect(),
+            })
+        };
+        groups.chunks(groups.len().div_ceil(figures).max(1)).map(draw).collect()
     }
 
     /// Each arm alone.
     fn humps(&self) -> Vec<String> {
         let groups = self.overopt.iter().flat_map(|found| &found.fitted.groups);
-        let alone = |group: &crate::lab::FittedGroup| {
+        let alone = |group: &FittedGroup| {
             let (x_label, y_label) = ("d = √KL from the reference".into(), "gold reward".into());
             hump_svg(&Hump { title: group.name.clone(), x_label, y_label, groups: vec![group.drawn()] })
         };
@@ -213,11 +226,11 @@ impl<'a> Report<'a> {
     fn front(&self) -> Option<String> {
         let [x, y] = self.plan.recipe.report.front.as_ref()?;
         let place = |row: &Row| Some((Self::spread(row, &x.name)?, Self::spread(row, &y.name)?));
-        let places: Vec<(&Row, _)> = self.rows.iter().filter_map(|row| Some((row, place(row)?))).collect();
-        let better = |value: f64, axis: &Axis| if axis.down { -value } else { value };
-        let good = |place: &((f64, f64, usize), (f64, f64, usize))| (better(place.0.0, x), better(place.1.0, y));
-        let dot = |(row, place): &(&Row, ((f64, f64, usize), (f64, f64, usize)))| {
-            let ((x, x_sd, _), (y, y_sd, _)) = *place;
+        let places: Vec<(&Row, (Spread, Spread))> =
+            self.rows.iter().filter_map(|row| Some((row, place(row)?))).collect();
+        let better = |value: Spread, axis: &Axis| if axis.down { -value.mean } else { value.mean };
+        let good = |place: &(Spread, Spread)| (better(place.0, x), better(place.1, y));
+        let dot = |(row, place): &(&Row, (Spread, Spread))| {
             let (a, b) = good(place);
             let beats = |(c, d): (f64, f64)| c >= a && d >= b && (c > a || d > b);
             let (method, label) = match &row.soup {
@@ -225,7 +238,7 @@ impl<'a> Report<'a> {
                 None => (row.name.clone(), String::new()),
             };
             let on_front = !places.iter().any(|(_, other)| beats(good(other)));
-            Dot { method, label, at: (x, y), spread: (x_sd, y_sd), on_front }
+            Dot { method, label, at: (place.0.mean, place.1.mean), spread: (place.0.sd, place.1.sd), on_front }
         };
         let dots: Vec<Dot> = places.iter().map(dot).collect();
         let baseline = dots.first()?.method.clone();
@@ -240,9 +253,9 @@ impl<'a> Report<'a> {
         let row = |row: &Row| {
             let (mut mean, mut sd) = (Map::new(), Map::new());
             for column in &self.columns {
-                if let Some((middle, wide, n)) = Self::spread(row, column) {
-                    mean.insert(column.clone(), finite(middle));
-                    sd.insert(column.clone(), if n > 1 { finite(wide) } else { Json::Null });
+                if let Some(of) = Self::spread(row, column) {
+                    mean.insert(column.clone(), finite(of.mean));
+                    sd.insert(column.clone(), if of.runs > 1 { finite(of.sd) } else { Json::Null });
                 }
             }
             let run = |(seed, made, numbers): &(u64, usize, Metrics)| {
@@ -292,7 +305,7 @@ impl<'a> Report<'a> {
         if let Some(svg) = self.front() {
             figure(&mut page, &svg, "Means and standard deviations over seeds; better is up and to the right.");
         }
-        if let (Some(svg), Some(found)) = (self.hump(), &self.overopt) {
+        if let Some(found) = &self.overopt {
             page += "<h2>Gold reward over distance</h2>\n<ul>\n";
             for (group, verdict) in found.verdicts() {
                 page += &format!("<li><b>{}</b>: {}</li>\n", escape(&group), escape(&verdict));
@@ -300,7 +313,7 @@ impl<'a> Report<'a> {
             page += "</ul>\n";
             let caption = "Every evaluation of every seed with its standard error; the log form with its 95 % band over what was \
                            measured. Hollow points do not count: they repeat themselves or are too unlikely under the reference.";
-            figure(&mut page, &svg, caption);
+            self.hump().iter().for_each(|svg| figure(&mut page, svg, caption));
             self.humps().iter().for_each(|svg| figure(&mut page, svg, ""));
         }
         self.lineage(&mut page);
@@ -351,18 +364,20 @@ impl<'a> Report<'a> {
         write_json(&path("json"), &self.to_json())?;
         let text = |path: &Path, text: &str| write_file(path, |out| out.write_all(text.as_bytes()));
         text(&path("md"), &self.markdown())?;
-        for (name, svg) in [("gold.svg", self.hump()), ("front.svg", self.front())] {
-            svg.map(|svg| text(&recipe.output_dir.join(name), &svg)).transpose()?;
+        for (at, svg) in (1..).zip(self.hump()) {
+            text(&recipe.output_dir.join(format!("gold-{at}.svg")), &svg)?;
         }
+        self.front().map(|svg| text(&recipe.output_dir.join("front.svg"), &svg)).transpose()?;
         text(&path("html"), &self.page())?;
         Ok(path("html"))
     }
 }
 
-/// Steps and sampled tokens of a run, as its log has them.
+/// Steps and sampled tokens of a run, as its log has them; one that went back to its start has taken no step.
 fn trained(logs: &Path) -> Metrics {
-    let text = fs::read_to_string(logs.join("metrics.jsonl")).unwrap_or_default();
-    let last: Json = text.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
+    let Ok(text) = fs::read_to_string(logs.join("metrics.jsonl")) else { return Metrics::new() };
+    let last: Option<Json> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    let Some(last) = last else { return Metrics::from([(TRAINED[0].to_string(), 0.0)]) };
     let of = |key: &str, name: &str| Some((name.to_string(), last[key].as_f64()?));
     [of("step", TRAINED[0]), of("num_sampled_tokens", TRAINED[1])].into_iter().flatten().collect()
 }
