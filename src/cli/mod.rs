@@ -530,6 +530,7 @@ mod tests {
  max_completion_length = 9
  rollout_temperature = 0.5
  rollout_top_p = 0.9
+ mask_truncated_completions = true
  gold_reward = ['g=2']
  kl_budget = 9
  on_alarm = 'rollback'

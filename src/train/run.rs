@@ -94,11 +94,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
     let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
-    let open_online = |rollouts| {
-        let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
-        Online::new(device, &task, settings, rollouts, log)
-    };
-    let online = settings.rollouts.as_ref().map(open_online).transpose()?;
+    let online = open_online(device, settings, &task, (&mut policy, start.state.step), stop)?;
     let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     // A run that was to end here was perhaps killed before it did.
@@ -302,6 +298,21 @@ fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
 fn raised(settings: &Settings, state: &RunState) -> Result<Option<Box<dyn Objective>>> {
     let times = state.watch.beta(settings.alarm.lever);
     (times > 1.0).then(|| with_beta(settings, times).map(|(_, objective)| objective)).transpose()
+}
+
+/// What a run trains on that writes itself what it trains on.
+fn open_online<'a, B: Backend>(
+    device: &'a B,
+    settings: &'a Settings,
+    task: &'a Task,
+    (policy, step): (&mut Policy<B>, u64),
+    stop: &dyn Fn() -> bool,
+) -> Result<Option<Online<'a, B>>> {
+    let Some(rollouts) = &settings.rollouts else { return Ok(None) };
+    let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), step)?;
+    let mut online = Online::new(device, task, settings, rollouts, log)?;
+    online.open_prior(device, policy, step, stop)?;
+    Ok(Some(online))
 }
 
 struct Session<'a, B: Backend> {

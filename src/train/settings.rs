@@ -181,6 +181,8 @@ pub struct Rollouts {
     pub max_new_tokens: usize,
     pub temperature: f64,
     pub top_p: f64,
+    /// Completions that do not end by themselves teach nothing.
+    pub mask_truncated: bool,
 }
 
 /// Generations shown before and after training.

@@ -22,7 +22,7 @@ use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
 use crate::objectives::kl::{Estimator, KlPenalty};
-use crate::objectives::{Choice, Objective, Params, find, mrpo};
+use crate::objectives::{Choice, Needs, Objective, Params, find, mrpo};
 use crate::optim;
 use crate::references::Reference;
 use crate::rewards::Rewards;
@@ -82,7 +82,7 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     }
     let (name, needs) = (objective.name(), objective.needs());
     check_needs(name, &needs, settings.rollouts.is_some())?;
-    check_rollouts(settings, name)?;
+    check_rollouts(settings, name, &needs)?;
     let (given, most) = (models.len(), *needs.refs.end());
     if settings.references.moving.is_some() && most == 0 {
         return Err(Error::option("--ref-sync-steps", format!("{name} reads no reference that could move; drop it")));
@@ -103,9 +103,9 @@ pub fn with_beta(settings: &Settings, times: f64) -> Result<(f64, Box<dyn Object
 }
 
 /// What sampling does not go together with.
-fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
+fn check_rollouts(settings: &Settings, name: &str, needs: &Needs) -> Result<()> {
     let Some(rollouts) = &settings.rollouts else { return Ok(()) };
-    let References { rule, moving, .. } = &settings.references;
+    let References { rule, moving, models, .. } = &settings.references;
     let refuse = |flag: &str, detail: String| Err(Error::option(flag, detail));
     if moving.is_some() {
         return refuse(
@@ -128,7 +128,17 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
             return refuse("--kl-estimator", detail.into());
         }
     }
-    if rollouts.samples < 2 && name != "reinforce" {
+    if (needs.prior || needs.prior_rewards > 0) && !models.is_empty() {
+        let detail =
+            format!("{name} lets its reference write before the first step, when the policy still is it; drop it");
+        return refuse("--ref-model", detail);
+    }
+    if needs.prior && rollouts.samples != 1 {
+        let detail = format!("{name} compares one completion of the policy with one of the reference; give 1");
+        return refuse("--num-generations", detail);
+    }
+    let compared = !needs.prior && needs.prior_rewards == 0 && name != "reinforce";
+    if rollouts.samples < 2 && compared {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
     }
     let stop_at = match settings.stop_at_step {
@@ -413,7 +423,6 @@ impl Task {
 
     /// Every setting that decides the course of a run; a checkpoint of another course cannot be continued.
     pub fn course(&self, settings: &Settings) -> Result<Map<String, Value>> {
-        let hex = |bytes: [u8; 32]| blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string();
         let references = self.references.iter().map(|r| Ok(hex(r.reference.identity()?)));
         let mut course = json!({
             "model": hex(settings.init.identity(&self.checkpoint)?),
@@ -461,14 +470,7 @@ impl Task {
             let [base, tuned] = tau.identities(settings)?;
             (course["base_model"], course["tau_model"]) = (json!(hex(base)), json!(hex(tuned)));
         }
-        if let (Some(rollouts), Some(rewards)) = (&settings.rollouts, &self.rewards) {
-            course["reward"] = json!(hex(rewards.identity()?));
-            course["num_generations"] = json!(rollouts.samples);
-            course["num_iterations"] = json!(rollouts.iterations);
-            course["max_completion_length"] = json!(rollouts.max_new_tokens);
-            course["rollout_temperature"] = json!(rollouts.temperature);
-            course["rollout_top_p"] = json!(rollouts.top_p);
-        }
+        self.course_of_samples(settings, &mut course)?;
         if settings.alarm.action != OnAlarm::Warn {
             let Alarm { kl_budget, action, lever } = settings.alarm;
             if lever == Lever::Beta {
@@ -487,6 +489,27 @@ impl Task {
             _ => unreachable!("made as an object above"),
         }
     }
+
+    /// The same of what the policy writes.
+    fn course_of_samples(&self, settings: &Settings, course: &mut Value) -> Result<()> {
+        if let (Some(rollouts), Some(rewards)) = (&settings.rollouts, &self.rewards) {
+            course["reward"] = json!(hex(rewards.identity()?));
+            course["num_generations"] = json!(rollouts.samples);
+            course["num_iterations"] = json!(rollouts.iterations);
+            course["max_completion_length"] = json!(rollouts.max_new_tokens);
+            course["rollout_temperature"] = json!(rollouts.temperature);
+            course["rollout_top_p"] = json!(rollouts.top_p);
+            if rollouts.mask_truncated {
+                course["mask_truncated_completions"] = json!(true);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Enough of a hash to tell things apart.
+fn hex(bytes: [u8; 32]) -> String {
+    blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string()
 }
 
 /// The examples of every step. Remembers one epoch's order, so that steps in a row cost no more than their own.
