@@ -7,7 +7,7 @@ use super::args::above_zero;
 use super::{is_given, needs};
 use crate::error::{Error, Result};
 use crate::rewards::RewardSpec;
-use crate::train::{self, Alarm};
+use crate::train::{self, Alarm, Lever};
 
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Over-optimisation")]
@@ -25,6 +25,17 @@ pub struct AlarmArgs {
     /// [default: warn]
     #[arg(long, value_enum, value_name = "WHAT")]
     pub on_alarm: Option<OnAlarm>,
+    /// What --on-alarm rollback changes each time: it halves the learning rate, or doubles the objective's beta
+    /// [default: learning-rate]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub rollback: Option<Rollback>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rollback {
+    LearningRate,
+    Beta,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -45,6 +56,9 @@ impl AlarmArgs {
             let detail = "does nothing without --gold-reward or --kl-budget; say what raises an alarm";
             return Err(Error::option("--on-alarm", detail));
         }
+        if is_given(flags, "rollback") && self.on_alarm != Some(OnAlarm::Rollback) {
+            return Err(Error::option("--rollback", "does nothing without --on-alarm rollback; drop it"));
+        }
         Ok(())
     }
 
@@ -54,6 +68,10 @@ impl AlarmArgs {
             Some(OnAlarm::Stop) => train::OnAlarm::Stop,
             Some(OnAlarm::Rollback) => train::OnAlarm::Rollback,
         };
-        Alarm { kl_budget: self.kl_budget, action }
+        let lever = match self.rollback {
+            None | Some(Rollback::LearningRate) => Lever::LearningRate,
+            Some(Rollback::Beta) => Lever::Beta,
+        };
+        Alarm { kl_budget: self.kl_budget, action, lever }
     }
 }

@@ -17,10 +17,12 @@ use super::lineage::LineageArgs;
 use super::merge::MergeArgs;
 use super::references::RefArgs;
 use super::rollouts::RolloutArgs;
+use super::run::StagesArgs;
 use super::serve::ServeArgs;
 use super::soup::SoupArgs;
 use super::tasks::{TaskArg, TaskArgs};
-use super::{flags, needs, recipe};
+use super::written::WrittenArgs;
+use super::{flags, is_given, needs, recipe};
 use crate::device::DType;
 use crate::lab::Pairs;
 use crate::objectives::{self, Choice};
@@ -54,6 +56,8 @@ pub enum Command {
     /// Run many variants of a recipe over several seeds and tabulate what they are worth: any that it lists, or each of
     /// several references and their blends
     Compare(Compare),
+    /// Run a recipe of stages, from data to a report: fine-tuning, reward models, alignment, soups, measurements, over several seeds
+    Run(StagesArgs),
     /// Look at the machine: cores, instruction sets, speed, memory, disk, GPU; say what is missing
     Doctor(DoctorArgs),
     /// Write the log-probabilities a model gives to the completions of a data set
@@ -448,9 +452,10 @@ pub struct ScheduleArgs {
     /// Optimizer steps; overrides --num-train-epochs
     #[arg(long, value_name = "N", value_parser = steps)]
     pub max_steps: Option<u64>,
-    /// Stop after this step with a checkpoint, schedules unchanged, to be resumed later
-    #[arg(long, value_name = "N", value_parser = steps)]
-    pub stop_at_step: Option<u64>,
+    /// Stop after this step with a checkpoint, schedules unchanged, to be resumed later; below 1, behind this share of the
+    /// steps, with the evaluation that comes next
+    #[arg(long, value_name = "N", value_parser = step_or_share)]
+    pub stop_at_step: Option<f64>,
     /// Continue from OUTPUT_DIR's newest checkpoint (auto; starts anew if there is none) or from this one
     #[arg(long, value_name = "auto|DIR")]
     pub resume_from_checkpoint: Option<Resume>,
@@ -722,13 +727,15 @@ pub struct EvalArgs {
     #[arg(
         long,
         value_name = "FILE",
-        required_unless_present = "task",
+        required_unless_present_any = ["task", "prompts"],
         conflicts_with = "task",
         help_heading = "Files"
     )]
     pub dataset: Option<PathBuf>,
     #[command(flatten)]
     pub tasks: TaskArgs,
+    #[command(flatten)]
+    pub written: WrittenArgs,
     #[command(flatten)]
     pub adapters: AdapterArgs,
     #[command(flatten)]
@@ -1134,7 +1141,7 @@ impl RunArgs {
         self.rollouts.check(flags)?;
         self.alarm.check(flags)?;
         match (self.schedule.stop_at_step, self.schedule.max_steps) {
-            (Some(stop), Some(max)) if stop > max => {
+            (Some(stop), Some(max)) if stop > max as f64 => {
                 Err(Error::option("--stop-at-step", format!("{stop} is after the last step, --max-steps {max}")))
             }
             _ => Ok(()),
@@ -1213,9 +1220,10 @@ impl LimitArgs {
 impl EvalArgs {
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
-        let of_tasks =
-            ["baseline", "reward_model", "base_model", "samples", "max_new_tokens", "seed", "log_samples", "plot"];
-        of_tasks.into_iter().try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
+        let of_tasks = ["baseline", "reward_model", "base_model", "log_samples", "plot"];
+        let of_both = if is_given(flags, "prompts") { &[][..] } else { &["samples", "max_new_tokens", "seed"] };
+        let mut options = of_tasks.iter().chain(of_both);
+        options.try_for_each(|option| needs(flags, option, "task", "name what the models are asked"))?;
         needs(flags, "base_model", "reward_model", "it is asked about the completions that are judged")?;
         needs(flags, "on_overflow", "dataset", "tasks have rules of their own for what is too long")?;
         if self.model.len() > 1 {
@@ -1316,6 +1324,11 @@ pub(super) fn seed(text: &str) -> Result<u64, String> {
 
 pub(super) fn steps(text: &str) -> Result<u64, String> {
     whole(text, 1)
+}
+
+/// Of what a run has: so many, or a share of all.
+fn step_or_share(text: &str) -> Result<f64, String> {
+    number(text, "of steps, or a share of them above 0 and below 1", |x| x > 0.0 && (x < 1.0 || x.fract() == 0.0))
 }
 
 fn some_text(text: &str) -> Result<String, String> {

@@ -255,6 +255,11 @@ fn calls_per_second(cpu: &Cpu, work: impl Fn() + Sync) -> f64 {
     calls as f64 / start.elapsed().as_secs_f64()
 }
 
+/// Of the processor, multiply-adds counted as two, measured in an instant.
+pub fn processor_speed() -> f64 {
+    Cpu::new(0).map_or(f64::NAN, |cpu| peak_flops(&cpu))
+}
+
 /// Whichever width suits the machine's registers.
 fn peak_flops(cpu: &Cpu) -> f64 {
     let (isa, factor) = (cpu.isa(), black_box(0.5));

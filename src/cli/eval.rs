@@ -8,6 +8,7 @@ use super::args::EvalArgs;
 use super::device::{self, Job};
 use super::logps::score;
 use super::tasks::axes;
+use super::written;
 use crate::checkpoint::write_file;
 use crate::data::{Dataset, Form, Packing, Tokenizer};
 use crate::error::Result;
@@ -28,9 +29,10 @@ impl Job for &EvalArgs {
 
     fn run<B: Backend>(self, device: &B) -> Result<()> {
         device::check_dtype(device, self.precision.dtype)?;
-        match &self.dataset {
-            Some(dataset) => self.pairs(device, &self.model[0], dataset),
-            None => self.tasks(device),
+        match (&self.dataset, &self.written.prompts) {
+            (Some(dataset), _) => self.pairs(device, &self.model[0], dataset),
+            (None, Some(prompts)) => written::run(device, self, prompts),
+            (None, None) => self.tasks(device),
         }
     }
 }

@@ -21,11 +21,13 @@ mod preview;
 mod recipe;
 mod references;
 mod rollouts;
+mod run;
 mod score;
 mod serve;
 mod soup;
 mod tasks;
 mod train;
+mod written;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -93,6 +95,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Run(args) => run::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Logps(args) => logps::run(&args),
         Command::Score(args) => score::run(&args),
@@ -143,6 +146,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     let mut matches = command.clone().try_get_matches_from(&argv)?;
 
     if let Some((name, flags)) = matches.subcommand()
+        && recipe::TAKEN_BY.contains(&name)
         && let Ok(Some(path)) = flags.try_get_one::<PathBuf>(recipe::ARG)
     {
         if name == "compare"
@@ -172,7 +176,8 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         Command::Preview(args) => args.limits.check(flags)?,
         Command::Merge(args) => args.check(flags)?,
         Command::Soup(args) => args.check(flags)?,
-        Command::Doctor(_)
+        Command::Run(_)
+        | Command::Doctor(_)
         | Command::List(_)
         | Command::Cache(_)
         | Command::Lineage(_)
@@ -525,9 +530,11 @@ mod tests {
  max_completion_length = 9
  rollout_temperature = 0.5
  rollout_top_p = 0.9
+ mask_truncated_completions = true
  gold_reward = ['g=2']
  kl_budget = 9
- on_alarm = 'stop'";
+ on_alarm = 'rollback'
+ rollback = 'beta'";
 
     /// The flags that contradict some of those.
     const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";

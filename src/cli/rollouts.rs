@@ -32,6 +32,9 @@ pub struct RolloutArgs {
     /// Sample such a completion from the likeliest tokens that hold this share of the probability, above 0 to 1 [default: 1]
     #[arg(long, value_name = "F", value_parser = above_zero_to_one)]
     pub rollout_top_p: Option<f64>,
+    /// Learn nothing from completions that reach that limit without an end; they still count in what others are compared with
+    #[arg(long)]
+    pub mask_truncated_completions: bool,
 }
 
 impl RolloutArgs {
@@ -39,7 +42,12 @@ impl RolloutArgs {
         let options =
             ["num_generations", "num_iterations", "max_completion_length", "rollout_temperature", "rollout_top_p"];
         let how = "say what completions are rewarded by";
-        options.into_iter().try_for_each(|option| needs(flags, option, "reward", how))
+        options.into_iter().try_for_each(|option| needs(flags, option, "reward", how))?;
+        // A saved recipe says that it is off.
+        match self.mask_truncated_completions {
+            true => needs(flags, "mask_truncated_completions", "reward", how),
+            false => Ok(()),
+        }
     }
 
     /// None where the data's completions are trained on.
@@ -51,6 +59,7 @@ impl RolloutArgs {
             max_new_tokens: self.max_completion_length.unwrap_or(256),
             temperature: self.rollout_temperature.unwrap_or(1.0),
             top_p: self.rollout_top_p.unwrap_or(1.0),
+            mask_truncated: self.mask_truncated_completions,
         })
     }
 }

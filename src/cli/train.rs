@@ -14,7 +14,7 @@ use crate::error::{At, Result};
 use crate::model::Init;
 use crate::ops::Backend;
 use crate::optim::{Decay, Hyper};
-use crate::train::{Outcome, Resume, Samples, Settings};
+use crate::train::{Outcome, Pause, Resume, Samples, Settings};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let run = &args.run;
@@ -114,7 +114,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         warmup_ratio: run.optim.warmup_ratio,
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
-        stop_at_step: run.schedule.stop_at_step,
+        stop_at_step: run.schedule.stop_at_step.map(Pause::of),
         resume: run.schedule.resume_from_checkpoint.clone().map(|resume| match resume {
             args::Resume::Auto => Resume::Newest,
             args::Resume::Dir(dir) => Resume::At(dir),

@@ -32,6 +32,8 @@ pub struct Example {
     /// Pairs may have it: by how much chosen is better than rejected, in units of a reward. Finite; all pairs of a
     /// data set or none.
     pub margin: Option<f64>,
+    /// Which of its sequences the reference wrote, if the policy wrote the other.
+    pub prior: Option<usize>,
 }
 
 /// A prompt whose tokens change when its completion follows.
@@ -171,7 +173,7 @@ impl Dataset {
                 Merge { row, prompt: text(&prompt_rest), instead: text(&[instead]) }
             });
         }
-        self.examples.push(Example { row, sequences, label: source.label, margin: source.margin });
+        self.examples.push(Example { row, sequences, label: source.label, margin: source.margin, prior: None });
     }
 
     /// The line of a row in the file, from 1.

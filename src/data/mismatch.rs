@@ -48,7 +48,7 @@ mod tests {
     }
 
     fn example(row: usize, sequences: &[Sequence]) -> Example {
-        Example { row, sequences: sequences.to_vec(), label: Some(true), margin: None }
+        Example { row, sequences: sequences.to_vec(), label: Some(true), ..Example::default() }
     }
 
     /// `golden/kto_bco.json`, `kl_rotation`: which completion each prompt has, in batches.

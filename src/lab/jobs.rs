@@ -51,6 +51,8 @@ pub struct Step {
 pub enum Makes {
     /// A folder that the command itself knows how to continue.
     Run,
+    /// The same, up to this share of its steps: the last step of a job that is to go on later, perhaps.
+    Part(f64),
     /// A folder that appears whole.
     Folder(PathBuf),
     /// A file, of what it prints.
@@ -66,15 +68,34 @@ pub enum Outcome {
     Skipped(String),
 }
 
+/// What is in a job's folder.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Found {
+    Nothing,
+    /// Begun, of what it would be made of now.
+    Begun,
+    /// Made of something else; seconds that it took, where it came to its end.
+    Other(Option<f64>),
+    /// Seconds that it took.
+    Done(f64),
+}
+
 #[derive(Serialize, Deserialize)]
 struct State {
     key: String,
     name: String,
     finished: bool,
+    /// The largest share of its steps that it was to reach and has.
+    #[serde(default)]
+    reached: f64,
     seconds: f64,
 }
 
 impl State {
+    fn new(job: &Job) -> Self {
+        Self { key: job.key.clone(), name: job.name.clone(), finished: false, reached: 0.0, seconds: 0.0 }
+    }
+
     fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(STATE);
         if path.exists() { Ok(Some(serde_json::from_value(read_json(&path)?).at(&path)?)) } else { Ok(None) }
@@ -82,6 +103,27 @@ impl State {
 }
 
 impl Job {
+    /// What there is of it.
+    ///
+    /// # Errors
+    /// A state that cannot be read.
+    pub fn found(&self) -> Result<Found> {
+        Ok(match State::read(&self.dir)? {
+            None => Found::Nothing,
+            Some(State { key, finished: true, seconds, .. }) if key == self.key => Found::Done(seconds),
+            Some(State { key, finished, seconds, .. }) if key != self.key => Found::Other(finished.then_some(seconds)),
+            Some(_) => Found::Begun,
+        })
+    }
+
+    /// The share of its steps that it is to reach; none: it is to finish.
+    fn part(&self) -> Option<f64> {
+        match self.steps.last()?.makes {
+            Makes::Part(share) => Some(share),
+            _ => None,
+        }
+    }
+
     /// Makes its folder, for someone else to run its commands; what is there already stays.
     ///
     /// # Errors
@@ -101,8 +143,7 @@ impl Job {
         if let Some((name, content)) = &self.file {
             write_file(&self.dir.join(name), |out| out.write_all(content.as_bytes()))?;
         }
-        let state = State { key: self.key.clone(), name: self.name.clone(), finished: false, seconds: 0.0 };
-        write_json(&self.dir.join(STATE), &state)
+        write_json(&self.dir.join(STATE), &State::new(self))
     }
 }
 
@@ -116,7 +157,11 @@ pub struct Runner<'a> {
     pub program: &'a Path,
     /// Jobs at a time.
     pub jobs: usize,
+    /// What this is, and what jobs are, in the plural: `comparing`, `runs`.
+    pub doing: (&'a str, &'a str),
     pub stop: &'a dyn Fn() -> bool,
+    /// Is asked about every job that is done, by its place: what is wrong with what it made, after which no job is begun.
+    pub gate: &'a dyn Fn(usize) -> Option<String>,
 }
 
 /// A job whose process is at work.
@@ -144,7 +189,7 @@ impl Runner<'_> {
     ///
     /// Fails where the user interrupts, with every process told so and waited for, and where a folder is not one of these.
     pub fn run(&self, jobs: &[Job]) -> Result<Vec<Outcome>> {
-        let progress = Progress::new("comparing", jobs.len() as u64, "runs");
+        let progress = Progress::new(self.doing.0, jobs.len() as u64, self.doing.1);
         let (outcomes, running) = (vec![None; jobs.len()], Vec::new());
         let mut work = Work { jobs, runner: self, outcomes, running, progress, ran: (0, Duration::ZERO) };
         let result = work.all();
@@ -161,7 +206,8 @@ impl Work<'_> {
         loop {
             if (self.runner.stop)() {
                 let (done, all) = (self.done(), self.jobs.len());
-                let detail = format!("{done} of {all} runs are done; the same command goes on where it stopped");
+                let unit = self.runner.doing.1;
+                let detail = format!("{done} of {all} {unit} are done; the same command goes on where it stopped");
                 return Err(Error::Interrupted { detail });
             }
             let mut idle = self.collect()?;
@@ -197,13 +243,16 @@ impl Work<'_> {
             self.close(job, Outcome::Skipped(missing.clone()), &format!("left out, as {missing} is missing"));
             return Ok(());
         }
+        let mut before = State::new(&self.jobs[job]);
+        let part = self.jobs[job].part();
         match State::read(dir)? {
-            Some(state) if state.key == *key && state.finished => {
+            Some(state) if state.key == *key && (state.finished || part.is_some_and(|part| state.reached >= part)) => {
+                self.progress.at(self.done() as u64 + 1, name);
                 self.outcomes[job] = Some(Outcome::Done);
-                self.progress.at(self.done() as u64, name);
+                self.pass(job);
                 return Ok(());
             }
-            Some(state) if state.key == *key => {}
+            Some(state) if state.key == *key => before = state,
             Some(_) => {
                 let aside = set_aside(dir)?;
                 self.progress.say(&format!(
@@ -215,18 +264,36 @@ impl Work<'_> {
             None => {}
         }
         fs::create_dir_all(dir).at(dir)?;
-        self.state(job, None)?;
+        write_json(&dir.join(STATE), &before)?;
         if let Some((name, content)) = file {
             write_file(&dir.join(name), |out| out.write_all(content.as_bytes()))?;
         }
         self.step(job, 0, Instant::now())
     }
 
-    fn state(&self, job: usize, finished: Option<Duration>) -> Result<()> {
-        let Job { dir, key, name, .. } = &self.jobs[job];
-        let seconds = finished.map_or(0.0, |time| time.as_secs_f64());
-        let state = State { key: key.clone(), name: name.clone(), finished: finished.is_some(), seconds };
-        write_json(&dir.join(STATE), &state)
+    /// Asks the gate about a job that is done. Behind one that fails nothing is begun; what is at work comes to its end.
+    fn pass(&mut self, job: usize) {
+        let Some(wrong) = (self.runner.gate)(job) else { return };
+        let name = self.jobs[job].name.clone();
+        self.progress.say(&format!("{name}: {wrong}"));
+        self.outcomes[job] = Some(Outcome::Failed(wrong));
+        let at_work: Vec<usize> = self.running.iter().map(|running| running.job).collect();
+        let waiting = self.outcomes.iter_mut().enumerate().filter(|(job, _)| !at_work.contains(job));
+        for (_, outcome) in waiting.filter(|(_, outcome)| outcome.is_none()) {
+            *outcome = Some(Outcome::Skipped(name.clone()));
+        }
+    }
+
+    /// Writes down that a job has done what it was to do, in this time.
+    fn done_with(&self, job: usize, time: Duration) -> Result<()> {
+        let job = &self.jobs[job];
+        let Some(state) = State::read(&job.dir)? else { return Err(not_a_job(&job.dir)) };
+        let seconds = state.seconds + time.as_secs_f64();
+        let state = match job.part() {
+            Some(reached) => State { reached, seconds, ..state },
+            None => State { finished: true, seconds, ..state },
+        };
+        write_json(&job.dir.join(STATE), &state)
     }
 
     /// Starts a step, or the first one after it that is not done.
@@ -238,16 +305,17 @@ impl Work<'_> {
             step += 1;
         }
         let Some(Step { args, makes }) = steps.get(step) else {
-            self.state(job, Some(since.elapsed()))?;
+            self.done_with(job, since.elapsed())?;
             self.ran = (self.ran.0 + 1, self.ran.1 + since.elapsed());
             self.close(job, Outcome::Done, &format!("{:.1} s", since.elapsed().as_secs_f64()));
+            self.pass(job);
             return Ok(());
         };
         let log = self.log(dir)?;
         let both = |file: &File| file.try_clone().map(Stdio::from).at(dir.join(LOG));
         let output = match makes {
             Makes::Output(path) => Some((path.with_extension("tmp"), path.clone())),
-            Makes::Run | Makes::Folder(_) => None,
+            Makes::Run | Makes::Part(_) | Makes::Folder(_) => None,
         };
         let stdout = match &output {
             Some((unfinished, _)) => Stdio::from(File::create(unfinished).at(unfinished)?),
@@ -372,7 +440,11 @@ mod tests {
     }
 
     fn run(jobs: &[Job], at_once: usize) -> Vec<Outcome> {
-        Runner { program: Path::new("sh"), jobs: at_once, stop: &|| false }.run(jobs).unwrap()
+        runner(at_once, &|| false).run(jobs).unwrap()
+    }
+
+    fn runner(jobs: usize, stop: &dyn Fn() -> bool) -> Runner<'_> {
+        Runner { program: Path::new("sh"), jobs, doing: ("testing", "runs"), stop, gate: &|_| None }
     }
 
     #[test]
@@ -406,9 +478,45 @@ mod tests {
         assert!(!dir.join("base.1").exists());
 
         fs::create_dir(dir.join("mine")).unwrap();
-        let runner = Runner { program: Path::new("sh"), jobs: 1, stop: &|| false };
-        let message = runner.run(&[job(dir, "mine", &[], "true")]).unwrap_err().to_string();
+        let message = runner(1, &|| false).run(&[job(dir, "mine", &[], "true")]).unwrap_err().to_string();
         assert!(message.contains("left alone"), "{message}");
+    }
+
+    #[test]
+    fn behind_a_gate_that_fails_nothing_is_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let jobs =
+            [job(dir, "first", &[], "echo 1"), job(dir, "second", &[], "echo 2"), job(dir, "third", &[1], "echo 3")];
+        let gate = |job: usize| (job == 0).then(|| "1 is too little".to_string());
+        for _ in 0..2 {
+            let outcomes = Runner { gate: &gate, ..runner(1, &|| false) }.run(&jobs).unwrap();
+            let skipped = || Outcome::Skipped("first".into());
+            assert_eq!(outcomes, [Outcome::Failed("1 is too little".into()), skipped(), skipped()]);
+        }
+        // What it made is there, and is not made again once the gate is lower.
+        fs::write(dir.join("first/out"), "kept").unwrap();
+        assert_eq!(run(&jobs, 1), [Outcome::Done, Outcome::Done, Outcome::Done]);
+        assert_eq!(fs::read_to_string(dir.join("first/out")).unwrap(), "kept");
+    }
+
+    #[test]
+    fn a_part_is_done_once_and_the_rest_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("count");
+        let script = format!("echo x >> '{}'", out.display());
+        let job = |makes| {
+            let args = ["-c", &script].map(OsString::from).to_vec();
+            Job { steps: vec![Step { args, makes }], ..job(folder.path(), "cell", &[], "key") }
+        };
+        // A smaller part of a larger one is there already, and so is any of the whole.
+        let order = [Makes::Part(0.25), Makes::Part(0.25), Makes::Part(0.5), Makes::Part(0.25), Makes::Run, Makes::Run];
+        let ran = order.map(|makes| {
+            assert_eq!(run(&[job(makes)], 1), [Outcome::Done]);
+            fs::read_to_string(&out).unwrap().lines().count()
+        });
+        assert_eq!((ran, run(&[job(Makes::Part(0.75))], 1)), ([1, 1, 2, 2, 3, 3], vec![Outcome::Done]));
+        assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 3);
     }
 
     #[test]
@@ -419,11 +527,7 @@ mod tests {
         let log = File::create(slow.dir.join(LOG)).unwrap();
         log.lock().unwrap();
         let mut left = Command::new("sleep").arg("0.4").stderr(log).spawn().unwrap();
-        write_json(
-            &slow.dir.join(STATE),
-            &State { key: "true".into(), name: String::new(), finished: false, seconds: 0.0 },
-        )
-        .unwrap();
+        write_json(&slow.dir.join(STATE), &State::new(&slow)).unwrap();
         run(&[slow], 1);
         assert!(left.try_wait().unwrap().is_some());
     }
@@ -435,8 +539,8 @@ mod tests {
         let script =
             format!("trap 'echo stopping >&2; exit 9' TERM; touch '{}'; while :; do sleep 0.02; done", ready.display());
         let jobs = [job(folder.path(), "endless", &[], &script)];
-        let runner = Runner { program: Path::new("sh"), jobs: 1, stop: &|| ready.exists() };
-        let error = runner.run(&jobs).unwrap_err();
+        let stop = || ready.exists();
+        let error = runner(1, &stop).run(&jobs).unwrap_err();
         assert!(matches!(&error, Error::Interrupted { detail } if detail.contains("0 of 1 runs")), "{error}");
         assert!(fs::read_to_string(jobs[0].dir.join(LOG)).unwrap().contains("stopping"));
     }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::equal::Matched;
 use super::fit::{Fitted, FittedGroup, Measurement, fit_groups};
+use super::race::{self, Halving, Place};
 use crate::checkpoint::json::{read_json, write_json};
 use crate::error::{At, Error, Result};
 use crate::scaling::correlation;
@@ -45,6 +47,9 @@ pub struct Plan {
     /// Completions of an evaluation.
     pub samples: usize,
     pub cells: Vec<Cell>,
+    /// Of a race of the cells.
+    #[serde(default)]
+    pub halving: Option<Halving>,
 }
 
 impl Plan {
@@ -52,7 +57,7 @@ impl Plan {
         write_json(&dir.join(LAB), self)
     }
 
-    fn read(dir: &Path) -> Result<Self> {
+    pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(LAB);
         if !path.exists() {
             return Err(Error::file(dir, format!("holds no {LAB}; give the output folder of `cuvee lab sweep`")));
@@ -88,6 +93,8 @@ pub struct Overopt {
     pub plan: Plan,
     pub looks: Vec<Look>,
     pub fitted: Fitted,
+    /// Of a race, what became of whom.
+    pub places: Vec<Place>,
     /// A metric of base ability, if evaluations have one: less is better.
     pub tax: Option<String>,
 }
@@ -116,47 +123,56 @@ fn scales(plan: &Plan, logged: &[(usize, BTreeMap<String, f64>)]) -> BTreeMap<St
     starts.into_iter().map(|(size, starts)| (size, average(starts))).collect()
 }
 
+/// What the cells have logged by now; cells that have not begun have no points.
+///
+/// # Errors
+/// A log that cannot be read.
+pub fn looks(dir: &Path, plan: &Plan) -> Result<Vec<Look>> {
+    let mut logged = Vec::new();
+    for (at, cell) in plan.cells.iter().enumerate() {
+        logged.extend(evaluations(&dir.join(&cell.dir))?.iter().map(|line| (at, numbers(line))));
+    }
+    let scales = scales(plan, &logged);
+    let mut looks: Vec<Look> = Vec::new();
+    for (cell, line) in logged {
+        let (Some((mean, spread)), Some(gold)) = (scales.get(&plan.cells[cell].size), line.get("gold")) else {
+            continue;
+        };
+        let of = |name: &str| line.get(name).copied().unwrap_or(f64::NAN);
+        looks.push(Look {
+            cell,
+            step: of("step"),
+            epoch: of("epoch"),
+            d: of("sqrt_kl"),
+            d_stderr: of("sqrt_kl_stderr"),
+            gold: (gold - mean) / spread,
+            gold_stderr: of("gold_stderr") / spread,
+            valid: true,
+            logged: line,
+        });
+    }
+    let starts: Vec<Option<Look>> = (0..plan.cells.len())
+        .map(|cell| looks.iter().find(|look| look.cell == cell && look.step == 0.0).cloned())
+        .collect();
+    for look in &mut looks {
+        if let Some(start) = &starts[look.cell] {
+            let share = look.of("completions/distinct_2") / start.of("completions/distinct_2");
+            let fallen = start.of("completions/ref_logp") - look.of("completions/ref_logp");
+            // What is not known is no reason to doubt.
+            look.valid = !(share < DISTINCT || fallen > UNLIKELY) && look.d.is_finite();
+        }
+    }
+    Ok(looks)
+}
+
 impl Overopt {
-    /// Reads what the cells have logged by now; cells that have not begun have no points.
+    /// Reads what there is by now.
     ///
     /// # Errors
     /// A folder that is no sweep's, a log that cannot be read.
     pub fn read(dir: &Path) -> Result<Self> {
         let plan = Plan::read(dir)?;
-        let mut logged = Vec::new();
-        for (at, cell) in plan.cells.iter().enumerate() {
-            logged.extend(evaluations(&dir.join(&cell.dir))?.iter().map(|line| (at, numbers(line))));
-        }
-        let scales = scales(&plan, &logged);
-        let mut looks: Vec<Look> = Vec::new();
-        for (cell, line) in logged {
-            let (Some((mean, spread)), Some(gold)) = (scales.get(&plan.cells[cell].size), line.get("gold")) else {
-                continue;
-            };
-            let of = |name: &str| line.get(name).copied().unwrap_or(f64::NAN);
-            looks.push(Look {
-                cell,
-                step: of("step"),
-                epoch: of("epoch"),
-                d: of("sqrt_kl"),
-                d_stderr: of("sqrt_kl_stderr"),
-                gold: (gold - mean) / spread,
-                gold_stderr: of("gold_stderr") / spread,
-                valid: true,
-                logged: line,
-            });
-        }
-        let starts: Vec<Option<Look>> = (0..plan.cells.len())
-            .map(|cell| looks.iter().find(|look| look.cell == cell && look.step == 0.0).cloned())
-            .collect();
-        for look in &mut looks {
-            if let Some(start) = &starts[look.cell] {
-                let share = look.of("completions/distinct_2") / start.of("completions/distinct_2");
-                let fallen = start.of("completions/ref_logp") - look.of("completions/ref_logp");
-                // What is not known is no reason to doubt.
-                look.valid = !(share < DISTINCT || fallen > UNLIKELY) && look.d.is_finite();
-            }
-        }
+        let looks = looks(dir, &plan)?;
         let tax = looks.iter().flat_map(|look| look.logged.keys()).find(|key| key.ends_with("/nll")).cloned();
         let points = looks.iter().filter(|look| look.step > 0.0 && look.d.is_finite());
         let point = |look: &Look| Measurement {
@@ -169,7 +185,8 @@ impl Overopt {
         };
         let fitted =
             fit_groups(points.map(point).collect(), "gold reward, standard deviations at the start", RESAMPLES, 42);
-        Ok(Self { plan, looks, fitted, tax })
+        let places = race::read(dir)?;
+        Ok(Self { plan, looks, fitted, places, tax })
     }
 
     pub fn of_cell(&self, cell: usize) -> impl Iterator<Item = &Look> {
@@ -254,6 +271,8 @@ impl Overopt {
             "fits": self.fitted.to_json()["groups"],
             "correlation_with_gold": self.groups().into_iter().map(told).collect::<Vec<_>>(),
             "tax": self.tax,
+            "equal": Matched::of(self).to_json(),
+            "race": self.plan.halving.as_ref().map(|halving| json!({"halving": halving, "places": self.places})),
             "points": self.looks.iter().map(point).collect::<Vec<_>>(),
         })
     }
@@ -298,7 +317,7 @@ pub mod tests {
             });
         }
         cells.push(Cell { name: "not begun".into(), dir: "runs/none".into(), ..cells[0].clone() });
-        Plan { recipe: "lab.toml".into(), samples: 64, cells }.write(dir).unwrap();
+        Plan { recipe: "lab.toml".into(), samples: 64, cells, halving: None }.write(dir).unwrap();
     }
 
     #[test]

@@ -3,9 +3,11 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use super::equal::{Arm, Matched, Reached};
 use super::fit::{COLUMNS, cells, remarks};
 use super::hump::{Dot, Group, Hump, hump_svg};
 use super::overopt::{Cell, Look, Overopt};
+use super::race::Place;
 use crate::checkpoint::json::write_json;
 use crate::checkpoint::write_file;
 use crate::error::Result;
@@ -14,7 +16,7 @@ use crate::train::plot::{Panel, Series, curves_svg, escape};
 pub const PAGE: &str = "report.html";
 pub const NUMBERS: &str = "report.json";
 
-const STYLE: &str = "
+pub const STYLE: &str = "
 :root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 12.5px; } td, th { padding: 2px 8px; text-align: right; border-bottom: 1px solid #9ca3af55; }
 td:first-child, th:first-child { text-align: left; } figure { margin: 1.5rem 0; break-inside: avoid; } svg { max-width: 100%; height: auto; }
@@ -54,6 +56,8 @@ fn page(found: &Overopt, dir: &Path) -> String {
     predictors(found, &mut page);
     lengths(found, &mut page);
     pareto(found, &mut page);
+    equals(found, &mut page);
+    race(found, &mut page);
     fit_table(found, &mut page);
     cell_table(found, &mut page);
     reproduce(found, dir, &mut page);
@@ -64,11 +68,11 @@ fn code(text: &str) -> String {
     format!("<code>{}</code>", escape(text))
 }
 
-fn figure(page: &mut String, svg: &str, caption: &str) {
+pub fn figure(page: &mut String, svg: &str, caption: &str) {
     let _ = writeln!(page, "<figure>{svg}<figcaption>{caption}</figcaption></figure>");
 }
 
-fn table(page: &mut String, head: &[&str], rows: &[Vec<String>]) {
+pub fn table(page: &mut String, head: &[&str], rows: &[Vec<String>]) {
     let cells = |tag: &str, row: &[String]| {
         row.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect::<String>()
     };
@@ -228,6 +232,72 @@ fn pareto(found: &Overopt, page: &mut String) {
     figure(page, &hump_svg(&hump), "Every evaluation. The best lie up and to the left.");
 }
 
+/// `1.21 ± 0.03`, of those runs that get there.
+fn there(found: &Reached, runs: usize, most: f64) -> String {
+    let spread = if found.sd.is_finite() { format!(" ± {:.2}", found.sd) } else { String::new() };
+    match found.runs {
+        0 => format!("never (≤ {most:.2})"),
+        n if n < runs => format!("{:.2}{spread} ({n} of {runs})", found.mean),
+        _ => format!("{:.2}{spread}", found.mean),
+    }
+}
+
+fn equals(found: &Overopt, page: &mut String) {
+    let matched = Matched::of(found);
+    *page += "<h2>At equal distance, at equal gold</h2>\n";
+    let mut write = |what: &str, at: &[f64], of: &dyn Fn(&Arm) -> (Vec<Reached>, f64)| {
+        let heads: Vec<String> = at.iter().map(|at| format!("{what} {at}")).collect();
+        let row = |arm: &Arm| {
+            let beta = if arm.together { "all".into() } else { label(arm.beta) };
+            let (found, most) = of(arm);
+            let cells = found.iter().map(|found| there(found, arm.runs, most));
+            [arm.group.clone(), beta].into_iter().chain(cells).collect::<Vec<_>>()
+        };
+        let head: Vec<&str> = ["arm", "beta"].into_iter().chain(heads.iter().map(String::as_str)).collect();
+        table(page, &head, &matched.arms.iter().map(row).collect::<Vec<_>>());
+    };
+    write("gold at d =", &matched.distances, &|arm| (arm.gold.clone(), arm.furthest));
+    write("d for gold", &matched.levels, &|arm| (arm.d.clone(), arm.best));
+    *page += "<p class=\"how\">Where a run first goes as far, or becomes as good, in a straight line between two evaluations; ± is the \
+              standard deviation over the runs that get there (seeds; of \"all\", seeds and betas), and how many do where some do not. \
+              What never gets there shows the most that it came to. A first time favours runs that are looked at more often, and luck.</p>\n";
+}
+
+fn race(found: &Overopt, page: &mut String) {
+    let Some(halving) = &found.plan.halving else { return };
+    let bound = halving.constraint.as_ref();
+    *page += "<h2>Who left the race</h2>\n";
+    let known = |value: Option<f64>| value.map_or("–".into(), number);
+    let row = |place: &Place| {
+        let (beta, what) = (label(place.beta), if place.goes_on { "goes on" } else { "leaves" });
+        vec![
+            place.group.clone(),
+            beta,
+            place.rung.to_string(),
+            known(place.step),
+            known(place.d),
+            known(place.gold),
+            known(place.bounded),
+            what.into(),
+            place.why.clone(),
+        ]
+    };
+    let metric = bound.map_or("bound".into(), |bound| bound.metric.clone());
+    let head = ["arm", "beta", "rung", "step", "d", "gold", &metric, "", "why"];
+    table(page, &head, &found.places.iter().map(row).collect::<Vec<_>>());
+    let must = bound.map_or(String::new(), |bound| format!(", of those that keep {}", code(&bound.to_string())));
+    let _ = writeln!(
+        page,
+        "<p class=\"how\">At each rung, a share of a run's steps, {} of those that start from the same model go on at most, by their gold \
+         reward there{must}; means over seeds. Whoever leaves stops there: its later points are not missing by chance.</p>",
+        percent(halving.keep)
+    );
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", 100.0 * share)
+}
+
 fn fit_table(found: &Overopt, page: &mut String) {
     *page += "<h2>Fits</h2>\n";
     let rows = found.groups().into_iter().flat_map(|group| {
@@ -290,7 +360,7 @@ fn reproduce(found: &Overopt, dir: &Path, page: &mut String) {
         let _ = writeln!(page, "<li>{what}: {}</li>", code(&command));
     }
     *page += "</ul>\n<p class=\"how\">Every number of every figure is in <code>report.json</code>: points (humps, dynamics, scatters, length, cost), fits, \
-              correlation_with_gold, verdicts. Single runs:</p>\n<ul>\n";
+              correlation_with_gold, equal, race, verdicts. Single runs:</p>\n<ul>\n";
     found.plan.cells.iter().for_each(|cell| *page += &format!("<li>{}</li>\n", code(&cell.command)));
     *page += "</ul>\n";
 }
@@ -325,5 +395,65 @@ mod tests {
         let drawn = page.matches("class=\"dot c").count() + page.matches("class=\"hollow c").count();
         assert!(drawn >= 55 + 55 * 2 + 60 * 2, "{drawn}");
         assert_eq!(found.looks.len(), 60);
+    }
+
+    /// Numbers between two texts, of each line that holds both.
+    fn between(text: &str, start: &str, end: &str) -> Vec<f64> {
+        let of = |line: &str| line.split_once(start)?.1.split_once(end)?.0.parse().ok();
+        text.lines().filter_map(of).collect()
+    }
+
+    /// What a position in a figure stands for, from two ticks and their labels.
+    fn reader(svg: &str, anchor: &str, axis: &str) -> impl Fn(f64) -> f64 {
+        let ticks: Vec<&str> =
+            svg.lines().filter(|line| line.contains("class=\"tick\"") && line.contains(anchor)).collect();
+        let of = |line: &str| (between(line, axis, "\"")[0], between(line, "font-size=\"11\">", "<")[0]);
+        let (first, last) = (of(ticks[0]), of(ticks[ticks.len() - 1]));
+        move |at| first.1 + (at - first.0) * (last.1 - first.1) / (last.0 - first.0)
+    }
+
+    /// As a person with a ruler reads it.
+    #[test]
+    fn figures_show_the_numbers_of_the_json() {
+        let folder = tempfile::tempdir().unwrap();
+        sweep(folder.path());
+        let json = write_report(folder.path()).unwrap().to_json();
+        let page = std::fs::read_to_string(folder.path().join(PAGE)).unwrap();
+        let (figures, tax): (Vec<&str>, &str) = (page.split("<figure>").skip(1).collect(), "base/nll");
+        let read = |title: &str, x_of: &dyn Fn(&serde_json::Value) -> f64, size: &str, first: f64| {
+            let figure = figures.iter().find(|figure| figure.contains(&format!(">{title}</title>"))).unwrap();
+            let svg = figure.split("</svg>").next().unwrap();
+            let (x, y) = (reader(svg, "\"middle\"", " x=\""), reader(svg, "\"end\"", " y=\""));
+            // Labels of the y axis stand a little below their tick.
+            let circles = svg.lines().filter(|line| line.contains("r=\"3\""));
+            let mut drawn: Vec<(f64, f64)> = circles
+                .map(|line| (x(between(line, "cx=\"", "\"")[0]), y(between(line, "cy=\"", "\"")[0] + 4.0)))
+                .collect();
+            let points = json["points"].as_array().unwrap().iter();
+            let points =
+                points.filter(|p| p["step"].as_f64() >= Some(first) && p["size"].as_str().unwrap().contains(size));
+            let mut known: Vec<(f64, f64)> = points.map(|p| (x_of(p), p["gold"].as_f64().unwrap())).collect();
+            let order = |a: &(f64, f64), b: &(f64, f64)| (a.0, a.1).partial_cmp(&(b.0, b.1)).unwrap();
+            drawn.sort_by(order);
+            known.sort_by(order);
+            assert_eq!(drawn.len(), known.len(), "{title}");
+            let pixel = [x(1.0) - x(0.0), y(1.0) - y(0.0)].map(f64::abs);
+            // Neighbours may change places by a tenth of a pixel.
+            for (d, gold) in known {
+                let near = |p: &&(f64, f64)| (p.0 - d).abs() < 0.15 * pixel[0] && (p.1 - gold).abs() < 0.15 * pixel[1];
+                assert!(drawn.iter().any(|p| near(&p)), "{title}: no dot at {d}, {gold}");
+            }
+        };
+        let d = |point: &serde_json::Value| point["d"].as_f64().unwrap();
+        read("Starting from small", &d, "small", 1.0);
+        read("Starting from large", &d, "large", 1.0);
+        let logged = |name: &'static str| move |point: &serde_json::Value| point["logged"][name].as_f64().unwrap();
+        read("Gold reward against what it costs", &logged(tax), "", 0.0);
+        read("Gold reward against held-out loss", &logged("loss"), "", 1.0);
+        // And tables those of `equal`: gold where both seeds with beta 0.01 first get to d = 2.
+        let arm = &json["equal"][0];
+        let at = arm["at_equal_d"].as_array().unwrap().iter().find(|at| at["d"] == 2.0).unwrap();
+        let cell = format!("<td>{:.2} ± {:.2}</td>", at["gold"].as_f64().unwrap(), at["sd"].as_f64().unwrap());
+        assert!(arm["runs"] == 2 && page.contains(&cell), "{cell}");
     }
 }

@@ -43,14 +43,18 @@ impl Cell {
     }
 }
 
-/// Accuracy where a run first goes as far as `kl`, in a straight line between two evaluations.
+/// Accuracy where a run first goes as far as `kl`, or else where it ends.
 fn accuracy_at(run: &[Point], kl: f64) -> f64 {
-    let Some(beyond) = run.iter().position(|point| point.kl >= kl) else {
-        return run.last().map_or(f64::NAN, |last| last.accuracy);
-    };
-    let Some(before) = beyond.checked_sub(1) else { return run[0].accuracy };
-    let (a, b) = (run[before], run[beyond]);
-    a.accuracy + (b.accuracy - a.accuracy) * (kl - a.kl) / (b.kl - a.kl)
+    let path: Vec<(f64, f64)> = run.iter().map(|point| (point.kl, point.accuracy)).collect();
+    first_at(&path, kl).or(path.last().map(|last| last.1)).unwrap_or(f64::NAN)
+}
+
+/// y where x first gets as far as this along a path of (x, y), in a straight line between two points; none where it never does.
+pub(super) fn first_at(path: &[(f64, f64)], x: f64) -> Option<f64> {
+    let beyond = path.iter().position(|point| point.0 >= x)?;
+    let Some(before) = beyond.checked_sub(1) else { return Some(path[0].1) };
+    let (a, b) = (path[before], path[beyond]);
+    Some(a.1 + (b.1 - a.1) * (x - a.0) / (b.0 - a.0))
 }
 
 /// The mean and the standard deviation over seeds.

@@ -109,6 +109,15 @@ fn by_group(rewards: &[f64], groups: &[Range<usize>], scale: impl Fn(&[f64]) -> 
     advantages
 }
 
+/// What a prompt could be worth at best, softly: beta ln mean e^(reward / beta) over completions of the reference (Brantley et al.,
+/// arXiv:2505.20686). NaN where no reward says anything.
+pub fn optimal_value(rewards: &[f64], beta: f64) -> f64 {
+    let known = || rewards.iter().filter(|reward| !reward.is_nan());
+    let best = known().fold(f64::NAN, |best, reward| best.max(*reward));
+    let mean = known().map(|reward| ((reward - best) / beta).exp()).sum::<f64>() / known().count() as f64;
+    best + beta * mean.ln()
+}
+
 /// `[S]` a reward less the mean of the others of its group (Kool et al. 2019; RLOO). 0 where there are no others.
 pub fn leave_one_out(rewards: &[f64], groups: &[Range<usize>]) -> Vec<f64> {
     let mut advantages = vec![0.0; rewards.len()];

@@ -138,7 +138,8 @@ impl Objective for Grao {
         let mut loss = 0.0;
         let mean_logp = |s: usize| if stats.lens[s] > 0.0 { stats.logps[s] / stats.lens[s] } else { 0.0 };
         for (group, &answer) in stats.groups.iter().zip(&stats.answers) {
-            let (samples, a_y) = (group.len() as f64, stats.advantages[answer]);
+            // None, if all were cut and are left out.
+            let (samples, a_y) = (group.len().max(1) as f64, stats.advantages[answer]);
             let mean_a = group.clone().map(|s| stats.advantages[s]).sum::<f64>() / samples;
             let coefficient = (self.imitation * a_y - self.alignment * mean_a).clamp(-self.cap, self.cap);
             let add = |s: usize, coefficient: f64, logps: &mut Vec<f64>| {

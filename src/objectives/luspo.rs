@@ -4,12 +4,22 @@
 //! ```text
 //! loss = mean over completions of sum over tokens of -min(r A, clip(r, 1 - e, 1 + e_high) A) + beta KL
 //! ```
+//!
+//! With a ratio by token it is the sum over tokens of GRPO's terms; paper and TRL refuse that, so it has to be asked for.
 
 use super::advantages::{REWARD_AGGREGATION, SCALE_REWARDS};
 use super::registry::Entry;
 use super::surrogate::{
     DELTA, EPSILON, EPSILON_HIGH, Grouped, KL_BETA, KL_BIAS_CORRECTION, KL_FORM, Level, Normalizer, OFF_POLICY_MASK,
     Surrogate, TOP_ENTROPY,
+};
+use crate::params::{Domain, ParamSpec};
+
+const BY_TOKEN: ParamSpec = ParamSpec {
+    name: "ratio_by_token",
+    domain: Domain::Switch,
+    only_with: None,
+    help: "take each token's own ratio, not the completion's geometric mean",
 };
 
 pub(super) const ENTRY: Entry = Entry {
@@ -21,6 +31,7 @@ pub(super) const ENTRY: Entry = Entry {
         KL_BETA,
         EPSILON,
         EPSILON_HIGH,
+        BY_TOKEN,
         DELTA,
         SCALE_REWARDS,
         REWARD_AGGREGATION,
@@ -31,6 +42,7 @@ pub(super) const ENTRY: Entry = Entry {
     ],
     build: |params| {
         let term = Surrogate::clipped(params);
-        Grouped::boxed("luspo", params, Surrogate::of(params, Level::Mean, term, Normalizer::SequenceSums)?)
+        let level = if params.on(BY_TOKEN.name) { Level::Token } else { Level::Mean };
+        Grouped::boxed("luspo", params, Surrogate::of(params, level, term, Normalizer::SequenceSums)?)
     },
 };

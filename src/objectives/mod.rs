@@ -5,6 +5,7 @@
 //! To add one, write `<name>.rs` with an [`Entry`] and add two lines here: its `mod` and its place in `all`. A new
 //! parameter needs no more: the command line, recipes and help read the registry. A [`Modifier`] is added alike.
 
+mod a_star_po;
 pub mod advantages;
 mod alphapo;
 mod aot;
@@ -13,6 +14,7 @@ mod bco;
 mod cispo;
 mod cpo;
 mod dapo;
+mod dft;
 mod discopop;
 mod dr_grpo;
 mod exo_pair;
@@ -50,6 +52,7 @@ mod surrogate;
 mod unpaired;
 mod vespo;
 mod wpo;
+mod xpo;
 
 use std::borrow::Cow;
 use std::ops::{AddAssign, Range, RangeInclusive};
@@ -62,6 +65,7 @@ pub use registry::{Entry, find, params};
 pub fn all() -> &'static [Entry] {
     &[
         // One objective a line.
+        a_star_po::ENTRY,
         alphapo::ENTRY,
         aot::PAIRED,
         aot::UNPAIRED,
@@ -76,6 +80,7 @@ pub fn all() -> &'static [Entry] {
         cpo::IPO,
         dapo::ENTRY,
         dapo::BNPO,
+        dft::ENTRY,
         discopop::ENTRY,
         dr_grpo::ENTRY,
         exo_pair::ENTRY,
@@ -105,6 +110,7 @@ pub fn all() -> &'static [Entry] {
         simpo::ENTRY,
         sppo_hard::ENTRY,
         vespo::ENTRY,
+        xpo::ENTRY,
     ]
 }
 
@@ -147,6 +153,8 @@ pub struct Stats {
     pub lens: Vec<f64>,
     /// Tokens that a sampled completion may have at most; 0 where none is sampled.
     pub longest: f64,
+    /// Sampled completions that are left out and yet count in means over sequences.
+    pub absent: f64,
     /// (chosen, rejected) as indices of sequences. A sequence may be in several pairs.
     pub pairs: Vec<(usize, usize)>,
     /// `[pairs]` factors of each pair's loss and gradient, constants; empty means 1. No field of the data: an objective that
@@ -168,6 +176,10 @@ pub struct Stats {
     pub rewards: Vec<Vec<f64>>,
     /// `[R]`
     pub reward_weights: Vec<f64>,
+    /// `[groups]` what completions that the reference wrote for the same prompts are worth, NaN where no reward says anything.
+    pub prior_rewards: Vec<Vec<f64>>,
+    /// Sequences that the reference wrote.
+    pub prior: Vec<usize>,
     /// `[S]` what [`Objective::credit`] made of rewards, constants.
     pub advantages: Vec<f64>,
     /// `[S]` the output of the trained reward head.
@@ -243,6 +255,10 @@ pub struct Needs {
     pub answers: bool,
     /// And with them `reward_weights`. Who needs them learns from [`Objective::credit`].
     pub rewards: bool,
+    /// How many for each group; 0: none.
+    pub prior_rewards: usize,
+    /// One sequence of each pair.
+    pub prior: bool,
     pub advantages: bool,
     pub scores: bool,
     pub token_logps: bool,
@@ -271,6 +287,8 @@ impl Needs {
         groups: false,
         answers: false,
         rewards: false,
+        prior_rewards: 0,
+        prior: false,
         advantages: false,
         scores: false,
         token_logps: false,
@@ -302,6 +320,8 @@ impl Needs {
             groups: self.groups || other.groups,
             answers: self.answers || other.answers,
             rewards: self.rewards || other.rewards,
+            prior_rewards: self.prior_rewards.max(other.prior_rewards),
+            prior: self.prior || other.prior,
             advantages: self.advantages || other.advantages,
             scores: self.scores || other.scores,
             token_logps: self.token_logps || other.token_logps,
@@ -351,11 +371,11 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// Counts one micro-batch; reads `lens`, `longest`, `pairs`, `groups` and `labels` only, so it needs no forward pass. Totals add.
+    /// Counts one micro-batch; reads `lens`, `longest`, `absent`, `pairs`, `groups` and `labels` only, so it needs no forward pass. Totals add.
     pub fn of(stats: &Stats) -> Self {
         Self {
             pairs: stats.pairs.len() as f64,
-            sequences: stats.lens.len() as f64,
+            sequences: stats.lens.len() as f64 + stats.absent,
             desirable: stats.labels.iter().filter(|&&label| label).count() as f64,
             tokens: stats.supervised().map(|s| stats.lens[s]).sum(),
             completion_tokens: stats.lens.iter().sum(),

@@ -53,9 +53,9 @@ impl<'a> Jury<'a> {
             if let Some(at) = verdicts.iter().position(|verdict| verdict.reward.is_infinite()) {
                 return Err(named(format!("gives a completion of row {} an infinite reward", samples[at].row)));
             }
-            rewards.push(verdicts.iter().map(|verdict| verdict.reward).collect());
+            rewards.push(verdicts.iter().map(|verdict| reward.shape.of(verdict.reward)).collect());
             let known: Vec<f64> = verdicts.iter().map(|verdict| verdict.spread).filter(|s| !s.is_nan()).collect();
-            spreads.push(known.iter().sum::<f64>() / known.len() as f64);
+            spreads.push(reward.shape.of_spread(known.iter().sum::<f64>() / known.len() as f64));
         }
         self.spreads = spreads;
         Ok(rewards)

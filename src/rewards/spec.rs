@@ -14,7 +14,8 @@
 //! slope = 0.1
 //! ```
 //!
-//! `name` is the kind unless it is given, `weight` is 1. Paths start at the file's folder.
+//! `name` is the kind unless it is given, `weight` is 1. Paths start at the file's folder. Any table may say how its reward is put on a
+//! scale, `(x - center) / scale`, and above what it counts no more, `most`; `cuvee lab scale` measures and writes these.
 
 use std::fmt;
 use std::fs;
@@ -84,9 +85,55 @@ pub struct Rewards {
 pub(super) struct Reward {
     pub name: String,
     pub weight: f64,
+    pub shape: Shape,
     pub kind: Kind,
     /// Of its table and the files that it names. Weights of models are hashed when they are asked for.
     identity: blake3::Hash,
+}
+
+/// `min(most, (x - center) / scale)`
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct Shape {
+    center: f64,
+    scale: f64,
+    most: f64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { center: 0.0, scale: 1.0, most: f64::INFINITY }
+    }
+}
+
+impl Shape {
+    /// Takes its keys out of a reward's table.
+    fn take(table: &mut Table) -> Result<Self, String> {
+        let mut number = |key: &str, otherwise: f64| match table.remove(key) {
+            None => Ok(otherwise),
+            Some(value) => {
+                let number = value.as_float().or(value.as_integer().map(|n| n as f64)).filter(|x| x.is_finite());
+                number.ok_or(format!("{key}: expected a finite number, found {} {value}", value.type_str()))
+            }
+        };
+        let Self { center, scale, most } = Self::default();
+        let shape =
+            Self { center: number("center", center)?, scale: number("scale", scale)?, most: number("most", most)? };
+        match shape.scale > 0.0 {
+            true => Ok(shape),
+            false => Err(format!("scale: expected a number above 0, found {}", shape.scale)),
+        }
+    }
+
+    /// NaN, which says nothing, stays so.
+    pub fn of(&self, reward: f64) -> f64 {
+        let scaled = (reward - self.center) / self.scale;
+        if scaled > self.most { self.most } else { scaled }
+    }
+
+    /// Of a standard deviation.
+    pub fn of_spread(&self, spread: f64) -> f64 {
+        spread / self.scale
+    }
 }
 
 impl Rewards {
@@ -195,12 +242,13 @@ fn stem(path: &Path) -> String {
 
 fn of_folder(dir: &Path) -> Result<Reward> {
     let panel = Panel::open(&[dir.to_path_buf()], 0.0)?;
-    Ok(Reward { name: stem(dir), weight: 1.0, kind: Kind::Models(panel), identity: blake3::hash(b"model") })
+    let (shape, identity) = (Shape::default(), blake3::hash(b"model"));
+    Ok(Reward { name: stem(dir), weight: 1.0, shape, kind: Kind::Models(panel), identity })
 }
 
 fn of_language_model(dir: &Path) -> Result<Reward> {
     let (name, kind) = ("fluency".to_string(), Kind::Models(Panel::fluency(dir)?));
-    Ok(Reward { name, weight: 1.0, kind, identity: blake3::hash(b"fluency") })
+    Ok(Reward { name, weight: 1.0, shape: Shape::default(), kind, identity: blake3::hash(b"fluency") })
 }
 
 fn of_file(path: &Path) -> Result<Vec<Reward>> {
@@ -248,12 +296,14 @@ fn of_table(mut table: Table, folder: &Path) -> Result<Reward, String> {
         Some(Value::Integer(weight)) => weight as f64,
         Some(other) => return Err(format!("weight: expected a number, found {} {other}", other.type_str())),
     };
+    // Before its keys are taken out: what decides a score is hashed.
+    place.read.update(entry.name.as_bytes()).update(table.to_string().as_bytes());
+    let shape = Shape::take(&mut table)?;
     let keys = entry.keys.iter().map(|(key, _)| *key);
     if let Some(unknown) = table.keys().find(|key| !keys.clone().any(|known| known == *key)) {
-        let also = keys.chain(["name", "kind", "weight"]);
+        let also = keys.chain(["name", "kind", "weight", "center", "scale", "most"]);
         return Err(format!("unknown key {unknown:?} of a {:?}; {}", entry.name, nearest(unknown, also)));
     }
-    place.read.update(entry.name.as_bytes()).update(table.to_string().as_bytes());
     let kind = (entry.open)(table, &mut place)?;
-    Ok(Reward { name, weight, kind, identity: place.read.finalize() })
+    Ok(Reward { name, weight, shape, kind, identity: place.read.finalize() })
 }

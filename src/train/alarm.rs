@@ -31,7 +31,7 @@ const LENGTH: f64 = 0.2;
 const DISTINCT: f64 = 0.75;
 /// Share of its negative log-probability at the start that a chosen completion has lost.
 const DISPLACED: f64 = 0.05;
-/// Each halves the learning rate; after these a run ends.
+/// Each halves the learning rate, or doubles beta; after these a run ends.
 const ROLLBACKS: u32 = 3;
 
 /// What a run does about it.
@@ -40,8 +40,17 @@ pub enum OnAlarm {
     Warn,
     /// End with the best checkpoint.
     Stop,
-    /// Go back to the best checkpoint and on from there at half the learning rate; the third time, end there.
+    /// Go back to the best checkpoint and on from there at half the learning rate, or twice the beta; after the third time, end
+    /// there.
     Rollback,
+}
+
+/// What a run that went back does otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Lever {
+    #[default]
+    LearningRate,
+    Beta,
 }
 
 /// What one evaluation saw.
@@ -170,8 +179,13 @@ impl Watch {
     }
 
     /// Of the schedule's learning rate.
-    pub fn rate(&self) -> f64 {
-        0.5_f64.powi(self.rollbacks as i32)
+    pub fn rate(&self, lever: Lever) -> f64 {
+        if lever == Lever::LearningRate { 0.5_f64.powi(self.rollbacks as i32) } else { 1.0 }
+    }
+
+    /// Of the objective's beta.
+    pub fn beta(&self, lever: Lever) -> f64 {
+        if lever == Lever::Beta { 2_f64.powi(self.rollbacks as i32) } else { 1.0 }
     }
 
     /// The watch of the best evaluation after the run has gone back there from this one.
@@ -306,7 +320,9 @@ mod tests {
             watch.rollbacks = rollbacks;
             assert_eq!(watch.act(OnAlarm::Rollback), action);
         }
-        assert_eq!((watch.rate(), watch.act(OnAlarm::Warn)), (0.125, OnAlarm::Warn));
+        assert_eq!((watch.rate(Lever::LearningRate), watch.beta(Lever::LearningRate)), (0.125, 1.0));
+        assert_eq!((watch.rate(Lever::Beta), watch.beta(Lever::Beta)), (1.0, 8.0));
+        assert_eq!(watch.act(OnAlarm::Warn), OnAlarm::Warn);
         let back = watch.gone_back(Watch::default());
         assert_eq!((back.rollbacks, back.best), (4, None));
     }

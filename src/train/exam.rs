@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::policy::Policy;
@@ -106,6 +106,12 @@ impl Serialize for StopWhen {
     }
 }
 
+impl<'de> Deserialize<'de> for StopWhen {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 impl std::str::FromStr for StopWhen {
     type Err = String;
 
@@ -130,10 +136,15 @@ impl StopWhen {
         Err(Error::option("--stop-when", detail))
     }
 
+    /// Whether a value of the metric is on the side of the bound that is meant.
+    pub fn holds(&self, value: f64) -> bool {
+        if self.above { value > self.bound } else { value < self.bound }
+    }
+
     /// Which number of an evaluation ends the run, if one does.
     pub fn met(&self, line: &Map<String, Value>) -> Option<String> {
         let value = line.get(&format!("eval_{}", self.metric))?.as_f64()?;
-        let met = if self.above { value > self.bound } else { value < self.bound };
+        let met = self.holds(value);
         let side = if self.above { "above" } else { "below" };
         met.then(|| format!("{} is {value:.6}, {side} {} (--stop-when)", self.metric, self.bound))
     }

@@ -3,10 +3,16 @@
 //! A batch of prompts is completed once and trained on for `--num-iterations` steps. An objective that learns from rewards
 //! sees all samples of a prompt as a group, and the data's own completion beside them where it wants that. One that learns
 //! from pairs sees the best sample of a prompt as chosen and the worst as rejected (online DPO, Guo et al., arXiv:2402.04792);
-//! a prompt whose samples are worth the same teaches it nothing.
+//! a prompt whose samples are worth the same teaches it nothing. XPO pairs one sample with one of the reference's, drawn before the
+//! first step (`prior`), which A*-PO has its values from. What was cut at its length limit may be left out (`truncated`).
+
+mod prior;
+mod truncated;
 
 use std::collections::HashSet;
 
+use self::prior::Drawn;
+use self::truncated::leave_out;
 use super::drift::Estimate;
 use super::panel::Gathered;
 use super::policy::Policy;
@@ -111,6 +117,8 @@ pub struct Online<'a, B: Backend> {
     rewards: &'a Rewards,
     /// Of the training data, for their prompts as they are written there.
     rows: Vec<Row>,
+    /// Of each training example what the reference wrote for its prompt, where the objective reads such.
+    prior: Vec<Vec<Drawn>>,
     log: LineLog,
 }
 
@@ -129,7 +137,7 @@ impl<'a, B: Backend> Online<'a, B> {
         let rewards = task.rewards.as_ref().expect("opened with the task");
         let jury = Jury::new(device, rewards, settings.packing);
         let rows = read_rows(&task.train.path)?.1;
-        Ok(Self { task, settings, rollouts, fresh, jury, rewards, rows, log })
+        Ok(Self { task, settings, rollouts, fresh, jury, rewards, rows, prior: Vec::new(), log })
     }
 
     pub fn sync(&self) -> Result<()> {
@@ -163,8 +171,18 @@ impl<'a, B: Backend> Online<'a, B> {
         let samples: Vec<usize> = (0..written.len()).filter(|s| s % each < self.rollouts.samples).collect();
         let mut metrics = self.metrics(&samples, &written, (&rewards, &total));
         let tokens = samples.iter().map(|s| written[*s].ids.len() as u64).sum();
+        let keep: Vec<bool> = written.iter().map(|written| written.finished || !self.rollouts.mask_truncated).collect();
         if !needs.rewards {
-            let examples = best_and_worst(&data, &written, &total, each);
+            let total: Vec<f64> =
+                total.iter().zip(&keep).map(|(total, keep)| if *keep { *total } else { f64::NAN }).collect();
+            let visit = ((number - 1) * self.rollouts.iterations / self.task.steps_per_epoch) as usize;
+            let examples = match needs.prior {
+                true => {
+                    let prior = |at: usize| &self.prior[prompts[at]][visit];
+                    against_prior(&data, &written, &total, (prior, self.rollouts.mask_truncated))
+                }
+                false => best_and_worst(&data, &written, &total, each),
+            };
             metrics.push(("pairs".into(), examples.len() as f64 / data.len() as f64));
             let refs = self.ask(device, policy, &examples)?;
             return Ok(Batch { examples, refs, sampled: None, metrics, state: Vec::new(), tokens });
@@ -189,10 +207,18 @@ impl<'a, B: Backend> Online<'a, B> {
         }
         (stats.ref_logps, stats.ref_token_logps) = refs.iter().map(|said| exact(said)).unzip();
         stats.ref_weights = ref_weights.to_vec();
+        if needs.prior_rewards > 0 {
+            let of = |at: &usize| self.prior[*at].iter().map(Drawn::reward).collect();
+            stats.prior_rewards = prompts.iter().map(of).collect();
+        }
         let credit = self.task.objective.credit(stats);
         (stats.advantages, stats.token_advantages) = (credit.advantages, credit.token_advantages);
         stats.returns = credit.returns;
         metrics.extend(credit.metrics);
+        let (examples, refs, sampled) = match keep.contains(&false) {
+            true => leave_out((examples, refs, sampled), &keep),
+            false => (examples, refs, sampled),
+        };
         Ok(Batch { examples, refs, sampled: Some(sampled), metrics, state: credit.state, tokens })
     }
 
@@ -407,6 +433,30 @@ fn best_and_worst(data: &[&Example], written: &[Written], total: &[f64], each: u
             sequences: [best, worst].map(|s| sequence(&written[s])).to_vec(),
             ..Example::default()
         })
+    };
+    data.iter().enumerate().filter_map(pair).collect()
+}
+
+/// Pairs of what the policy wrote and what the reference wrote, one of each, where they differ in what they are worth.
+fn against_prior<'p>(
+    data: &[&Example],
+    written: &[Written],
+    total: &[f64],
+    (prior, mask): (impl Fn(usize) -> &'p Drawn, bool),
+) -> Vec<Example> {
+    let pair = |(at, example): (usize, &&Example)| {
+        let (ours, theirs) = (&written[at], prior(at));
+        if mask && !theirs.finished {
+            return None;
+        }
+        let first = &ours.prompt;
+        let other = Sequence { ids: [&first[..], &theirs.ids].concat(), first: first.len() };
+        let won = total[at] > theirs.reward();
+        let sequences = if won { vec![sequence(ours), other] } else { vec![other, sequence(ours)] };
+        let prior = Some(usize::from(won));
+        // Not where either is NaN.
+        let differ = won || total[at] < theirs.reward();
+        differ.then(|| Example { row: example.row, sequences, prior, ..Example::default() })
     };
     data.iter().enumerate().filter_map(pair).collect()
 }

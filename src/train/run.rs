@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::alarm::{self, OnAlarm};
+use super::alarm::{self, Lever, OnAlarm};
 use super::drift::Drift;
 use super::evaluate::{Evaluation, evaluate};
 use super::gold::Gold;
@@ -20,7 +20,7 @@ use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
 use super::step::{Pass, Purpose, step};
-use super::task::{Steps, Task};
+use super::task::{Steps, Task, with_beta};
 use crate::checkpoint::run_dir::{
     Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, lock, remove_stale,
     set_aside_after,
@@ -94,11 +94,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
     let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
-    let open_online = |rollouts| {
-        let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), start.state.step)?;
-        Online::new(device, &task, settings, rollouts, log)
-    };
-    let online = settings.rollouts.as_ref().map(open_online).transpose()?;
+    let online = open_online(device, settings, &task, (&mut policy, start.state.step), stop)?;
     let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     // A run that was to end here was perhaps killed before it did.
@@ -107,6 +103,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         last.get("step").and_then(Value::as_u64).filter(|step| *step == start.state.step && start.from.is_some());
     let mut session = Session {
         device,
+        raised: raised(settings, &start.state)?,
         settings,
         schedule: settings.schedule(task.max_steps),
         plan,
@@ -296,8 +293,32 @@ fn open_logs(output: &Path, from: Option<&Path>) -> Result<[LineLog; 3]> {
     Ok([metrics, evaluations, LineLog::resume(&samples, 0)?])
 }
 
+/// The objective of a run that went back and raised beta. Held-out rows stay with the beta that was given, so that what is seen of
+/// them can be compared.
+fn raised(settings: &Settings, state: &RunState) -> Result<Option<Box<dyn Objective>>> {
+    let times = state.watch.beta(settings.alarm.lever);
+    (times > 1.0).then(|| with_beta(settings, times).map(|(_, objective)| objective)).transpose()
+}
+
+/// What a run trains on that writes itself what it trains on.
+fn open_online<'a, B: Backend>(
+    device: &'a B,
+    settings: &'a Settings,
+    task: &'a Task,
+    (policy, step): (&mut Policy<B>, u64),
+    stop: &dyn Fn() -> bool,
+) -> Result<Option<Online<'a, B>>> {
+    let Some(rollouts) = &settings.rollouts else { return Ok(None) };
+    let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), step)?;
+    let mut online = Online::new(device, task, settings, rollouts, log)?;
+    online.open_prior(device, policy, step, stop)?;
+    Ok(Some(online))
+}
+
 struct Session<'a, B: Backend> {
     device: &'a B,
+    /// What trains in place of the task's objective, once beta is another.
+    raised: Option<Box<dyn Objective>>,
     settings: &'a Settings,
     task: &'a Task,
     schedule: Schedule,
@@ -331,6 +352,8 @@ struct Session<'a, B: Backend> {
 impl<B: Backend> Session<'_, B> {
     fn train(&mut self, stop: &dyn Fn() -> bool) -> Result<Outcome> {
         let max_steps = self.task.max_steps;
+        let Settings { stop_at_step, eval_steps, .. } = *self.settings;
+        let pause = stop_at_step.map(|pause| pause.step(max_steps, eval_steps, self.task.iterations));
         if self.state.step == 0 && self.evaluated.is_none() {
             self.evaluate(None)?;
             self.sample()?;
@@ -348,7 +371,7 @@ impl<B: Backend> Session<'_, B> {
                 let how = "--resume-from-checkpoint auto continues";
                 return Err(Error::Interrupted { detail: format!("{detail}; {how}") });
             }
-            if self.settings.stop_at_step.is_some_and(|last| self.state.step >= last) {
+            if pause.is_some_and(|last| self.state.step >= last) {
                 return Ok(Outcome::Stopped(self.save_checkpoint()?));
             }
             self.profile(true)?;
@@ -381,9 +404,10 @@ impl<B: Backend> Session<'_, B> {
         };
         let mut rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
         rows.sampled = self.batch.as_ref().and_then(|batch| batch.sampled.as_ref());
-        let (objective, packing) = (self.task.objective.as_ref(), self.settings.packing);
+        let objective = self.raised.as_deref().unwrap_or(self.task.objective.as_ref());
+        let packing = self.settings.packing;
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
-        let rate = self.schedule.rate(number) * self.state.watch.rate();
+        let rate = self.schedule.rate(number) * self.state.watch.rate(self.settings.alarm.lever);
         let result = step(self.device, &mut self.policy, &pass, rate);
         let tokens = gathered.examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as u64).sum::<u64>();
         let pairs = gathered.pairs();
@@ -499,7 +523,12 @@ impl<B: Backend> Session<'_, B> {
         let left: Vec<_> = left.into_iter().filter(|line| line["step"].as_u64() > best).collect();
         let mut log = LineLog::resume(&self.settings.output_dir.join(ALARMS), u64::MAX)?;
         let taken = format!("{action:?}").to_lowercase();
-        log.append(&json!({"step": step, "why": why, "action": taken, "best_step": best, "evaluations": left}))?;
+        let mut line = json!({"step": step, "why": why, "action": taken, "best_step": best, "evaluations": left});
+        let then = self.then()?;
+        if action == OnAlarm::Rollback && best.is_some() {
+            line["then"] = json!(then);
+        }
+        log.append(&line)?;
         match (action, best) {
             (OnAlarm::Warn, _) | (_, None) => {
                 tell(&format!("ALARM: step {step}: {why}"));
@@ -509,15 +538,21 @@ impl<B: Backend> Session<'_, B> {
                 tell(&format!("ALARM: step {step}: {why}; going back to step {best}"));
                 self.go_back(best)?;
                 match action {
-                    OnAlarm::Rollback => {
-                        let rate = self.state.watch.rate();
-                        tell(&format!("from step {best} on at {rate} of the learning rate"));
-                    }
+                    OnAlarm::Rollback => tell(&format!("from step {best} on {then}")),
                     _ => self.stopped = Some(format!("{why} (--on-alarm); the model is that of step {best}")),
                 }
                 Ok(true)
             }
         }
+    }
+
+    /// How a run goes on that goes back once more.
+    fn then(&self) -> Result<String> {
+        let (lever, watch) = (self.settings.alarm.lever, &self.state.watch);
+        Ok(match lever {
+            Lever::LearningRate => format!("at {} of the learning rate", 0.5 * watch.rate(lever)),
+            Lever::Beta => format!("with beta {}", with_beta(self.settings, 2.0 * watch.beta(lever))?.0),
+        })
     }
 
     /// Makes everything as it was at a checkpoint, but for what the watch has learned.
@@ -530,6 +565,7 @@ impl<B: Backend> Session<'_, B> {
         self.policy.optimizer.resume(step);
         let watch = self.state.watch.gone_back(state.watch.clone());
         self.state = RunState { watch, ..state };
+        self.raised = raised(self.settings, &self.state)?;
         self.ref_weights = self.panel.weights(self.settings, self.task, step + 1)?;
         self.batch = None;
         set_aside_after(output, step)?;

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use super::alarm::OnAlarm;
+use super::alarm::{Lever, OnAlarm};
 use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing};
@@ -57,7 +57,7 @@ pub struct Settings {
     pub num_train_epochs: f64,
     /// Overrides the epochs.
     pub max_steps: Option<u64>,
-    pub stop_at_step: Option<u64>,
+    pub stop_at_step: Option<Pause>,
     pub resume: Option<Resume>,
     /// Examples of one optimizer step.
     pub batch_size: usize,
@@ -103,6 +103,32 @@ impl Settings {
     }
 }
 
+/// Where a run stops, to be resumed.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Pause {
+    Step(u64),
+    /// Behind this share of its steps, with the evaluation that comes next.
+    Share(f64),
+}
+
+impl Pause {
+    /// A number of steps, or below 1 a share of them.
+    pub fn of(number: f64) -> Self {
+        if number < 1.0 { Self::Share(number) } else { Self::Step(number as u64) }
+    }
+
+    /// The step, in a run of `max_steps` that takes `iterations` of them on the same completions.
+    pub fn step(self, max_steps: u64, eval_steps: Option<u64>, iterations: u64) -> u64 {
+        let least = match self {
+            Self::Step(step) => return step,
+            Self::Share(share) => (share * max_steps as f64).ceil() as u64,
+        };
+        let every = eval_steps.unwrap_or(1);
+        let both = (1..=iterations).map(|k| k * every).find(|step| step.is_multiple_of(iterations));
+        least.next_multiple_of(both.expect("the last of them is"))
+    }
+}
+
 /// What the policy is compared with.
 #[derive(Clone, Debug, Default)]
 pub struct References {
@@ -121,6 +147,8 @@ pub struct Alarm {
     /// Largest KL from the first reference, nats.
     pub kl_budget: Option<f64>,
     pub action: OnAlarm,
+    /// Of a run that goes back.
+    pub lever: Lever,
 }
 
 /// A reference that follows the policy.
@@ -153,6 +181,8 @@ pub struct Rollouts {
     pub max_new_tokens: usize,
     pub temperature: f64,
     pub top_p: f64,
+    /// Completions that do not end by themselves teach nothing.
+    pub mask_truncated: bool,
 }
 
 /// Generations shown before and after training.
@@ -163,4 +193,27 @@ pub struct Samples {
     pub max_new_tokens: usize,
     pub temperature: f64,
     pub top_p: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pause;
+
+    #[test]
+    fn a_share_of_a_run_ends_with_an_evaluation_and_between_two_batches() {
+        assert_eq!(Pause::Step(7).step(100, Some(5), 4), 7);
+        for (share, eval_steps, iterations, expected) in [
+            (0.25, None, 1, 25),
+            (0.25, Some(11), 1, 33),
+            (0.22, Some(11), 1, 22),
+            (0.25, Some(10), 4, 40),
+            (0.25, None, 4, 28),
+        ] {
+            assert_eq!(
+                Pause::Share(share).step(100, eval_steps, iterations),
+                expected,
+                "{share} {eval_steps:?} {iterations}"
+            );
+        }
+    }
 }

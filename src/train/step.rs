@@ -37,6 +37,8 @@ pub struct Sampled {
     samples: Vec<usize>,
     /// `[examples + 1]` sequences of example e: `starts[e]..starts[e + 1]`.
     starts: Vec<usize>,
+    /// For each example, completions that are left out and yet count in means over them.
+    pub absent: f64,
     /// Of all sequences in order.
     pub stats: Stats,
 }
@@ -55,11 +57,16 @@ impl Sampled {
             stats.offsets.push(stats.offsets[stats.lens.len()] + len);
             stats.lens.push(len as f64);
         }
-        let mut sampled = Self { samples, starts, stats };
+        let mut sampled = Self { samples, starts, absent: 0.0, stats };
         let (mut groups, mut answers) = (Vec::new(), Vec::new());
         sampled.trees(0..examples.len(), &mut groups, &mut answers);
         (sampled.stats.groups, sampled.stats.answers) = (groups, answers);
         sampled
+    }
+
+    /// How many sequences of an example were sampled.
+    pub fn samples_of(&self, example: usize) -> usize {
+        self.samples[example]
     }
 
     /// Groups and answers of some examples, counted from the first of them.
@@ -77,8 +84,8 @@ impl Sampled {
         let sequences = self.starts[examples.start]..self.starts[examples.end];
         let tokens = self.stats.offsets[sequences.start]..self.stats.offsets[sequences.end];
         let of = |values: &[f64], range: &Range<usize>| values.get(range.clone()).unwrap_or_default().to_vec();
-        self.trees(examples, &mut stats.groups, &mut stats.answers);
-        stats.longest = self.stats.longest;
+        self.trees(examples.clone(), &mut stats.groups, &mut stats.answers);
+        (stats.longest, stats.absent) = (self.stats.longest, self.absent * examples.len() as f64);
         stats.advantages = of(&self.stats.advantages, &sequences);
         stats.old_token_logps = of(&self.stats.old_token_logps, &tokens);
         stats.sampled_token_logps = of(&self.stats.sampled_token_logps, &tokens);
@@ -120,7 +127,9 @@ fn shape(needs: &Needs, host: &data::Batch, rows: &Rows, at: Range<usize>) -> St
         _ => vec![example.label.unwrap_or(true)],
     });
     let margins = examples.iter().filter(|example| example.sequences.len() == 2);
+    let starts = host.examples.iter().map(|sequences| sequences.start);
     let mut stats = Stats {
+        prior: examples.iter().zip(starts).filter_map(|(example, start)| Some(start + example.prior?)).collect(),
         lens: examples.iter().flat_map(|e| &e.sequences).map(|s| (s.ids.len() - s.first) as f64).collect(),
         pairs: pairs.map(|sequences| (sequences.start, sequences.start + 1)).collect(),
         labels: if needs.labels { labels.collect() } else { Vec::new() },
@@ -176,7 +185,7 @@ pub fn sums(host: &data::Batch, logps: &[f32]) -> Vec<f64> {
 
 /// Refuses an objective that reads what is not there: completions of the policy's own, if it is not `online`.
 pub fn check_needs(name: &str, needs: &Needs, online: bool) -> Result<()> {
-    if needs.rewards && !online {
+    if (needs.rewards || needs.prior) && !online {
         let detail =
             "missing; give what the policy's completions are rewarded by: a reward model's folder, or a file of rules";
         return Err(Error::option("--reward", format!("{detail} ({name} learns from nothing else)")));
@@ -407,6 +416,7 @@ fn append(all: &mut Stats, next: Stats) {
     all.lens.extend(next.lens);
     join(&mut all.ref_logps, next.ref_logps);
     all.pairs.extend(next.pairs.into_iter().map(|(chosen, rejected)| (chosen + sequences, rejected + sequences)));
+    all.prior.extend(next.prior.into_iter().map(|s| s + sequences));
     all.margins.extend(next.margins);
     all.labels.extend(next.labels);
     all.offsets.pop();
@@ -415,7 +425,7 @@ fn append(all: &mut Stats, next: Stats) {
     join(&mut all.ref_token_logps, next.ref_token_logps);
     all.groups.extend(next.groups.into_iter().map(|group| group.start + sequences..group.end + sequences));
     all.answers.extend(next.answers.into_iter().map(|answer| answer + sequences));
-    all.longest = all.longest.max(next.longest);
+    (all.longest, all.absent) = (all.longest.max(next.longest), all.absent + next.absent);
     all.advantages.extend(next.advantages);
     all.old_token_logps.extend(next.old_token_logps);
     all.sampled_token_logps.extend(next.sampled_token_logps);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::alarm::OnAlarm;
+use super::alarm::{Lever, OnAlarm};
 use super::exam::{self, Exam};
 use super::online::stand_in;
 use super::plan::sample_requests;
@@ -13,7 +13,7 @@ use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
     task_references,
 };
-use super::settings::{Alarm, References, Settings};
+use super::settings::{Alarm, Pause, References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
@@ -21,8 +21,8 @@ use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_ord
 use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
-use crate::objectives::kl::KlPenalty;
-use crate::objectives::{Choice, Objective, Params, mrpo};
+use crate::objectives::kl::{Estimator, KlPenalty};
+use crate::objectives::{Choice, Needs, Objective, Params, find, mrpo};
 use crate::optim;
 use crate::references::Reference;
 use crate::rewards::Rewards;
@@ -82,7 +82,7 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     }
     let (name, needs) = (objective.name(), objective.needs());
     check_needs(name, &needs, settings.rollouts.is_some())?;
-    check_rollouts(settings, name)?;
+    check_rollouts(settings, name, &needs)?;
     let (given, most) = (models.len(), *needs.refs.end());
     if settings.references.moving.is_some() && most == 0 {
         return Err(Error::option("--ref-sync-steps", format!("{name} reads no reference that could move; drop it")));
@@ -94,10 +94,18 @@ pub fn objective(settings: &Settings) -> Result<Box<dyn Objective>> {
     Ok(objective)
 }
 
+/// The same at `times` its beta.
+pub fn with_beta(settings: &Settings, times: f64) -> Result<(f64, Box<dyn Objective>)> {
+    let mut raised = settings.clone();
+    let beta = times * settings.objective.resolved()?.number("beta").expect("checked before the run");
+    raised.objective.params.set("beta", beta);
+    Ok((beta, objective(&raised)?))
+}
+
 /// What sampling does not go together with.
-fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
+fn check_rollouts(settings: &Settings, name: &str, needs: &Needs) -> Result<()> {
     let Some(rollouts) = &settings.rollouts else { return Ok(()) };
-    let References { rule, moving, .. } = &settings.references;
+    let References { rule, moving, models, .. } = &settings.references;
     let refuse = |flag: &str, detail: String| Err(Error::option(flag, detail));
     if moving.is_some() {
         return refuse(
@@ -108,17 +116,37 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
     if rule.observes() {
         return refuse("--ref-weights", "weights that follow pairs of the data have none here; give fixed ones".into());
     }
-    if settings.kl_penalty.is_some() {
-        return refuse("--kl-penalty", format!("{name} on samples has a KL of its own: give --beta"));
+    if let Some(penalty) = &settings.kl_penalty {
+        let has_own =
+            |term: &(String, f64)| find(&term.0).is_ok_and(|entry| entry.params.iter().any(|p| p.name == "beta"));
+        if settings.objective.terms.iter().any(has_own) {
+            return refuse("--kl-penalty", format!("{name} on samples has a KL of its own: give --beta"));
+        }
+        if penalty.estimator == Estimator::Exact {
+            let detail =
+                "exact reads what references said of completions before the run, and these are sampled; give k2 or k3";
+            return refuse("--kl-estimator", detail.into());
+        }
     }
-    if rollouts.samples < 2 && name != "reinforce" {
+    if (needs.prior || needs.prior_rewards > 0) && !models.is_empty() {
+        let detail =
+            format!("{name} lets its reference write before the first step, when the policy still is it; drop it");
+        return refuse("--ref-model", detail);
+    }
+    if needs.prior && rollouts.samples != 1 {
+        let detail = format!("{name} compares one completion of the policy with one of the reference; give 1");
+        return refuse("--num-generations", detail);
+    }
+    let compared = !needs.prior && needs.prior_rewards == 0 && name != "reinforce";
+    if rollouts.samples < 2 && compared {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
     }
-    let steps = [
-        ("--max-steps", settings.max_steps),
-        ("--save-steps", settings.save_steps),
-        ("--stop-at-step", settings.stop_at_step),
-    ];
+    let stop_at = match settings.stop_at_step {
+        Some(Pause::Step(step)) => Some(step),
+        _ => None,
+    };
+    let steps =
+        [("--max-steps", settings.max_steps), ("--save-steps", settings.save_steps), ("--stop-at-step", stop_at)];
     match steps.into_iter().find(|(_, steps)| steps.is_some_and(|steps| !steps.is_multiple_of(rollouts.iterations))) {
         Some((flag, _)) => {
             let n = rollouts.iterations;
@@ -133,9 +161,16 @@ fn check_rollouts(settings: &Settings, name: &str) -> Result<()> {
 
 /// A run that goes back needs a checkpoint at each evaluation, and an optimizer that can go at another rate from there.
 fn check_alarm(settings: &Settings, method: &optim::Method, iterations: u64) -> Result<()> {
-    let Alarm { action, .. } = settings.alarm;
+    let Alarm { action, lever, .. } = settings.alarm;
     if action == OnAlarm::Warn {
         return Ok(());
+    }
+    if lever == Lever::Beta && settings.rollouts.is_some() {
+        let detail = "completions are credited with the beta that was given; use learning-rate";
+        return Err(Error::option("--rollback", detail));
+    }
+    if lever == Lever::Beta && settings.objective.resolved()?.number("beta").is_none() {
+        return Err(Error::option("--rollback", "the objective has no beta that could be raised; use learning-rate"));
     }
     let (flag, detail) = if !settings.eval_steps.is_some_and(|steps| steps.is_multiple_of(iterations)) {
         (
@@ -388,7 +423,6 @@ impl Task {
 
     /// Every setting that decides the course of a run; a checkpoint of another course cannot be continued.
     pub fn course(&self, settings: &Settings) -> Result<Map<String, Value>> {
-        let hex = |bytes: [u8; 32]| blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string();
         let references = self.references.iter().map(|r| Ok(hex(r.reference.identity()?)));
         let mut course = json!({
             "model": hex(settings.init.identity(&self.checkpoint)?),
@@ -436,16 +470,12 @@ impl Task {
             let [base, tuned] = tau.identities(settings)?;
             (course["base_model"], course["tau_model"]) = (json!(hex(base)), json!(hex(tuned)));
         }
-        if let (Some(rollouts), Some(rewards)) = (&settings.rollouts, &self.rewards) {
-            course["reward"] = json!(hex(rewards.identity()?));
-            course["num_generations"] = json!(rollouts.samples);
-            course["num_iterations"] = json!(rollouts.iterations);
-            course["max_completion_length"] = json!(rollouts.max_new_tokens);
-            course["rollout_temperature"] = json!(rollouts.temperature);
-            course["rollout_top_p"] = json!(rollouts.top_p);
-        }
+        self.course_of_samples(settings, &mut course)?;
         if settings.alarm.action != OnAlarm::Warn {
-            let Alarm { kl_budget, action } = settings.alarm;
+            let Alarm { kl_budget, action, lever } = settings.alarm;
+            if lever == Lever::Beta {
+                course["rollback"] = json!("beta");
+            }
             course["on_alarm"] = json!(format!("{action:?}").to_lowercase());
             course["kl_budget"] = json!(kl_budget);
             course["gold_reward"] = json!(self.gold.as_ref().map(Rewards::identity).transpose()?.map(hex));
@@ -459,6 +489,27 @@ impl Task {
             _ => unreachable!("made as an object above"),
         }
     }
+
+    /// The same of what the policy writes.
+    fn course_of_samples(&self, settings: &Settings, course: &mut Value) -> Result<()> {
+        if let (Some(rollouts), Some(rewards)) = (&settings.rollouts, &self.rewards) {
+            course["reward"] = json!(hex(rewards.identity()?));
+            course["num_generations"] = json!(rollouts.samples);
+            course["num_iterations"] = json!(rollouts.iterations);
+            course["max_completion_length"] = json!(rollouts.max_new_tokens);
+            course["rollout_temperature"] = json!(rollouts.temperature);
+            course["rollout_top_p"] = json!(rollouts.top_p);
+            if rollouts.mask_truncated {
+                course["mask_truncated_completions"] = json!(true);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Enough of a hash to tell things apart.
+fn hex(bytes: [u8; 32]) -> String {
+    blake3::Hash::from_bytes(bytes).to_hex()[..16].to_string()
 }
 
 /// The examples of every step. Remembers one epoch's order, so that steps in a row cost no more than their own.

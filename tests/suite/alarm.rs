@@ -99,6 +99,35 @@ fn a_run_that_goes_back_goes_on_at_half_the_rate_and_can_be_resumed() {
 }
 
 #[test]
+fn a_run_that_goes_back_may_raise_beta_instead() {
+    let w = workspace();
+    let flags = "--beta 0.01 --learning-rate 5e-4 --max-steps 24 --eval-steps 4 --kl-budget 1.5 --on-alarm rollback";
+    let train = TRAIN.replace("--gold-reward gold.toml", flags);
+    w.ok(&format!("{train} --output-dir slower"));
+    let done = w.ok(&format!("{train} --output-dir back --rollback beta"));
+    let alarms = w.lines("back/alarms.jsonl");
+    let (first, best) = (alarms[0]["step"].as_u64().unwrap(), alarms[0]["best_step"].as_u64().unwrap());
+    assert!(best < first && alarms[0]["then"] == "with beta 0.02", "{alarms:?}");
+    assert!(done.stderr.contains(&format!("from step {best} on with beta 0.02")), "{}", done.stderr);
+    assert_eq!(w.lines("slower/alarms.jsonl")[0]["then"], "at 0.5 of the learning rate");
+    let rates = w.column("back/metrics.jsonl", "learning_rate");
+    assert!(rates.iter().all(|rate| *rate == 5e-4), "{rates:?}");
+    // The same until they go back, and not behind it.
+    let losses = |run: &str| w.column(&format!("{run}/metrics.jsonl"), "loss");
+    let (slower, back) = (losses("slower"), losses("back"));
+    assert_eq!(slower[..best as usize], back[..best as usize]);
+    assert!(
+        slower[best as usize..] != back[best as usize..]
+            && w.read("slower/model.safetensors") != w.read("back/model.safetensors")
+    );
+    // Killed after it went back and resumed, it still has the beta that it had raised.
+    w.ok(&format!("{train} --output-dir cut --rollback beta --stop-at-step {}", best + 1));
+    let resumed = w.ok(&format!("{train} --output-dir cut --rollback beta --resume-from-checkpoint auto"));
+    assert!(resumed.stderr.contains("continuing after step"), "{}", resumed.stderr);
+    assert_eq!(w.read("cut/model.safetensors"), w.read("back/model.safetensors"));
+}
+
+#[test]
 fn evaluations_say_what_completions_are_like() {
     let w = workspace();
     train(&w, "plain", "--beta 0.1 --learning-rate 1e-3 --max-steps 6 --eval-steps 3");
@@ -140,6 +169,10 @@ fn flags_that_do_nothing_are_refused() {
             "--eval-dataset heldout.jsonl --kl-samples 4 --eval-steps 1 --kl-budget 1 --on-alarm rollback --optimizer ondare \
              --reserve-rate 0.5 --merge-weight 1e-3 --base-model model --tau-model model",
             "merges on a schedule",
+        ),
+        (
+            "--eval-dataset heldout.jsonl --kl-samples 4 --eval-steps 1 --kl-budget 1 --on-alarm stop --rollback beta",
+            "--rollback: does nothing without --on-alarm rollback",
         ),
     ] {
         let done = w.run(&format!("{base} {flags}"));

@@ -23,6 +23,7 @@ mod references;
 mod reward;
 mod rewards;
 mod rollout;
+mod run;
 mod serve;
 mod soup;
 mod step;

@@ -104,6 +104,10 @@ fn constants(objective: &dyn Objective, stats: &Stats) -> Stats {
             *reference = logp - 0.05 * (((logp - *reference) / 0.05).round() + s as f64 / 16.0);
         }
     }
+    if objective.name() == "dft" {
+        // Where p is 1, its own change is of second order.
+        still.token_logps.fill(0.0);
+    }
     if objective.name() == "cispo" {
         // Every ratio is above its cap.
         still.old_token_logps = still.token_logps.iter().map(|logp| logp - 5.0).collect();
@@ -253,6 +257,7 @@ fn repeated(one: &Stats, times: usize) -> Stats {
             .flat_map(|n| one.groups.iter().map(move |g| g.start + n * sequences..g.end + n * sequences))
             .collect(),
         answers: (0..times).flat_map(|n| one.answers.iter().map(move |answer| answer + n * sequences)).collect(),
+        prior: (0..times).flat_map(|n| one.prior.iter().map(move |s| s + n * sequences)).collect(),
         rewards: each(&one.rewards),
         advantages: copies(&one.advantages, times),
         scores: copies(&one.scores, times),
@@ -606,6 +611,40 @@ fn credit_is_by_prompt_and_holds_to_the_reference() {
     }
 }
 
+#[test]
+fn an_optimal_value_is_a_soft_maximum_and_what_is_hopeless_teaches_nothing() {
+    let stats = Stats {
+        logps: vec![-3.0; 4],
+        ref_logps: vec![vec![-4.0; 4]],
+        lens: vec![1.0; 4],
+        groups: vec![0..2, 2..4],
+        rewards: vec![vec![1.0, 0.0, 1.0, 0.0]],
+        reward_weights: vec![1.0],
+        prior_rewards: vec![vec![1.0, 0.0, f64::NAN], vec![0.0, 0.0, 0.0]],
+        ..Stats::default()
+    };
+    let of = |hopeless: bool, value_beta: f64| {
+        let mut params = Params::from_iter([("beta", 0.5), ("value_beta", value_beta)]);
+        if hopeless {
+            params.set("keep_hopeless", true);
+        }
+        let objective = build("a_star_po", &params).unwrap();
+        let advantages = objective.credit(&stats).advantages;
+        let outcome =
+            objective.evaluate(&Stats { advantages: advantages.clone(), ..stats.clone() }, &Totals::of(&stats));
+        (advantages, outcome)
+    };
+    let value = 0.5 * ((2_f64.exp() + 1.0) / 2.0).ln();
+    let (advantages, outcome) = of(false, 0.5);
+    assert!((advantages[0] - (1.0 - value)).abs() < 1e-15 && (advantages[1] + value).abs() < 1e-15);
+    assert!(advantages[2..].iter().all(|a| a.is_nan()) && outcome.grads.logps[2..] == [0.0, 0.0], "{advantages:?}");
+    let loss = ((0.5 - 1.0 + value).powi(2) + (0.5 + value).powi(2)) / 4.0;
+    assert!((outcome.loss - loss).abs() < 1e-15, "{} instead of {loss}", outcome.loss);
+    // With 0 as its value a prompt teaches what its rewards are; nearly the best completion, nearly their mean.
+    assert_eq!(of(true, 0.5).0[2..], [1.0, 0.0]);
+    assert!((of(true, 1e-3).0[1] + 1.0).abs() < 1e-3 && (of(true, 1e3).0[1] + 0.5).abs() < 1e-3);
+}
+
 // ---- what the user types --------------------------------------------------------------------------------------
 
 #[test]
@@ -791,8 +830,11 @@ fn random_stats(needs: &Needs, spread: f64, random: &mut Random) -> Stats {
         mismatched_logps: when(needs.mismatched, || mismatched_logps),
         mismatched_ref_logps: when(needs.mismatched, || mismatched_ref_logps),
         longest: when(needs.groups, || 9.0),
+        absent: 0.0,
         groups: when(needs.groups && needs.answers, || groups),
         answers: when(needs.answers, || answers),
+        prior_rewards: vec![],
+        prior: when(needs.prior, || vec![0, 3, 4, 7]),
         rewards: when(needs.rewards, || vec![random.vec(SEQUENCES, -1.0..1.0)]),
         reward_weights: when(needs.rewards, || vec![1.0]),
         advantages: when(needs.advantages, || random.vec(SEQUENCES, -2.0..2.0)),
@@ -839,10 +881,13 @@ fn micro_batch(stats: &Stats, range: Range<usize>) -> Stats {
         mismatched_ref_logps: stats.mismatched_ref_logps.iter().map(|x| cut(x, &range)).collect(),
         groups: groups.map(|group| group.start - base..group.end - base).collect(),
         answers: stats.answers.iter().filter(|answer| range.contains(answer)).map(|answer| answer - base).collect(),
+        prior_rewards: vec![],
+        prior: stats.prior.iter().filter(|s| range.contains(s)).map(|s| s - base).collect(),
         rewards: stats.rewards.iter().map(|x| cut(x, &range)).collect(),
         reward_weights: stats.reward_weights.clone(),
         advantages: cut(&stats.advantages, &range),
         longest: stats.longest,
+        absent: 0.0,
         scores: cut(&stats.scores, &range),
         offsets: cut(&stats.offsets, &(base..range.end + 1)).iter().map(|t| t - tokens.start).collect(),
         token_logps: cut(&stats.token_logps, &tokens),

@@ -19,7 +19,8 @@ fn workspace() -> Workspace {
 }
 
 fn train(w: &Workspace, run: &str, flags: &str) -> String {
-    w.ok(&format!("{TRAIN} {FOUR} --output-dir {run} {flags}")).stderr
+    let four = if flags.contains("--num-generations") { "--max-steps 4" } else { FOUR };
+    w.ok(&format!("{TRAIN} {four} --output-dir {run} {flags}")).stderr
 }
 
 /// metrics.jsonl without times.
@@ -44,6 +45,8 @@ fn every_objective_on_samples_trains() {
         "--objective gspo --num-iterations 2",
         "--objective gmpo --beta 0.1",
         "--objective luspo",
+        "--objective luspo --ratio-by-token --num-iterations 2",
+        "--objective a_star_po --value-samples 3 --keep-hopeless",
         "--objective cispo",
         "--objective sapo",
         "--objective vespo",
@@ -109,6 +112,8 @@ fn a_stopped_run_continues_to_the_same_bits_and_threads_change_nothing() {
         ("ppo", "--objective ppo --beta 0.1 --kl-target 0.01 --kl-horizon 10 --num-iterations 2"),
         ("ppo-bf16", "--objective ppo --dtype bf16"),
         ("online-dpo", "--objective sigmoid --beta 0.1"),
+        ("a-star-po", "--objective a_star_po --value-samples 5"),
+        ("xpo", "--objective xpo --beta 0.1 --num-generations 1"),
     ] {
         let [whole, run] = ["whole", "run"].map(|part| format!("{name}-{part}"));
         train(&w, &whole, &format!("{flags} --threads 2 --save-steps 4"));
@@ -129,8 +134,74 @@ fn adapters_learn_from_samples() {
     let w = workspace();
     train(&w, "run", "--objective grpo --beta 0.1 --lora-rank 4");
     let lines = steps(&w, "run");
+    // What the reference writes it writes without the adapter; from nothing both are the same.
+    let lora = "--num-generations 1 --objective xpo --beta 0.1";
+    w.ok(&format!("{TRAIN} --max-steps 4 {lora} --output-dir plain"));
+    w.ok(&format!("{TRAIN} --max-steps 4 {lora} --output-dir adapted --lora-rank 4"));
+    assert_eq!(w.read("plain/prior.jsonl"), w.read("adapted/prior.jsonl"));
     assert_eq!(number(&lines[0], "kl"), 0.0, "the adapter starts at nothing");
     assert!(number(&lines[3], "kl") > 0.0 && w.exists("run/adapter_model.safetensors"), "{lines:?}");
+}
+
+/// A policy that is never done within a token learns nothing; one that sometimes is, of that alone.
+#[test]
+fn completions_that_are_cut_teach_nothing_where_that_is_asked_for() {
+    let w = workspace();
+    let line = TRAIN.replace("--max-completion-length 6", "--max-completion-length 1");
+    for flags in [
+        "--objective grpo",
+        "--objective dapo",
+        "--objective ppo",
+        "--objective grao",
+        "--objective sigmoid --beta 0.1",
+    ] {
+        let run = flags.replace([' ', '-', '.'], "_");
+        w.ok(&format!("{line} --max-steps 2 {flags} --mask-truncated-completions --output-dir {run}"));
+        let first = &steps(&w, &run)[0];
+        assert_eq!(number(first, "completions/clipped_ratio"), 1.0, "nobody ends a review with its first token");
+        // GRAO has the data's own answers, which are whole.
+        assert_eq!(number(first, "grad_norm") > 0.0, flags.contains("grao"), "{flags}: {first:?}");
+        assert!(number(first, "reward") <= 0.0 && number(first, "loss").is_finite());
+    }
+    let long = TRAIN.replace("--max-completion-length 6", "--max-completion-length 40");
+    let losses = |run: &str, flags: &str| {
+        w.ok(&format!("{long} {FOUR} --objective grpo {flags} --output-dir {run}"));
+        let first = &steps(&w, run)[0];
+        let share = number(first, "completions/clipped_ratio");
+        assert!(share > 0.0 && share < 1.0, "{share}");
+        (number(first, "reward"), number(first, "grad_norm"))
+    };
+    let (all, some) = (losses("all", ""), losses("some", "--mask-truncated-completions"));
+    assert!(all.0 == some.0 && all.1 != some.1 && some.1 > 0.0, "{all:?} {some:?}");
+    let plain = "train --model model --dataset train.jsonl --max-steps 2 --output-dir x --objective sft";
+    w.fails(2, &format!("{plain} --mask-truncated-completions"), &["--mask-truncated-completions", "--reward"]);
+}
+
+/// Two epochs of four steps: the reference writes two completions of each of 16 prompts, and each is one side of a pair once.
+#[test]
+fn exploring_is_against_what_the_reference_wrote() {
+    let w = workspace();
+    let flags = "--objective xpo --beta 0.1 --xpo-alpha 0.01 --num-generations 1 --max-steps 8";
+    w.ok(&format!("{TRAIN} {flags} --output-dir run"));
+    let prior = w.lines("run/prior.jsonl");
+    assert_eq!(prior.len(), 2 * 16);
+    let of_first: Vec<_> = prior.iter().filter(|line| line["example"] == 0).collect();
+    assert!(of_first.len() == 2 && of_first[0]["ids"] != of_first[1]["ids"], "{of_first:?}");
+    let first = &steps(&w, "run")[0];
+    assert!(number(first, "logps/prior") < 0.0 && number(first, "pairs") > 0.0, "{first:?}");
+    // Before any update the margin is 0: what is left is the bonus.
+    let loss = std::f64::consts::LN_2 + 0.01 * number(first, "logps/prior");
+    assert!((number(first, "loss") - loss).abs() < 1e-6, "{first:?}");
+    // With half the prompts' completions drawn and no checkpoint, it starts again and is the same; without the file it cannot go on.
+    w.ok(&format!("{TRAIN} {flags} --output-dir cut --stop-at-step 4"));
+    let prior = w.read("cut/prior.jsonl");
+    assert!(prior == w.read("run/prior.jsonl"));
+    std::fs::remove_file(w.path("cut/prior.jsonl")).unwrap();
+    let resume = format!("{TRAIN} {flags} --output-dir cut --resume-from-checkpoint auto");
+    w.fails(1, &resume, &["prior.jsonl", "is missing", "before the first step"]);
+    w.write("cut/prior.jsonl", prior);
+    w.ok(&resume);
+    assert!(w.read("cut/model.safetensors") == w.read("run/model.safetensors"));
 }
 
 #[test]
@@ -144,6 +215,11 @@ fn what_cannot_be_sampled_or_rewarded_is_refused() {
     w.fails(1, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
     w.fails(1, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
     w.fails(1, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
+    let xpo = format!("{plain} xpo --beta 0.1");
+    w.fails(1, &xpo, &["--reward", "missing", "xpo learns from nothing else"]);
+    w.fails(1, &format!("{xpo} --reward rules.toml"), &["--num-generations", "one of the reference; give 1"]);
+    let other = format!("{plain} a_star_po --reward rules.toml --ref-model model");
+    w.fails(1, &other, &["--ref-model", "when the policy still is it"]);
     w.fails(1, &format!("{plain} grpo --reward rules.toml --num-iterations 4"), &["--max-steps", "multiple of"]);
     w.fails(1, &format!("{plain} grpo --reward rules.toml --kl-penalty 0.1"), &["--kl-penalty", "--beta"]);
     w.write_lines("texts.jsonl", &[serde_json::json!({"text": "A film."})]);
@@ -183,4 +259,31 @@ fn prompts_alone_are_enough() {
     refused("train --objective sft --learning-rate 1e-3", "with --reward the policy writes them");
     w.fails(1, "logps --model model --dataset prompts.jsonl --out x", &["has prompts alone"]);
     w.ok("preview --model model --dataset prompts.jsonl");
+}
+
+/// A policy that is its first reference is held to the second alone, and less far from it by the end than one that is not held.
+#[test]
+fn what_has_no_kl_of_its_own_is_held_to_several_references() {
+    let w = workspace();
+    w.ok("train --objective sft --model model --dataset train.jsonl --batch-size 8 --max-steps 4 --learning-rate 1e-3 --output-dir other");
+    let grao = "--objective grao --ref-model model --ref-model other";
+    train(&w, "held", &format!("{grao} --kl-penalty 0.5 --kl-estimator k3"));
+    let lines = steps(&w, "held");
+    assert_eq!(number(&lines[0], "refs/0/kl"), 0.0);
+    assert!(number(&lines[0], "refs/1/kl") > 0.0 && number(&lines[3], "refs/0/kl") > 0.0, "{lines:?}");
+    train(&w, "tight", &format!("{grao} --kl-penalty 50 --kl-estimator k3"));
+    assert!(number(&steps(&w, "tight")[3], "kl") < number(&lines[3], "kl"));
+    for (flags, expected) in [
+        (
+            format!("{grao} --kl-penalty 0.5"),
+            "--kl-estimator: exact reads what references said of completions before the run",
+        ),
+        (
+            "--objective grpo --kl-penalty 0.5 --kl-estimator k3".into(),
+            "grpo on samples has a KL of its own: give --beta",
+        ),
+    ] {
+        let done = w.run(&format!("{TRAIN} {FOUR} --output-dir refused {flags}"));
+        assert!(done.code != Some(0) && done.stderr.contains(expected), "{flags}: {}", done.stderr);
+    }
 }

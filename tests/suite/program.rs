@@ -223,6 +223,24 @@ impl Running {
         self.finish()
     }
 
+    /// kill -9 of it and of every process that it has started.
+    pub fn kill_with_children(self) -> Finished {
+        let own = self.child.id().to_string();
+        // PID (NAME) STATE PARENT; a name may hold anything but ends with the last parenthesis.
+        let is_child = |pid: &i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)) == Some(own.as_str())
+        };
+        let all = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        let children: Vec<i32> = all.filter(is_child).collect();
+        let finished = self.kill();
+        for child in children {
+            // SAFETY: a signal to a process that the killed one had started; it may have ended by itself.
+            unsafe { libc::kill(child, libc::SIGKILL) };
+        }
+        finished
+    }
+
     pub fn wait(mut self) -> Finished {
         self.finish()
     }

@@ -11,11 +11,12 @@ use toml::{Table, Value};
 use super::measure::Measure;
 use crate::cli::{Command, is_given, parse, recipe, train};
 use crate::error::{Error, Result};
+use crate::lab::Halving;
 use crate::train::objective as train_objective;
 use crate::{merge, objectives, optim};
 
 /// What a recipe of an experiment has beside the keys of `cuvee train`.
-const KEYS: [&str; 4] = ["seeds", "prepare", "arm", "measure"];
+const KEYS: [&str; 5] = ["seeds", "prepare", "arm", "measure", "halving"];
 /// And a run of it.
 const RUN_KEYS: [&str; 5] = ["name", "grid", "merge", "pairs", "shared"];
 /// What is decided for each run.
@@ -38,6 +39,8 @@ pub struct Experiment {
     /// In an order in which each comes behind what it needs.
     pub variants: Vec<Variant>,
     pub measure: Measure,
+    /// Of a sweep whose cells race.
+    pub halving: Option<Halving>,
 }
 
 /// A run but for its seed.
@@ -162,7 +165,13 @@ impl Experiment {
             }
             Some(_) => return Err(in_file("measure: expected a table, as [measure]".into())),
         };
+        let halving = table.get("halving").map(|halving| {
+            let halving: Halving = halving.clone().try_into().map_err(|e: toml::de::Error| e.message().to_string())?;
+            halving.check().map(|()| halving)
+        });
+        let halving = halving.transpose().map_err(|e| in_file(format!("[halving]: {e}")))?;
         let mut experiment = Self::whole(path, table, &top, flags, measure).map_err(in_file)?;
+        experiment.halving = halving;
         experiment.variants = ordered(chosen(variants, flags)?).map_err(in_file)?;
         experiment.check().map_err(in_file)?;
         Ok(experiment)
@@ -192,6 +201,7 @@ impl Experiment {
             json: flags.get_flag("json"),
             variants: Vec::new(),
             measure,
+            halving: None,
         })
     }
 

@@ -14,7 +14,8 @@ use crate::cli::lab::summary;
 use crate::cli::{print, recipe, train};
 use crate::error::{At, Error, Result};
 use crate::lab::{
-    Arm, Axes, Cell, Job, Makes, Measured, Metrics, Outcome, Report, Runner, Step, SweepPlan, write_report,
+    Arm, Axes, Cell, Job, Makes, Measured, Metrics, Outcome, Race, Report, Runner, Step, SweepPlan, forget,
+    write_report,
 };
 use crate::machine::processor;
 use crate::merge;
@@ -45,6 +46,9 @@ pub struct Plan<'a> {
 }
 
 pub fn run(experiment: &Experiment) -> Result<()> {
+    if experiment.halving.is_some() {
+        return Err(Error::file(&experiment.recipe, "[halving]: is for `cuvee lab sweep`; here every run is whole"));
+    }
     let mut plan = Plan::new(experiment);
     plan.all()?;
     let output = &experiment.output_dir;
@@ -66,15 +70,22 @@ pub fn sweep(experiment: &Experiment, print_commands: bool) -> Result<()> {
     let mut plan = Plan::new(experiment);
     plan.all()?;
     let cells = plan.cells()?;
+    if cells.halving.is_some() {
+        plan.check_race(print_commands)?;
+    }
     let output = &experiment.output_dir;
     fs::create_dir_all(output).at(output)?;
     let _lock = run_dir::lock(output)?;
     cells.write(output)?;
+    forget(output)?;
     if print_commands {
         plan.jobs.iter().try_for_each(Job::lay)?;
         return print(&plan.commands());
     }
-    let outcomes = plan.run_all()?;
+    let outcomes = match &cells.halving {
+        Some(halving) => plan.race(Race::new(output, &cells, halving), &halving.rungs)?,
+        None => plan.run_all()?,
+    };
     print(&summary(&write_report(output)?, output))?;
     complete(&outcomes, output)
 }
@@ -96,13 +107,13 @@ fn quoted(text: &str) -> String {
 }
 
 /// What a job's steps are in a shell; safe to run twice.
-fn command(job: &Job) -> String {
+pub fn command(job: &Job) -> String {
     let line = |step: &Step| {
         let words = step.args.iter().map(|arg| quoted(&arg.to_string_lossy()));
         let command = std::iter::once("cuvee".to_string()).chain(words).collect::<Vec<_>>().join(" ");
         let path = |path: &Path| quoted(&path.to_string_lossy());
         match &step.makes {
-            Makes::Run => command,
+            Makes::Run | Makes::Part(_) => command,
             Makes::Folder(folder) => format!("{{ [ -e {} ] || {command}; }}", path(folder)),
             Makes::Output(out) => {
                 let unfinished = path(&out.with_extension("tmp"));
@@ -164,12 +175,81 @@ impl<'a> Plan<'a> {
     }
 
     fn run_all(&self) -> Result<Vec<Outcome>> {
+        self.with_runner(|runner| runner.run(&self.jobs))
+    }
+
+    fn with_runner<T>(&self, work: impl FnOnce(&Runner) -> Result<T>) -> Result<T> {
         let stop = train::stop_on_signal()?;
         let program = std::env::current_exe().at("the path of this program")?;
         let (runs, arms) = (self.runs.len(), self.experiment.variants.len());
         say(format_args!("{arms} variants, {runs} runs and {} evaluations", self.jobs.len() - runs));
         let stop = || stop.load(Ordering::Relaxed);
-        Runner { program: &program, jobs: self.experiment.jobs, stop: &stop }.run(&self.jobs)
+        let doing = ("comparing", "runs");
+        work(&Runner { program: &program, jobs: self.experiment.jobs, doing, stop: &stop, gate: &|_| None })
+    }
+
+    /// All cells up to the first rung, those that go on up to the next, and the last of them to their end. Who left is done.
+    fn race(&self, mut race: Race, rungs: &[f64]) -> Result<Vec<Outcome>> {
+        let cells: Vec<usize> = self.cell_runs().map(|run| run.job).collect();
+        let cell = |job: usize| cells.iter().position(|cell| *cell == job);
+        self.with_runner(|runner| {
+            let mut outcomes = vec![Outcome::Done; self.jobs.len()];
+            for rung in rungs.iter().copied().map(Some).chain([None]) {
+                let goes_on =
+                    |job: &usize| outcomes[*job] == Outcome::Done && cell(*job).is_none_or(|cell| race.is_in(cell));
+                let kept: Vec<usize> = (0..self.jobs.len()).filter(goes_on).collect();
+                let jobs: Vec<Job> =
+                    kept.iter().map(|job| self.part(*job, rung.filter(|_| cell(*job).is_some()), &kept)).collect();
+                for (job, outcome) in kept.iter().zip(runner.run(&jobs)?) {
+                    outcomes[*job] = outcome;
+                }
+                let Some(rung) = rung else { continue };
+                race.decide(rung, &|cell| outcomes[cells[cell]] != Outcome::Done)?.iter().for_each(say);
+            }
+            Ok(outcomes)
+        })
+    }
+
+    /// A job among those that are kept, of whose run a share is asked for, or all.
+    fn part(&self, job: usize, share: Option<f64>, kept: &[usize]) -> Job {
+        let mut job = self.jobs[job].clone();
+        // What a kept job needs is kept: nothing starts from a cell, and what failed took these with it.
+        job.needs.iter_mut().for_each(|need| *need = kept.binary_search(need).expect("it is kept"));
+        if let Some(share) = share {
+            job.steps.truncate(1);
+            job.steps[0].args.push(format!("--stop-at-step={share}").into());
+            job.steps[0].makes = Makes::Part(share);
+        }
+        job
+    }
+
+    /// What does not go together with a race.
+    fn check_race(&self, print_commands: bool) -> Result<()> {
+        let cells: Vec<&Run> = self.cell_runs().collect();
+        let is_cell = |job: &usize| cells.iter().any(|run| run.job == *job);
+        let of = |run: &Run| &self.experiment.variants[run.variant];
+        let alarmed =
+            |run: &&&Run| of(run).what.table().get("on_alarm").is_some_and(|action| action.as_str() != Some("warn"));
+        let detail = if print_commands {
+            "--print: lists whole runs, and a race decides on the way which of them goes on; drop one of both"
+                .to_string()
+        } else if let Some(run) = cells.iter().find(alarmed) {
+            let name = &of(run).name;
+            format!("{name}: on_alarm: a run that goes back is no longer where it was compared; use \"warn\"")
+        } else if let Some(job) = self.jobs.iter().find(|job| job.needs.iter().any(is_cell)) {
+            format!("{}: needs a cell, which may leave; drop it, or make that cell a [[prepare]]", job.name)
+        } else {
+            return Ok(());
+        };
+        Err(Error::file(&self.experiment.recipe, format!("[halving]: {detail}")))
+    }
+
+    /// The runs of a sweep that are measured.
+    fn cell_runs(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter().filter(|run| {
+            let variant = &self.experiment.variants[run.variant];
+            matches!(variant.what, What::Train(_)) && !variant.prepared && !variant.scores
+        })
     }
 
     /// One command a line; a comment where those before must be done.
@@ -195,12 +275,9 @@ impl<'a> Plan<'a> {
     /// An arm that measures no gold reward along training.
     fn cells(&self) -> Result<SweepPlan> {
         let (mut cells, mut samples) = (Vec::new(), 0);
-        for run in &self.runs {
+        for run in self.cell_runs() {
             let variant = &self.experiment.variants[run.variant];
-            let What::Train(table) = &variant.what else { continue };
-            if variant.prepared || variant.scores {
-                continue;
-            }
+            let table = variant.what.table();
             let missing = ["eval_dataset", "eval_steps", "kl_samples", "gold_reward"]
                 .into_iter()
                 .find(|key| !table.contains_key(*key));
@@ -226,7 +303,10 @@ impl<'a> Plan<'a> {
         }
         match cells.is_empty() {
             true => Err(Error::file(&self.experiment.recipe, "has no arm that is trained; a sweep measures those")),
-            false => Ok(SweepPlan { recipe: self.experiment.recipe.clone(), samples, cells }),
+            false => {
+                let Experiment { recipe, halving, .. } = self.experiment;
+                Ok(SweepPlan { recipe: recipe.clone(), samples, cells, halving: halving.clone() })
+            }
         }
     }
 
@@ -424,7 +504,7 @@ pub fn flag(name: &str, path: &Path) -> OsString {
 }
 
 /// An adapter on its model is a model like others, which whatever comes next can start from.
-fn fold(table: &Table, adapter: &Path, model: &Path) -> Step {
+pub fn fold(table: &Table, adapter: &Path, model: &Path) -> Step {
     let base = table.get("model").and_then(Value::as_str).unwrap_or_default();
     let args = vec![
         "merge".into(),

@@ -12,7 +12,7 @@ use clap::{ArgMatches, Args, FromArgMatches};
 use super::args::CompareArgs;
 use crate::error::Result;
 pub use experiment::{Experiment, Grid, grid, only_here};
-pub use jobs::{Plan, Run, content, flag, key, sweep, why};
+pub use jobs::{Plan, Run, command, content, flag, fold, key, sweep, why};
 
 /// What is compared. The recipe decides, so clap knows the flags alone.
 #[derive(Debug, Clone, PartialEq)]

@@ -73,6 +73,12 @@ impl DrawnArgs {
 /// What each of those completions is worth; NaN where no reward says anything.
 pub fn judge<B: Backend>(device: &B, lines: &[Value], specs: &[RewardSpec]) -> Result<Vec<f64>> {
     let rewards = Rewards::open(specs)?;
+    let said = said(device, lines, &rewards)?;
+    Ok((0..lines.len()).map(|s| rewards.sum(said.iter().map(|of| of[s]))).collect())
+}
+
+/// `[rewards][completions]`, NaN where a reward says nothing.
+pub fn said<B: Backend>(device: &B, lines: &[Value], rewards: &Rewards) -> Result<Vec<Vec<f64>>> {
     let text = |line: &Value| Content::Text(line["prompt"].as_str().unwrap_or_default().into());
     let prompts: Vec<Content> = lines.iter().map(text).collect();
     let tokens = |line: &Value| {
@@ -91,6 +97,5 @@ pub fn judge<B: Backend>(device: &B, lines: &[Value], specs: &[RewardSpec]) -> R
     };
     let samples: Vec<Sample> = (0..lines.len()).map(sample).collect();
     let packing = Packing { budget: MICRO_BATCH_TOKENS, sharing: Sharing::On, read: Read::Completions };
-    let said = Jury::new(device, &rewards, packing).score(&samples)?;
-    Ok((0..samples.len()).map(|s| rewards.sum(said.iter().map(|of| of[s]))).collect())
+    Jury::new(device, rewards, packing).score(&samples)
 }

@@ -5,6 +5,7 @@ mod drawn;
 mod fit;
 mod pairs;
 mod report;
+mod scale;
 mod sweep;
 mod toy;
 
@@ -41,6 +42,8 @@ pub enum LabWhat {
     BestOfN(Box<best_of_n::BestOfNArgs>),
     /// Let a gold reward label completions of a model: preferences of which it is known what they prefer
     Pairs(Box<pairs::PairsArgs>),
+    /// Put rewards on one scale, that of a model's completions: z-scores, with weights and bounds, as a TOML file of rewards
+    Scale(Box<scale::ScaleArgs>),
     /// Measure the gold reward along training over a grid of objectives, betas, models, seeds: a run a cell, each a process
     Sweep(sweep::SweepArgs),
     /// Write the report of a sweep: one page, and its numbers as JSON
@@ -56,6 +59,7 @@ pub fn run(args: &LabArgs) -> Result<()> {
         LabWhat::Toy(args) => toy::run(args),
         LabWhat::BestOfN(args) => best_of_n::run(args),
         LabWhat::Pairs(args) => pairs::run(args),
+        LabWhat::Scale(args) => scale::run(args),
         LabWhat::Sweep(args) => sweep::run(args),
         LabWhat::Report(args) => report::run(args),
     }

@@ -11,7 +11,7 @@ use crate::checkpoint::run_dir::is_finished;
 use crate::cli::args::steps;
 use crate::cli::{print, train};
 use crate::error::Result;
-use crate::lab::{Overopt, PAGE, write_report};
+use crate::lab::{Cell, Overopt, PAGE, has_left, write_report};
 use crate::progress::say;
 
 const POLL: Duration = Duration::from_millis(100);
@@ -25,7 +25,7 @@ pub struct ReportArgs {
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(after_help = "\
-Renders DIR/report.html and report.json again and again, until every run is finished or Ctrl-C.
+Renders DIR/report.html and report.json again and again, until every run is finished or has left the race, or Ctrl-C.
 
 Example:
   cuvee watch runs/overoptimisation --every 20")]
@@ -54,8 +54,12 @@ pub fn watch(args: &WatchArgs) -> Result<()> {
     loop {
         let found = write_report(&args.dir)?;
         let (cells, looks) = (&found.plan.cells, found.looks.len());
-        let done = cells.iter().filter(|cell| is_finished(&args.dir.join(&cell.dir))).count();
-        say(format_args!("{}: {done} of {} runs, {looks} evaluations", args.dir.join(PAGE).display(), cells.len()));
+        let left = |cell: &Cell| has_left(&found.places, cell);
+        let ended = |cell: &&Cell| left(cell) || is_finished(&args.dir.join(&cell.dir));
+        let (done, left) = (cells.iter().filter(ended).count(), cells.iter().filter(|cell| left(cell)).count());
+        let of_race = if left > 0 { format!(", {left} of them left the race") } else { String::new() };
+        let page = args.dir.join(PAGE);
+        say(format_args!("{}: {done} of {} runs{of_race}, {looks} evaluations", page.display(), cells.len()));
         let since = Instant::now();
         while since.elapsed() < Duration::from_secs(args.every) {
             if done == cells.len() || stop.load(Ordering::Relaxed) {

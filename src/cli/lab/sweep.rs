@@ -17,6 +17,10 @@ which start from them by \"@name\". Each cell needs eval_dataset, eval_steps, kl
 one command; what is done is not done again, what was cut off goes on, and one that fails does not stop the others. Two sweeps in one
 folder refuse each other.
 
+A table [halving] makes the cells race: rungs = [0.25, 0.5] are shares of their steps at which those that start from one model are compared
+by their gold reward; keep = 0.5 of them go on from their checkpoints, as if they had never stopped, and constraint = \"base/nll<6\" is what
+must hold of the evaluation there. The report says who left, where and why.
+
 Examples:
   cuvee lab sweep recipes/overoptimisation.toml --jobs 2
   cuvee lab sweep recipes/overoptimisation.toml --print > cells.sh   # one command a line: parallel < cells.sh, or an array of Slurm

@@ -16,6 +16,8 @@ use super::is_given;
 use super::merge::{self, AdaptersArgs, BehaviourArgs, How, MergeArgs, MergeWhat, ModelArg, ModelsArgs};
 use crate::error::{Error, Result};
 use crate::soup::check;
+pub use data::prompts;
+pub use measure::{Completion, MeasureArgs, Written};
 
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(

@@ -210,7 +210,8 @@ impl Work<'_> {
 
     fn run_all(&self, jobs: &[Job], stop: &dyn Fn() -> bool) -> Result<Vec<Outcome>> {
         let program = std::env::current_exe().at("the path of this program")?;
-        Runner { program: &program, jobs: self.args.jobs, stop }.run(jobs)
+        let doing = ("blending", "runs");
+        Runner { program: &program, jobs: self.args.jobs, doing, stop, gate: &|_| None }.run(jobs)
     }
 
     /// The prompts that a run beside the preferences' learns from.

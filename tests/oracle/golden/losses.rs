@@ -262,30 +262,33 @@ pub fn sft(file: &Value, tally: &mut Tally) -> Result<(), Failed> {
     let logits = file["logits"].as_array().ok_or("logits are not an array")?;
     let logits = logits.iter().map(rows).collect::<Result<Vec<_>, _>>()?;
     for (i, case) in cases(file)?.iter().enumerate() {
-        let loss_type = text(case, "loss_type")?;
-        if loss_type != "nll" {
-            tally.skip(format!("{loss_type} is not an objective"));
-            continue;
-        }
+        let name = if text(case, "loss_type")? == "nll" { "sft" } else { text(case, "loss_type")? };
         // Position t predicts token t + 1; a negative label means that it is not supervised.
-        let mut stats = Stats::default();
+        let mut stats = Stats { offsets: vec![0], ..Stats::default() };
         for (row, labels) in logits.iter().zip(&labels) {
-            let targets = || row.iter().zip(&labels[1..]).filter(|(_, label)| **label >= 0.0);
-            stats.logps.push(targets().map(|(logits, &label)| log_softmax(logits)[label as usize]).sum());
-            stats.lens.push(targets().count() as f64);
+            let targets = row.iter().zip(&labels[1..]).filter(|(_, label)| **label >= 0.0);
+            let logps: Vec<f64> = targets.map(|(logits, &label)| log_softmax(logits)[label as usize]).collect();
+            stats.logps.push(logps.iter().sum());
+            stats.lens.push(logps.len() as f64);
+            stats.token_logps.extend(logps);
+            stats.offsets.push(stats.token_logps.len());
         }
-        let outcome = build("sft", &Params::default())?.evaluate(&stats, &Totals::of(&stats));
+        let outcome = build(name, &Params::default())?.evaluate(&stats, &Totals::of(&stats));
         close(&format!("case {i}, loss"), &[outcome.loss], &numbers(&case["loss"])?)?;
 
+        let at = |of: &[f64], i: usize| of.get(i).copied().unwrap_or(0.0);
+        let mut target = 0;
         for (s, expected) in case["grad_logits"].as_array().ok_or("no grad_logits")?.iter().enumerate() {
             for (t, expected) in rows(expected)?.iter().enumerate() {
                 let label = labels[s].get(t + 1).copied().filter(|label| *label >= 0.0);
+                let by_logp = at(&outcome.grads.logps, s) + at(&outcome.grads.token_logps, target);
                 let by_logit = |(v, logp): (usize, f64)| match label {
-                    Some(label) => (f64::from(v == label as usize) - logp.exp()) * outcome.grads.logps[s],
+                    Some(label) => (f64::from(v == label as usize) - logp.exp()) * by_logp,
                     None => 0.0,
                 };
                 let grad: Vec<f64> = log_softmax(&logits[s][t]).into_iter().enumerate().map(by_logit).collect();
                 close(&format!("case {i}, grad_logits {s} {t}"), &grad, expected)?;
+                target += usize::from(label.is_some());
             }
         }
         tally.checked += 1;
