@@ -215,7 +215,10 @@ fn a_killed_run_is_finished_by_the_same_command_with_the_same_numbers() {
     w.ok("run run.toml --output-dir calm");
 
     let mut run = w.spawn("run run.toml");
-    assert!(run.wait_until(|| w.exists("out/grao/seed-42/grao/checkpoint-2")), "it ended too early");
+    let done = |name: &str| w.so_far(&format!("out/{name}/seed-42/job.json")).contains("\"finished\": true");
+    let awaited: [&dyn Fn() -> bool; 4] =
+        [&|| done("sft"), &|| done("judge"), &|| done("gold"), &|| w.exists("out/grao/seed-42/grao/checkpoint-2")];
+    awaited.iter().for_each(|what| assert!(run.wait_until(what), "it ended too early"));
     run.kill();
     kill_children(&w);
     let finished = |name: &str| w.json(&format!("out/{name}/seed-42/job.json"))["finished"] == true;
