@@ -206,8 +206,8 @@ fn objectives(c: &mut Criterion) {
     group.finish();
 }
 
-/// An adapter of rank 16 for every linear layer of a Llama.
-fn write_adapter(checkpoint: &Checkpoint, dir: &Path) {
+/// An adapter for every linear layer of a Llama.
+fn write_adapter(checkpoint: &Checkpoint, dir: &Path, rank: usize) {
     let mut model = checkpoint.dry();
     let layers = model.params_mut().into_iter().filter(|param| param.name.ends_with("_proj.weight"));
     let of = |name: String, shape: [usize; 2]| TensorSource {
@@ -224,10 +224,11 @@ fn write_adapter(checkpoint: &Checkpoint, dir: &Path) {
     let (mut tensors, mut targets) = (Vec::new(), Vec::new());
     for param in layers {
         let ([outputs, inputs], module) = (param.matrix_shape(), param.name.trim_end_matches(".weight"));
-        tensors.extend([of(peft::a_name(module), [16, inputs]), of(peft::b_name(module), [outputs, 16])]);
+        tensors.extend([of(peft::a_name(module), [rank, inputs]), of(peft::b_name(module), [outputs, rank])]);
         targets.push(module.to_string());
     }
-    let config = AdapterConfig { lora_rank: 16, lora_alpha: 32.0, target_modules: targets, ..AdapterConfig::default() };
+    let lora_alpha = 2.0 * rank as f64;
+    let config = AdapterConfig { lora_rank: rank, lora_alpha, target_modules: targets, ..AdapterConfig::default() };
     peft::write(dir, &config, &tensors).expect("written");
 }
 
@@ -237,13 +238,17 @@ fn decoding(c: &mut Criterion) {
     let mut group = c.benchmark_group("decode");
     group.sample_size(10).warm_up_time(Duration::from_secs(1));
     group.throughput(Throughput::Elements(8 * TOKENS as u64));
-    let (cpu, base, folder) =
-        (Cpu::new(0).expect("threads start"), CASES[1].checkpoint(), tempfile::tempdir().expect("a folder"));
-    write_adapter(&base, folder.path());
-    let blended = (0..3).fold(base.clone(), |c, _| c.with_adapter(folder.path(), 1.0).expect("it fits"));
+    let (cpu, base) = (Cpu::new(0).expect("threads start"), CASES[1].checkpoint());
+    let folders = [8, 16].map(|rank| (rank, tempfile::tempdir().expect("a folder")));
+    let mut cases = vec![("one merged model".to_string(), base.clone())];
+    for (rank, folder) in &folders {
+        write_adapter(&base, folder.path(), *rank);
+        let blended = (0..3).fold(base.clone(), |c, _| c.with_adapter(folder.path(), 1.0).expect("it fits"));
+        cases.push((format!("8 blends of 3 adapters of rank {rank}"), blended));
+    }
     let weights: Vec<[f32; 3]> = (0..8).map(|i| [i as f32 / 8.0, 0.5, 1.0 - i as f32 / 8.0]).collect();
     let prompts: Vec<[u32; 4]> = (0..8).map(|i| [i, 1000 * i, 7, 9]).collect();
-    for (what, checkpoint, blends) in [("one merged model", &base, false), ("8 blends of 3 adapters", &blended, true)] {
+    for (what, checkpoint) in &cases {
         let options = Options::frozen(4 + TOKENS).with_adapters(checkpoint);
         let ledger = Model::<Dry>::plan(DType::F32, &checkpoint.spec, checkpoint.architecture.naming, options);
         let mut arena = Arena::new(&cpu, &ledger).expect("memory");
@@ -252,7 +257,7 @@ fn decoding(c: &mut Criterion) {
         model.fill_adapters(&cpu, &checkpoint.adapters).expect("read");
         model.fill_tables(&cpu).expect("filled");
         let request = |i: usize| Request {
-            blend: if blends { &weights[i] } else { &[] },
+            blend: if checkpoint.adapters.is_empty() { &[] } else { &weights[i] },
             ..Request::new(&prompts[i], TOKENS, Sampling::plain(i as u64))
         };
         let requests: Vec<Request> = (0..8).map(request).collect();

@@ -204,6 +204,11 @@ pub fn packed_bytes(dims: [usize; 3]) -> [usize; 2] {
     .map(Scratch::bytes)
 }
 
+/// Bytes that a thread keeps for products of few rows: a piece of B and the sums beside it, which one large page holds.
+pub fn few_rows_bytes() -> usize {
+    Scratch::bytes(1)
+}
+
 fn packed_floats<K: Kernel>(dims: [usize; 3]) -> [usize; 2] {
     let [rows, cols, depth] = block_dims::<K>(dims);
     [rows.div_ceil(K::ROWS) * K::panel_a(depth), cols.div_ceil(K::COLS) * K::panel_b(depth)]

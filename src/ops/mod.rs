@@ -32,7 +32,7 @@ pub mod sum_squares;
 pub mod swiglu;
 pub mod token_kl;
 
-pub use gemm::packed_bytes;
+pub use gemm::{few_rows_bytes, packed_bytes};
 
 use crate::device::{Cpu, Cuda, Device, Dry, Reference};
 

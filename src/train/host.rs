@@ -140,6 +140,12 @@ impl Host {
         let sampling = if self.gpu { 0 } else { self.threads * ops::sample::scratch_bytes(spec.vocab) };
         self.working(spec, &size, rank) + sampling
     }
+
+    /// What threads keep that draw tokens and multiply few rows.
+    pub fn drawing(&self, spec: &Spec) -> usize {
+        let each = ops::sample::scratch_bytes(spec.vocab) + ops::few_rows_bytes();
+        if self.gpu { 0 } else { self.threads * each }
+    }
 }
 
 fn tokenizer_bytes(model: &Path) -> usize {

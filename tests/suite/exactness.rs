@@ -337,7 +337,8 @@ fn the_size_of_micro_batches_does_not_matter() {
         let required = || entry.params.iter().filter(|p| p.required());
         let params: String = required().map(param).collect();
         let choice = objectives::Choice::one(name, required().map(|p| (p.name, p.example())).collect());
-        if choice.build().unwrap().needs().rewards {
+        let needs = choice.build().unwrap().needs();
+        if needs.rewards || needs.prior {
             // The policy's own samples: tested in `online`.
             continue;
         }
