@@ -141,7 +141,7 @@ impl Host {
         self.working(spec, &size, rank) + sampling
     }
 
-    /// What threads keep that draw tokens and multiply few rows.
+    /// What threads keep that draw tokens and multiply few rows: a run that samples between its steps has it in them, too.
     pub fn drawing(&self, spec: &Spec) -> usize {
         let each = ops::sample::scratch_bytes(spec.vocab) + ops::few_rows_bytes();
         if self.gpu { 0 } else { self.threads * each }

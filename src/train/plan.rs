@@ -340,7 +340,6 @@ impl<'a> Workload<'a> {
         let params = names.params_mut();
         let tensor = params.iter().map(|p| p.value.len()).max().unwrap_or(0) * size_of::<f32>();
         let rank = blueprint.rank();
-        // Who samples between its steps keeps what sampling takes.
         let drawing = if self.rollouts.is_some() { host.drawing(&self.checkpoint.spec) } else { 0 };
         let working = host.working(&self.checkpoint.spec, &largest, rank) + drawing;
 
