@@ -236,7 +236,7 @@ fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
 }
 
 /// A product of few rows: the bits are those of [`blocked`]. A piece of B is packed into the nearest cache, meets all rows of A
-/// there and is forgotten; what it needs next comes from memory meanwhile.
+/// there and is forgotten.
 fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
     let shared = Shared::new(c);
     let mut scratch = PACKED.take();

@@ -11,7 +11,8 @@
 //! below 2^-126 count as zero. An infinity becomes NaN: its x1 is infinity minus infinity.
 //!
 //! Where every number of a panel of B has 8 significant bits, as the weights of most published models do, or 16, its lower pieces
-//! are zeros: the three products with them, or the one, are left out, and the bits stay the same.
+//! are zeros: the three products with them, or the one, are left out, and the bits stay the same. (Of finite numbers: an infinite
+//! weight in such a panel may stay an infinity.)
 //!
 //! Of few rows [`AmxTurned`] makes the transposed product: a weight's rows then are rows of the unit's A, whose layout needs no
 //! transposition. The partial products have the same order, and a product of two numbers has no order, so the bits are the same.
