@@ -205,6 +205,7 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 h: h.view(),
                 weight: weight.view(),
                 target: target.view(),
+                scale: 1.0,
                 scratch: scratch.view_mut(),
                 logp: logp.view_mut(),
                 lse: lse.view_mut(),
@@ -220,6 +221,7 @@ fn head(c: &mut Criterion, bench: &Bench) {
                 h: h.view(),
                 weight: weight.view(),
                 target: target.view(),
+                scale: 1.0,
                 lse: lse.view(),
                 dlogp: dlogp.view(),
                 dentropy: None,
@@ -256,7 +258,15 @@ fn token_kls(c: &mut Criterion, bench: &Bench) {
         let work = Work { bytes, flops: (1 + k) * product };
         bench.measure(c, &token_kl_name("forward", k), work, |cuda| {
             let (scratch, kl, lse) = (scratch.view_mut(), kl.view_mut(), lse.view_mut());
-            cuda.token_kl(token_kl::Forward { h: h.view(), weight: weight.view(), refs: &refs, scratch, kl, lse })
+            cuda.token_kl(token_kl::Forward {
+                h: h.view(),
+                weight: weight.view(),
+                refs: &refs,
+                scale: 1.0,
+                scratch,
+                kl,
+                lse,
+            })
         });
         let work = Work { bytes: bytes + 4 * vocab * hidden, flops: (3 + k) * product };
         bench.measure(c, &token_kl_name("backward", k), work, |cuda| {
@@ -264,6 +274,7 @@ fn token_kls(c: &mut Criterion, bench: &Bench) {
                 h: h.view(),
                 weight: weight.view(),
                 refs: &refs,
+                scale: 1.0,
                 kl: kl.view(),
                 lse: lse.view(),
                 dkl: dkl.view(),

@@ -210,6 +210,7 @@ fn bench_head(c: &mut Criterion) {
                     h,
                     weight,
                     target,
+                    scale: 1.0,
                     scratch,
                     logp,
                     lse,
@@ -223,6 +224,7 @@ fn bench_head(c: &mut Criterion) {
                 h: h.view(),
                 weight: weight.view(),
                 target: target.view(),
+                scale: 1.0,
                 lse: lse.view(),
                 dlogp: dlogp.view(),
                 dentropy: None,
@@ -283,7 +285,8 @@ fn bench_token_kl(c: &mut Criterion) {
         let refs = vec![Ref { h: h.view(), weight: ref_weight.view() }; k];
         let forward = best(&mut group, format!("forward, {k} references"), flop((1 + k) * product), || {
             let (scratch, kl, lse) = (scratch.view_mut(), kl.view_mut(), lse.view_mut());
-            let arguments = token_kl::Forward { h: h.view(), weight: weight.view(), refs: &refs, scratch, kl, lse };
+            let arguments =
+                token_kl::Forward { h: h.view(), weight: weight.view(), refs: &refs, scale: 1.0, scratch, kl, lse };
             b.cpu.token_kl(arguments).expect("shapes fit");
         });
         let backward = best(&mut group, format!("backward, {k} references"), flop((3 + k) * product), || {
@@ -291,6 +294,7 @@ fn bench_token_kl(c: &mut Criterion) {
                 h: h.view(),
                 weight: weight.view(),
                 refs: &refs,
+                scale: 1.0,
                 kl: kl.view(),
                 lse: lse.view(),
                 dkl: dkl.view(),

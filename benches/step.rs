@@ -10,7 +10,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cuvee::checkpoint::TensorSource;
 use cuvee::checkpoint::peft::{self, AdapterConfig};
-use cuvee::data::{Batch as HostBatch, Example, Packing, Read, Sequence, Sharing};
+use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence};
 use cuvee::device::{Arena, Cpu, DType, Dry, Philox};
 use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
@@ -136,7 +136,7 @@ fn steps(c: &mut Criterion) {
     for case in &CASES {
         let (cpu, checkpoint, examples) = (Cpu::new(0).expect("threads start"), case.checkpoint(), case.examples());
         let examples: Vec<&Example> = examples.iter().collect();
-        let packing = Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions };
+        let packing = Packing::new(2048);
         let host = HostBatch::new(examples.iter().copied(), packing.sharing);
         let largest = host.extent();
         let method = optim::Choice { name: "adamw".into(), params: Default::default() }.build().expect("registered");

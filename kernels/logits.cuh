@@ -21,10 +21,10 @@ __device__ __forceinline__ unsigned first_row() { return ROWS * (blockIdx.z * gr
 __device__ __forceinline__ int warp_row() { return threadIdx.x / WARP / WARPS_WIDE * WARP_TILE; }
 __device__ __forceinline__ int warp_entry() { return threadIdx.x / WARP % WARPS_WIDE * WARP_TILE; }
 
-// The logits of rows `row`.. and entries `first`..`last`, tile by tile: use(part, entry) gets each warp's part of a tile, whose
+// The logits, times `scale`, of rows `row`.. and entries `first`..`last`, tile by tile: use(part, entry) gets each warp's part of a tile, whose
 // first column is `entry`. What lies outside rows and entries is 0. Calls a barrier before the first use.
 template <class T, class Use>
-__device__ __forceinline__ void for_each_tile(const T *h, const T *weight, unsigned rows, unsigned hidden, unsigned row, unsigned first, unsigned last, Use use) {
+__device__ __forceinline__ void for_each_tile(const T *h, const T *weight, float scale, unsigned rows, unsigned hidden, unsigned row, unsigned first, unsigned last, Use use) {
   constexpr int DEPTH = Stage<T>::DEPTH, LD = Stage<T>::LD;
   DYNAMIC_SHARED(T, stages);
   const bool vectors = aligned16(h) && aligned16(weight) && hidden % Pack<T>::N == 0;
@@ -58,6 +58,12 @@ __device__ __forceinline__ void for_each_tile(const T *h, const T *weight, unsig
       const T *stage = stages + step % STAGES * Stage<T>::LEN;
       product<BY_ROWS, BY_ROWS>(part, stage + warp_row() * LD, LD, stage + (ROWS + warp_entry()) * LD, LD, DEPTH);
     }
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+#pragma unroll
+      for (int j = 0; j < WARP_TILE / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) part.v[i][j][e] *= scale;
     use(part, entry + warp_entry());
   }
 }

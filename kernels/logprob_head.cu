@@ -76,7 +76,7 @@ __device__ __forceinline__ void add(Softmax &s, const Tile &part, int i, int h) 
 
 // One block for 128 rows and a split of `span` entries: the split's softmax sums, and the target's logit where it lies in it.
 template <class T>
-KERNEL(256) logprob_head(const T *h, const T *weight, const unsigned *target, float *partial, float *logp, unsigned rows, unsigned hidden, unsigned vocab, unsigned span) {
+KERNEL(256) logprob_head(const T *h, const T *weight, const unsigned *target, float *partial, float *logp, float scale, unsigned rows, unsigned hidden, unsigned vocab, unsigned span) {
   SHARED(unsigned, targets, ROWS);
   SHARED(float, parts, Softmax::N *WARPS_WIDE *ROWS);
   const unsigned row = first_row(), split = blockIdx.y;
@@ -86,7 +86,7 @@ KERNEL(256) logprob_head(const T *h, const T *weight, const unsigned *target, fl
 #pragma unroll
   for (int i = 0; i < OWN; i++) own[i][0] = own[i][1] = {minus_infinity(), 0.0f, 0.0f, 0.0f};
 
-  for_each_tile(h, weight, rows, hidden, row, split * span, min((split + 1) * span, vocab), [&](Tile &part, unsigned entry) {
+  for_each_tile(h, weight, scale, rows, hidden, row, split * span, min((split + 1) * span, vocab), [&](Tile &part, unsigned entry) {
     cut(part, entry, vocab);
     for_each_target(part, targets + warp_row(), entry, [&](int r, float logit) { logp[row + warp_row() + r] = logit; });
 #pragma unroll
@@ -116,9 +116,9 @@ KERNEL(256) logprob_head_combine(const float *partial, const unsigned *target, f
 // ---- backward --------------------------------------------------------------------------------------------------------
 
 // The gradient by the logits of 128 rows and 256 of `entries` entries, the first of which is entry `first` of the vocabulary:
-// dl = dlogp (1[target] - p) - dentropy p (ln p + entropy). dl is aligned to 16 bytes, ld even; no dentropy: null.
+// dl = scale (dlogp (1[target] - p) - dentropy p (ln p + entropy)). dl is aligned to 16 bytes, ld even; no dentropy: null.
 template <class T>
-KERNEL(256) logprob_head_dlogits(const T *h, const T *weight, const unsigned *target, const float *lse, const float *dlogp, const float *dentropy, const float *entropy, T *dl, unsigned rows, unsigned hidden, unsigned first, unsigned entries, unsigned ld) {
+KERNEL(256) logprob_head_dlogits(const T *h, const T *weight, const unsigned *target, const float *lse, const float *dlogp, const float *dentropy, const float *entropy, T *dl, float scale, unsigned rows, unsigned hidden, unsigned first, unsigned entries, unsigned ld) {
   SHARED(unsigned, targets, ROWS);
   SHARED(float, of_row, 4 * ROWS);
   const unsigned row = first_row(), start = blockIdx.y * ENTRIES;
@@ -127,11 +127,11 @@ KERNEL(256) logprob_head_dlogits(const T *h, const T *weight, const unsigned *ta
     const unsigned at = min(row + threadIdx.x, rows - 1);
     targets[threadIdx.x] = target[at] - first;
     of_row[threadIdx.x] = lse[at];
-    of_row[ROWS + threadIdx.x] = dlogp[at];
-    of_row[2 * ROWS + threadIdx.x] = dentropy ? dentropy[at] : 0.0f;
+    of_row[ROWS + threadIdx.x] = scale * dlogp[at];
+    of_row[2 * ROWS + threadIdx.x] = dentropy ? scale * dentropy[at] : 0.0f;
     of_row[3 * ROWS + threadIdx.x] = dentropy ? entropy[at] : 0.0f;
   }
-  for_each_tile(h, weight, rows, hidden, row, start, min(start + ENTRIES, entries), [&](Tile &part, unsigned entry) {
+  for_each_tile(h, weight, scale, rows, hidden, row, start, min(start + ENTRIES, entries), [&](Tile &part, unsigned entry) {
 #pragma unroll
     for (int i = 0; i < OWN; i++)
 #pragma unroll

@@ -64,7 +64,7 @@ __device__ __forceinline__ void add(Softmax &s, const Tile &part, int i, int h) 
 // One block for 128 rows and a run of `span` entries: the policy's logits, -inf in the column behind an odd number of them; and
 // the run's softmax sums, where they are asked for.
 template <class T>
-KERNEL(256) token_kl_policy(const T *h, const T *weight, float *logits, float *partial, unsigned rows, unsigned hidden, unsigned entries, unsigned span, unsigned ld) {
+KERNEL(256) token_kl_policy(const T *h, const T *weight, float *logits, float *partial, float scale, unsigned rows, unsigned hidden, unsigned entries, unsigned span, unsigned ld) {
   SHARED(float, parts, Softmax::N *WARPS_WIDE *ROWS);
   const unsigned row = first_row(), run = blockIdx.y;
   if (row >= rows) return;
@@ -72,7 +72,7 @@ KERNEL(256) token_kl_policy(const T *h, const T *weight, float *logits, float *p
 #pragma unroll
   for (int i = 0; i < OWN; i++) own[i][0] = own[i][1] = {minus_infinity(), 0.0f};
 
-  for_each_tile(h, weight, rows, hidden, row, run * span, min((run + 1) * span, entries), [&](Tile &part, unsigned entry) {
+  for_each_tile(h, weight, scale, rows, hidden, row, run * span, min((run + 1) * span, entries), [&](Tile &part, unsigned entry) {
     cut(part, entry, entries);
 #pragma unroll
     for (int i = 0; i < OWN; i++)
@@ -95,7 +95,7 @@ KERNEL(256) token_kl_policy(const T *h, const T *weight, float *logits, float *p
 
 // The same block beside a reference's logits: the run's sums of both. `policy` has the run's sums of the policy.
 template <class T>
-KERNEL(256) token_kl_reference(const T *h, const T *weight, const float *logits, const float *policy, float *partial, unsigned rows, unsigned hidden, unsigned entries, unsigned span, unsigned ld) {
+KERNEL(256) token_kl_reference(const T *h, const T *weight, const float *logits, const float *policy, float *partial, float scale, unsigned rows, unsigned hidden, unsigned entries, unsigned span, unsigned ld) {
   SHARED(float, base_of_row, ROWS);
   SHARED(float, parts, Against::N *WARPS_WIDE *ROWS);
   const unsigned row = first_row(), run = blockIdx.y;
@@ -105,7 +105,7 @@ KERNEL(256) token_kl_reference(const T *h, const T *weight, const float *logits,
 #pragma unroll
   for (int i = 0; i < OWN; i++) own[i][0] = own[i][1] = {{minus_infinity(), 0.0f}, 0.0f};
 
-  for_each_tile(h, weight, rows, hidden, row, run * span, min((run + 1) * span, entries), [&](Tile &part, unsigned entry) {
+  for_each_tile(h, weight, scale, rows, hidden, row, run * span, min((run + 1) * span, entries), [&](Tile &part, unsigned entry) {
     cut(part, entry, entries);
 #pragma unroll
     for (int i = 0; i < OWN; i++)
@@ -156,10 +156,10 @@ KERNEL(256) token_kl_combine(const float *policy, const float *reference, float 
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// What one reference adds to the gradient by the policy's logits of 128 rows and 256 entries: dkl (ln p - ln q - kl), to `terms`,
+// What one reference adds to the gradient by the policy's logits of 128 rows and 256 entries: scale dkl (ln p - ln q - kl), to `terms`,
 // which the `first` reference writes; the last one, which has a `dl`, gives it p times their sum.
 template <class T>
-KERNEL(256) token_kl_dlogits(const T *h, const T *weight, const float *logits, const float *lse, const float *ref_lse, const float *kl, const float *dkl, float *terms, T *dl, unsigned rows, unsigned hidden, unsigned entries, unsigned ld, unsigned first) {
+KERNEL(256) token_kl_dlogits(const T *h, const T *weight, const float *logits, const float *lse, const float *ref_lse, const float *kl, const float *dkl, float *terms, T *dl, float scale, unsigned rows, unsigned hidden, unsigned entries, unsigned ld, unsigned first) {
   SHARED(float, of_row, 4 * ROWS);
   const unsigned row = first_row(), start = blockIdx.y * ENTRIES;
   if (row >= rows) return;
@@ -168,9 +168,9 @@ KERNEL(256) token_kl_dlogits(const T *h, const T *weight, const float *logits, c
     of_row[threadIdx.x] = lse[at];
     of_row[ROWS + threadIdx.x] = ref_lse[at];
     of_row[2 * ROWS + threadIdx.x] = kl[at];
-    of_row[3 * ROWS + threadIdx.x] = dkl[at];
+    of_row[3 * ROWS + threadIdx.x] = scale * dkl[at];
   }
-  for_each_tile(h, weight, rows, hidden, row, start, min(start + ENTRIES, entries), [&](Tile &part, unsigned entry) {
+  for_each_tile(h, weight, scale, rows, hidden, row, start, min(start + ENTRIES, entries), [&](Tile &part, unsigned entry) {
 #pragma unroll
     for (int i = 0; i < OWN; i++)
 #pragma unroll

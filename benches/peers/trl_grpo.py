@@ -101,7 +101,7 @@ with tempfile.TemporaryDirectory() as folder:
         max_completion_length=recipe["max_completion_length"], learning_rate=recipe["learning_rate"],
         lr_scheduler_type=recipe.get("lr_scheduler_type", "constant"), warmup_steps=round(recipe.get("warmup_ratio", 0.0) * steps),
         max_grad_norm=recipe.get("max_grad_norm", 1.0), beta=recipe.get("beta", 0.0), loss_type=forms[recipe["objective"]],
-        weight_decay=recipe.get("weight_decay", 0.0), temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False, logging_steps=1,
+        weight_decay=recipe.get("weight_decay", 0.0), temperature=recipe.get("rollout_temperature", 1.0), top_p=1.0, top_k=0, shuffle_dataset=False, logging_steps=1,
         report_to=[], use_cpu=True, bf16=False, fp16=False, save_strategy="no", gradient_checkpointing=False, seed=42,
         disable_tqdm=True, use_bias_correction_kl=False,
         # Dr. GRPO is its paper's in cuvee; in TRL only the normaliser changes with loss_type.

@@ -132,7 +132,7 @@ fn print(text: &str) -> Result<(), Error> {
 fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
     let sharing = if batching.no_prefix_sharing { crate::data::Sharing::Off } else { crate::data::Sharing::On };
     let budget = batching.micro_batch_tokens.unwrap_or(crate::train::MICRO_BATCH_TOKENS);
-    crate::data::Packing { budget, sharing, read: crate::data::Read::Completions }
+    crate::data::Packing { sharing, ..crate::data::Packing::new(budget) }
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
@@ -529,6 +529,7 @@ mod tests {
  num_iterations = 2
  max_completion_length = 9
  rollout_temperature = 0.5
+ logps_temperature = 0.7
  rollout_top_p = 0.9
  mask_truncated_completions = true
  gold_reward = ['g=2']

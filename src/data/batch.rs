@@ -33,6 +33,39 @@ pub struct Batch {
     pub sequences: Vec<Range<usize>>,
     /// Per example: its range in `sequences`.
     pub examples: Vec<Range<usize>>,
+    pub temperature: Temperature,
+}
+
+/// What logits are divided by before they become log-probabilities: above 0, finite.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Temperature(f64);
+
+impl Temperature {
+    /// The model's own distribution.
+    pub const ONE: Self = Self(1.0);
+
+    /// None where `1 / temperature` is no positive number in f32.
+    pub fn new(temperature: f64) -> Option<Self> {
+        (temperature > 0.0 && Self(temperature).scale().is_normal()).then_some(Self(temperature))
+    }
+
+    pub fn get(self) -> f64 {
+        self.0
+    }
+
+    /// What logits are multiplied by.
+    pub fn scale(self) -> f32 {
+        (1.0 / self.0) as f32
+    }
+}
+
+/// No NaN is one.
+impl Eq for Temperature {}
+
+impl Default for Temperature {
+    fn default() -> Self {
+        Self::ONE
+    }
 }
 
 /// Whether the sequences of an example share the rows of their prompt. It changes the work, never a token.

@@ -18,7 +18,7 @@ mod packing;
 mod prompts;
 mod tokenizer;
 
-pub use batch::{Batch, Extent, Read, Segment, Sharing, extent_of, pack, rows_of};
+pub use batch::{Batch, Extent, Read, Segment, Sharing, Temperature, extent_of, pack, rows_of};
 pub use chat::ChatTemplate;
 pub use conversation::{Content, Message};
 pub use dataset::{Dataset, Example, Merge, Sequence, label_name};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::batch::{Batch, Extent, Read, Sharing, extent_of, pack};
+use super::batch::{Batch, Extent, Read, Sharing, Temperature, extent_of, pack};
 use super::dataset::Example;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -11,16 +11,23 @@ pub struct Packing {
     pub budget: usize,
     pub sharing: Sharing,
     pub read: Read,
+    /// Of log-probabilities.
+    pub temperature: Temperature,
 }
 
 impl Packing {
+    /// Completions of shared prompts, at temperature 1.
+    pub const fn new(budget: usize) -> Self {
+        Self { budget, sharing: Sharing::On, read: Read::Completions, temperature: Temperature::ONE }
+    }
+
     /// Consecutive batches, each with the range of `examples` it holds.
     pub fn batches<'a>(&self, examples: &'a [&'a Example]) -> impl Iterator<Item = (Range<usize>, Batch)> + 'a {
-        let Self { sharing, read, .. } = *self;
+        let Self { sharing, read, temperature, .. } = *self;
         let ranges = pack(examples, self.budget, sharing).into_iter();
         ranges.map(move |range| {
             let batch = Batch::reading(read, examples[range.clone()].iter().copied(), sharing);
-            (range, batch)
+            (range, Batch { temperature, ..batch })
         })
     }
 
@@ -99,7 +106,7 @@ mod tests {
         ) {
             let sharing = if shared { Sharing::On } else { Sharing::Off };
             let read = if last { Read::Last { pad: Some(2) } } else { Read::Completions };
-            let packing = Packing { budget, sharing, read };
+            let packing = Packing { sharing, read, ..Packing::new(budget) };
             let examples: Vec<Example> = lens.into_iter().map(|(p, c, r)| pair(p, c, r)).collect();
             let bound = packing.bound(&packing.extents(&examples), at_most);
             let all: Vec<&Example> = examples.iter().rev().collect();

@@ -1,6 +1,6 @@
 //! A host batch on the device.
 
-use crate::data::{self, Extent};
+use crate::data::{self, Extent, Temperature};
 use crate::device::{Arena, Device, Kind, Tensor, View};
 use crate::error::Result;
 use crate::ops::attention::{NO_PARENT, Segment};
@@ -16,6 +16,7 @@ pub struct Batch<D: Device> {
     completion_rows: Tensor<D>,
     targets: Tensor<D>,
     size: Extent,
+    temperature: Temperature,
 }
 
 impl<D: Device> Batch<D> {
@@ -24,7 +25,8 @@ impl<D: Device> Batch<D> {
         let (tokens, positions) = (column(largest.rows), column(largest.rows));
         let (completion_rows, targets) = (column(largest.targets), column(largest.targets));
         let segments = arena.indices(Kind::Activations, largest.segments, Segment::WORDS);
-        Self { tokens, positions, segments, completion_rows, targets, size: Extent::default() }
+        let (size, temperature) = (Extent::default(), Temperature::ONE);
+        Self { tokens, positions, segments, completion_rows, targets, size, temperature }
     }
 
     /// Uploads a batch that queries every row.
@@ -34,6 +36,7 @@ impl<D: Device> Batch<D> {
         device.write_u32(&batch.completion_rows, self.completion_rows.top_mut(batch.completion_rows.len()))?;
         device.write_u32(&batch.targets, self.targets.top_mut(batch.targets.len()))?;
         self.size = batch.extent();
+        self.temperature = batch.temperature;
         Ok(())
     }
 
@@ -78,6 +81,11 @@ impl<D: Device> Batch<D> {
 
     pub fn size(&self) -> Extent {
         self.size
+    }
+
+    /// At which its targets' log-probabilities are taken.
+    pub fn temperature(&self) -> Temperature {
+        self.temperature
     }
 
     pub fn tokens(&self) -> View<'_, D> {

@@ -30,6 +30,7 @@ pub use spec::{Head, Mlp, Norm, Positions, Rope, RopeScaling, Spec};
 pub use token_kl::{KlActs, KlTerm, RefHeads};
 pub use value::{VALUE_HEAD, ValueActs, ValueHead, ValueTerm};
 
+use crate::data::Temperature;
 use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor, View};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
@@ -186,6 +187,7 @@ impl<B: Backend> Model<B> {
             h: top.normed.top(targets),
             weight: self.vocabulary().view(),
             target: batch.targets(),
+            scale: batch.temperature().scale(),
             scratch: top.tile.view_mut(),
             logp: top.logp.top_mut(targets),
             lse: top.lse.top_mut(targets),
@@ -221,13 +223,20 @@ impl<B: Backend> Model<B> {
     }
 
     /// Log-probabilities of `targets` `[rows read, 1]` in the `logits` that `decode` left, into `acts.top.logp`: those that
-    /// `forward` gives, bit for bit where products have one order.
-    pub fn decoded_logps(&self, device: &B, targets: View<B>, acts: &mut Acts<B>, logits: &Tensor<B>) -> Result<()> {
+    /// `forward` gives at that temperature, bit for bit where products have one order.
+    pub fn decoded_logps(
+        &self,
+        device: &B,
+        (targets, temperature): (View<B>, Temperature),
+        acts: &mut Acts<B>,
+        logits: &Tensor<B>,
+    ) -> Result<()> {
         let (read, top) = (targets.rows(), &mut acts.top);
         let head = logprob_head::Forward {
             h: top.normed.top(read),
             weight: self.vocabulary().view(),
             target: targets,
+            scale: temperature.scale(),
             scratch: top.tile.view_mut(),
             logp: top.logp.top_mut(read),
             lse: top.lse.top_mut(read),
@@ -297,7 +306,7 @@ impl<B: Backend> Model<B> {
         if let Some(kl) = kl {
             let (top, s) = acts.top_and_scratch();
             let (targets, head) = (batch.size().targets, self.head.as_mut().unwrap_or(&mut self.embed));
-            kl.backward(device, top.normed.top(targets), head, s.d_top_normed.top_mut(targets))?;
+            kl.backward(device, (top.normed.top(targets), batch.temperature()), head, s.d_top_normed.top_mut(targets))?;
         }
         self.backward_top(device, batch, acts)?;
         self.backward_blocks(device, batch, acts)
@@ -337,6 +346,7 @@ impl<B: Backend> Model<B> {
             h: top.normed.top(targets),
             weight: head.value.view(),
             target: batch.targets(),
+            scale: batch.temperature().scale(),
             lse: top.lse.top(targets),
             dlogp: s.dlogp.top(targets),
             dentropy: None,

@@ -9,6 +9,7 @@ use super::init::draw;
 use super::load::{Reader, found_name};
 use super::{Acts, Batch, Head, Init, Model, Param, Spec};
 use crate::checkpoint::Weights;
+use crate::data::Temperature;
 use crate::device::{Arena, Device, Kind, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
 use crate::ops::Backend;
@@ -157,7 +158,13 @@ impl<D: Device> Acts<D> {
 
 impl<B: Backend> KlTerm<'_, B> {
     /// Adds to the gradient of the policy's normed rows, and of its head where that is trained.
-    pub(super) fn backward(self, device: &B, normed: View<B>, head: &mut Param<B>, dh: ViewMut<B>) -> Result<()> {
+    pub(super) fn backward(
+        self,
+        device: &B,
+        (normed, temperature): (View<B>, Temperature),
+        head: &mut Param<B>,
+        dh: ViewMut<B>,
+    ) -> Result<()> {
         let (targets, k) = (normed.rows(), self.heads.refs());
         let KlActs { hidden, kl, dkl, lse, tiles } = self.acts;
         device.write_f64(self.dkl, dkl.top_mut(k * targets))?;
@@ -165,6 +172,7 @@ impl<B: Backend> KlTerm<'_, B> {
             h: normed,
             weight: head.value.view(),
             refs: &refs(hidden, self.heads, targets),
+            scale: temperature.scale(),
             kl: kl.top(k * targets).reshape(k, targets),
             lse: lse.top((1 + k) * targets).reshape(1 + k, targets),
             dkl: dkl.top(k * targets).reshape(k, targets),
@@ -192,6 +200,7 @@ impl<B: Backend> Model<B> {
             h: acts.top.normed.top(targets),
             weight: self.vocabulary().view(),
             refs: &refs(hidden, heads, targets),
+            scale: batch.temperature().scale(),
             scratch: tiles.view_mut(),
             kl: kl.top_mut(k * targets).reshape(k, targets),
             lse: lse.top_mut((1 + k) * targets).reshape(1 + k, targets),

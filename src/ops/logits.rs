@@ -1,5 +1,7 @@
 //! Tiles of logits on the CPU, for the ops that walk the vocabulary and keep no `[rows, vocab]` matrix.
 
+use rayon::prelude::*;
+
 use super::gemm::{Operand, Start, gemm};
 use super::logprob_head::{TILE_ROWS, TILE_VOCAB};
 use crate::device::Cpu;
@@ -28,12 +30,23 @@ pub fn tiles(rows: usize, vocab: usize) -> impl Iterator<Item = Tile> {
 }
 
 impl Tile {
-    /// `[rows, entries]` at the front of `scratch`: hidden rows `h [_, hidden]` times the head `w [_, hidden]`.
-    pub fn logits<'a>(&self, cpu: &Cpu, hidden: usize, h: &[f32], w: &[f32], scratch: &'a mut [f32]) -> &'a mut [f32] {
+    /// `[rows, entries]` at the front of `scratch`: hidden rows `h [_, hidden]` times the head `w [_, hidden]`, times `scale`.
+    pub fn logits<'a>(
+        &self,
+        cpu: &Cpu,
+        (hidden, scale): (usize, f32),
+        h: &[f32],
+        w: &[f32],
+        scratch: &'a mut [f32],
+    ) -> &'a mut [f32] {
         let h = Operand::new(&h[self.row * hidden..][..self.rows * hidden], hidden);
         let w = Operand::transposed(&w[self.entry * hidden..][..self.entries * hidden], hidden);
         let logits = &mut scratch[..self.rows * self.entries];
         gemm(cpu, [self.rows, self.entries, hidden], h, w, logits, Start::Zero);
+        if scale != 1.0 {
+            let rows = ROWS_PER_TASK * self.entries;
+            cpu.run(|| logits.par_chunks_mut(rows).for_each(|logits| logits.iter_mut().for_each(|l| *l *= scale)));
+        }
         logits
     }
 

@@ -14,7 +14,7 @@ pub use fresh::{Asked, Fresh, Residency};
 pub use hidden::HiddenRows;
 pub use score::{Scorer, plan};
 
-use crate::data::{Example, Extent, Packing};
+use crate::data::{Example, Extent, Packing, Temperature};
 use crate::device::{DType, Ledger};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
@@ -129,6 +129,7 @@ impl Reference {
         sets: &[&[&Example]],
         options: &Scoring,
     ) -> Result<RefCache> {
+        assert_eq!(options.packing.temperature, Temperature::ONE, "the cache's keys name no temperature");
         let mut cache = RefCache::open(options.cache_dir, key(device, checkpoint, init)?, options.stop)?;
         cache.describe(&About::of(checkpoint, device.arithmetic()))?;
         if let Some(lost) = cache.recovered() {

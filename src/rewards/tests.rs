@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::*;
-use crate::data::{Packing, Read, Sharing};
+use crate::data::Packing;
 use crate::device::{Cpu, DType};
 use crate::error::Result;
 
-const PACKING: Packing = Packing { budget: 64, sharing: Sharing::On, read: Read::Completions };
+const PACKING: Packing = Packing::new(64);
 
 /// A folder of files.
 fn folder(files: &[(&str, &str)]) -> TempDir {

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use super::size::{Buffers, Size};
 use super::slots::Slots;
 use super::{Ask, Finish, Request, Rollout, Scores, edits, plan_size};
-use crate::data::Tokenizer;
+use crate::data::{Temperature, Tokenizer};
 use crate::device::{Arena, View};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -49,6 +49,7 @@ struct Asked<A> {
 pub struct Session<'a, B: Backend, A: Ask> {
     device: &'a B,
     tokenizer: Option<&'a Tokenizer>,
+    temperature: Temperature,
     model: &'a Model<B>,
     size: Size,
     buffers: Buffers<B>,
@@ -96,7 +97,7 @@ impl Pass {
 impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
     pub(super) fn new(
         device: &'a B,
-        tokenizer: Option<&'a Tokenizer>,
+        (tokenizer, temperature): (Option<&'a Tokenizer>, Temperature),
         model: &'a Model<B>,
         size: Size,
     ) -> Result<Self> {
@@ -105,7 +106,7 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
         let buffers = Buffers::new(&mut arena, spec, rank, &size);
         let slots = Slots::new(size.slot_rows);
         let (requests, waiting, prompts) = (HashMap::new(), VecDeque::new(), Vec::new());
-        Ok(Self { device, tokenizer, model, size, buffers, slots, requests, next: 0, waiting, prompts })
+        Ok(Self { device, tokenizer, temperature, model, size, buffers, slots, requests, next: 0, waiting, prompts })
     }
 
     /// Takes a request and gives it a number; numbers count from 0.
@@ -172,7 +173,8 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
         }
         for (key, first) in scored {
             if let Some(asked) = self.requests.get(&key) {
-                let scores = score(self.device, self.model, &mut self.buffers, &asked.ask.request(), first)?;
+                let model = (self.model, self.temperature);
+                let scores = score(self.device, model, &mut self.buffers, &asked.ask.request(), first)?;
                 on(Event::Prompt(key, scores));
             }
         }
@@ -298,7 +300,8 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
             device.write_u32(&sound, b.ids.top_mut(n))?;
         }
         let mut logps = vec![0.0; n];
-        self.model.decoded_logps(device, b.ids.top(n), &mut b.acts, &b.logits)?;
+        let asked = (b.ids.top(n), self.temperature);
+        self.model.decoded_logps(device, asked, &mut b.acts, &b.logits)?;
         device.read_f32(b.acts.top.logp.top(n), &mut logps)?;
         let drawn = ids.into_iter().zip(logps).zip(odds).zip(&rows).enumerate();
         let running = self.prompts.iter_mut().flat_map(|prompt| &mut prompt.running);
@@ -306,11 +309,15 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
             let rollout = &mut running.rollout;
             rollout.ids.push(id);
             rollout.logps.push(logp);
-            rollout.sampled_logps.push(if row.plain() { logp } else { sample::sampled_logp(odds) as f32 });
+            rollout.sampled_logps.push(if row.plain(self.temperature.get()) {
+                logp
+            } else {
+                sample::sampled_logp(odds) as f32
+            });
             let count = self.requests[&rollout.prompt].ask.request().alternatives;
             if count > 0 {
                 let [logits, lse] = [b.logits.view(), b.acts.top.lse.view()].map(|of| of.slice(at, 1));
-                rollout.alternatives.push(likeliest(device, logits, lse, count)?);
+                rollout.alternatives.push(likeliest(device, (logits, self.temperature.scale()), lse, count)?);
             }
         }
         Ok(failed)
@@ -354,7 +361,7 @@ impl<'a, B: Backend, A: Ask> Session<'a, B, A> {
 /// there is room for logits.
 fn score<B: Backend>(
     device: &B,
-    model: &Model<B>,
+    (model, temperature): (&Model<B>, Temperature),
     b: &mut Buffers<B>,
     request: &Request,
     first: usize,
@@ -366,13 +373,13 @@ fn score<B: Backend>(
         b.batch.read(device, rows)?;
         model.decode_more(device, &b.batch, &mut b.acts, &mut b.logits)?;
         device.write_u32(targets, b.ids.top_mut(n))?;
-        model.decoded_logps(device, b.ids.top(n), &mut b.acts, &b.logits)?;
+        model.decoded_logps(device, (b.ids.top(n), temperature), &mut b.acts, &b.logits)?;
         let mut logps = vec![0.0; n];
         device.read_f32(b.acts.top.logp.top(n), &mut logps)?;
         scores.logps.extend(logps);
         for at in (0..n).filter(|_| request.alternatives > 0) {
             let [logits, lse] = [b.logits.view(), b.acts.top.lse.view()].map(|of| of.slice(at, 1));
-            scores.alternatives.push(likeliest(device, logits, lse, request.alternatives)?);
+            scores.alternatives.push(likeliest(device, (logits, temperature.scale()), lse, request.alternatives)?);
         }
     }
     Ok(scores)
@@ -380,7 +387,12 @@ fn score<B: Backend>(
 
 /// The `count` tokens with the largest of a row of logits, the smaller id first among equal ones, and their
 /// log-probabilities: to the last bit what a token that is drawn has.
-fn likeliest<B: Backend>(device: &B, logits: View<B>, lse: View<B>, count: usize) -> Result<Vec<(u32, f32)>> {
+fn likeliest<B: Backend>(
+    device: &B,
+    (logits, scale): (View<B>, f32),
+    lse: View<B>,
+    count: usize,
+) -> Result<Vec<(u32, f32)>> {
     let (mut row, mut sum) = (vec![0.0; logits.cols()], [0.0]);
     device.read_f32(logits, &mut row)?;
     device.read_f32(lse, &mut sum)?;
@@ -392,7 +404,7 @@ fn likeliest<B: Backend>(device: &B, logits: View<B>, lse: View<B>, count: usize
             best.truncate(count);
         }
     }
-    Ok(best.into_iter().map(|(id, logit)| (id, logit - sum[0])).collect())
+    Ok(best.into_iter().map(|(id, logit)| (id, logit * scale - sum[0])).collect())
 }
 
 /// Whether a completion ends with the last of these tokens, and why.

@@ -15,7 +15,7 @@ mod size;
 mod slots;
 mod text;
 
-use crate::data::Tokenizer;
+use crate::data::{Temperature, Tokenizer};
 use crate::device::{DType, Dry, Ledger, range};
 use crate::error::{Error, Result};
 use crate::model::{Model, Spec};
@@ -173,8 +173,8 @@ pub struct Rollout {
     pub prompt: usize,
     pub sample: usize,
     pub ids: Vec<u32>,
-    /// Log-probability of each token under the model, at temperature 1 over the whole vocabulary, nats: what scoring the sequence
-    /// gives.
+    /// Log-probability of each token under the model, over the whole vocabulary, at temperature 1 or that of
+    /// [`Engine::with_logps_temperature`], nats: what scoring the sequence gives.
     pub logps: Vec<f32>,
     /// Log-probability of each token in the distribution that it was drawn from, nats: 0 for the likeliest at temperature 0.
     pub sampled_logps: Vec<f32>,
@@ -246,11 +246,12 @@ pub struct Engine<'a, B: Backend> {
     device: &'a B,
     tokenizer: Option<&'a Tokenizer>,
     max_running: usize,
+    logps_temperature: Temperature,
 }
 
 impl<'a, B: Backend> Engine<'a, B> {
     pub fn new(device: &'a B) -> Self {
-        Self { device, tokenizer: None, max_running: MAX_RUNNING }
+        Self { device, tokenizer: None, max_running: MAX_RUNNING, logps_temperature: Temperature::ONE }
     }
 
     /// For requests with stop strings.
@@ -261,6 +262,11 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// So many completions at a time at most; results do not depend on it.
     pub fn with_max_running(&self, max_running: usize) -> Self {
         Self { max_running: max_running.max(1), ..*self }
+    }
+
+    /// Tells log-probabilities at this temperature, whatever tokens are drawn at.
+    pub fn with_logps_temperature(&self, logps_temperature: Temperature) -> Self {
+        Self { logps_temperature, ..*self }
     }
 
     /// Completions of all requests, by request and sample. The model's rotation table must reach each
@@ -294,7 +300,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// Completions of what it is asked while it runs, within `size`. The model's rotation table must reach its longest
     /// sequence.
     pub fn session<'s, A: Ask>(&'s self, model: &'s Model<B>, size: Size) -> Result<Session<'s, B, A>> {
-        Session::new(self.device, self.tokenizer, model, size)
+        Session::new(self.device, (self.tokenizer, self.logps_temperature), model, size)
     }
 }
 

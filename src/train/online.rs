@@ -133,7 +133,7 @@ impl<'a, B: Backend> Online<'a, B> {
         let largest = largest(settings.packing, &task.stand_ins, settings.batch_size);
         let others = task.sampled_by.iter().filter(|reference| !reference.is_policy);
         let asked = others.map(|reference: &'a FreshReference| reference.asked(largest)).collect();
-        let fresh = Fresh::new(device, asked, settings.packing, Residency::Streamed)?;
+        let fresh = Fresh::new(device, asked, settings.training(), Residency::Streamed)?;
         let rewards = task.rewards.as_ref().expect("opened with the task");
         let jury = Jury::new(device, rewards, settings.packing);
         let rows = read_rows(&task.train.path)?.1;
@@ -200,7 +200,7 @@ impl<'a, B: Backend> Online<'a, B> {
         let stats = &mut sampled.stats;
         (stats.rewards, stats.reward_weights, stats.state) = (rewards, weights, state.to_vec());
         if needs.old_token_logps || needs.values {
-            let (scored, values) = scored(device, policy, self.settings.packing, &examples)?;
+            let (scored, values) = scored(device, policy, self.settings.training(), &examples)?;
             (stats.old_token_logps, stats.values) = (exact(&scored).1, values);
             stats.sampled_token_logps = sampled_logps;
             metrics.extend(mismatch(stats));
@@ -241,7 +241,8 @@ impl<'a, B: Backend> Online<'a, B> {
         };
         let requests: Vec<Request> = data.iter().enumerate().map(request).collect();
         let all = data.len() * samples;
-        let rollouts = Engine::new(device).run(&policy.model, &requests, &mut |done| {
+        let engine = Engine::new(device).with_logps_temperature(self.rollouts.logps_temperature);
+        let rollouts = engine.run(&policy.model, &requests, &mut |done| {
             show(&format!("sampling {}/{all}, {} tokens", done.completions, done.tokens));
         })?;
         let (mut written, mut logps) = (Vec::new(), Vec::new());
@@ -344,7 +345,7 @@ impl<'a, B: Backend> Online<'a, B> {
         let (asked, mut others) = (examples.iter().collect::<Vec<_>>(), 0..);
         let of = |reference: &FreshReference| match reference.is_policy {
             true => {
-                let packing = self.settings.packing;
+                let packing = self.settings.training();
                 policy.without_adapter(|policy| Ok(scored(device, policy, packing, examples)?.0))
             }
             false => self.fresh.score(others.next().expect("endless"), &asked, Detail::Tokens),

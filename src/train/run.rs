@@ -405,7 +405,7 @@ impl<B: Backend> Session<'_, B> {
         let mut rows = gathered.rows(&ref_weights, &self.state.objective, &self.panel.hidden);
         rows.sampled = self.batch.as_ref().and_then(|batch| batch.sampled.as_ref());
         let objective = self.raised.as_deref().unwrap_or(self.task.objective.as_ref());
-        let packing = self.settings.packing;
+        let packing = self.settings.training();
         let pass = Pass { objective, rows, packing, purpose: Purpose::Training, step: number };
         let rate = self.schedule.rate(number) * self.state.watch.rate(self.settings.alarm.lever);
         let result = step(self.device, &mut self.policy, &pass, rate);

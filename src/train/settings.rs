@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use super::alarm::{Lever, OnAlarm};
 use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
-use crate::data::{EncodeOptions, Packing};
+use crate::data::{EncodeOptions, Packing, Temperature};
 use crate::device::DType;
 use crate::model::{Init, Lora};
 use crate::objectives::Choice;
@@ -94,6 +94,12 @@ impl Settings {
         Schedule::new(self.learning_rate, self.decay, self.warmup_ratio, max_steps)
     }
 
+    /// How steps run their examples: with log-probabilities of what the policy wrote at their own temperature.
+    pub fn training(&self) -> Packing {
+        let temperature = self.rollouts.as_ref().map_or(Temperature::ONE, |rollouts| rollouts.logps_temperature);
+        Packing { temperature, ..self.packing }
+    }
+
     /// What the device stores weights and activations in.
     pub fn storage(&self) -> DType {
         match self.dtype {
@@ -180,6 +186,8 @@ pub struct Rollouts {
     /// Tokens of a completion at most.
     pub max_new_tokens: usize,
     pub temperature: f64,
+    /// At which training takes their log-probabilities.
+    pub logps_temperature: Temperature,
     pub top_p: f64,
     /// Completions that do not end by themselves teach nothing.
     pub mask_truncated: bool,

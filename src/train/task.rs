@@ -17,7 +17,7 @@ use super::settings::{Alarm, Pause, References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
-use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
+use crate::data::{Dataset, Example, Form, Packing, Sharing, Temperature, Tokenizer, epoch_order, mismatched};
 use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
@@ -499,6 +499,9 @@ impl Task {
             course["max_completion_length"] = json!(rollouts.max_new_tokens);
             course["rollout_temperature"] = json!(rollouts.temperature);
             course["rollout_top_p"] = json!(rollouts.top_p);
+            if rollouts.logps_temperature != Temperature::ONE {
+                course["logps_temperature"] = json!(rollouts.logps_temperature.get());
+            }
             if rollouts.mask_truncated {
                 course["mask_truncated_completions"] = json!(true);
             }

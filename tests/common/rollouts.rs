@@ -1,6 +1,6 @@
 //! Many requests that have little in common, and what must be equal of their completions.
 
-use cuvee::data::{self, Example, Extent, Sequence, Sharing};
+use cuvee::data::{self, Example, Extent, Sequence, Sharing, Temperature};
 use cuvee::device::Philox;
 use cuvee::model::Keep;
 use cuvee::ops::Backend;
@@ -82,7 +82,17 @@ pub fn assert_same(what: &str, found: &[Rollout], expected: &[Rollout]) {
 
 /// The log-probabilities that scoring gives the tokens of `rollout`.
 pub fn scored<B: Backend>(rig: &mut Rig<B>, requests: &[Request], rollout: &Rollout) -> Vec<f64> {
+    scored_at(Temperature::ONE, rig, requests, rollout)
+}
+
+pub fn scored_at<B: Backend>(
+    temperature: Temperature,
+    rig: &mut Rig<B>,
+    requests: &[Request],
+    rollout: &Rollout,
+) -> Vec<f64> {
     let prompt = requests[rollout.prompt].prompt;
     let sequences = vec![Sequence { ids: [prompt, &rollout.ids].concat(), first: prompt.len() }];
-    rig.forward(&data::Batch::new(&[Example { sequences, ..Example::default() }], Sharing::On))
+    let batch = data::Batch::new(&[Example { sequences, ..Example::default() }], Sharing::On);
+    rig.forward(&data::Batch { temperature, ..batch })
 }

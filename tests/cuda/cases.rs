@@ -140,7 +140,7 @@ fn head_in_a_small_workspace(cuda: &Cuda) {
 
 /// So does the KL, whose rows take 17 KB each, backward up to 41 KB.
 fn token_kl_in_a_small_workspace(cuda: &Cuda) {
-    let forward = TokenKl { rows: 200, vocab: 5003, hidden: &[8, 9, 5] };
+    let forward = TokenKl { rows: 200, vocab: 5003, hidden: &[8, 9, 5], scale: 1.0 };
     let backward = TokenKlBackward::full(forward);
     for workspace_bytes in [3 << 20, 1 << 20] {
         compare(&with_workspace(cuda.storage(), workspace_bytes), &forward);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cuvee::data::{Example, Packing, Sequence, Sharing, Tokenizer};
+use cuvee::data::{Example, Packing, Sequence, Tokenizer};
 use cuvee::device::Cpu;
 use cuvee::model::{Checkpoint, Init};
 use cuvee::references::Scorer;
@@ -37,7 +37,7 @@ fn check(folder: &Path, tokenizer: &Path) -> Result<(), Failed> {
     let examples: Vec<Example> = rows.iter().enumerate().map(example).collect::<Result<_, Failed>>()?;
     let (checkpoint, device) = (Checkpoint::open_reward(folder)?, Cpu::new(2)?);
     let read = checkpoint.reads(&Tokenizer::load(tokenizer)?);
-    let packing = Packing { budget: 20, sharing: Sharing::On, read };
+    let packing = Packing { read, ..Packing::new(20) };
     let largest = packing.largest(&packing.extents(&examples));
     let mut scorer = Scorer::new(&device, &checkpoint, Init::Checkpoint, &largest)?;
     let scores = scorer.score(&examples.iter().collect::<Vec<_>>(), packing, &mut |_| {})?;

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cuvee::data::{Packing, Read, Sharing};
+use cuvee::data::Packing;
 use cuvee::device::Cpu;
 use cuvee::model::Checkpoint;
 use cuvee::tasks::{Examiner, Outcome, Overrides, Subject, Task};
@@ -34,7 +34,7 @@ fn check(file: &Path, model: &Path) -> Result<(), Failed> {
     let (device, subject) = (Cpu::new(2)?, Subject::new(model, Checkpoint::open(model)?)?);
     let examiner = Examiner {
         device: &device,
-        packing: Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions },
+        packing: Packing::new(2048),
         max_length: golden["max_length"].as_u64().map(|n| n as usize),
         reference: None,
         reward_model: None,

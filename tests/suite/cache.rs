@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use cuvee::Error;
 use cuvee::checkpoint::Weights;
-use cuvee::data::{Example, Packing, Read, Sequence, Sharing};
+use cuvee::data::{Example, Packing, Sequence, Sharing};
 use cuvee::device::Cpu;
 use cuvee::model::{Checkpoint, Init};
 use cuvee::references::Scorer;
@@ -162,7 +162,7 @@ fn what_cannot_be_meant_is_refused() {
 
 // ---- hidden rows ----------------------------------------------------------------------------------------------
 
-const PACKING: Packing = Packing { budget: 40, sharing: Sharing::On, read: Read::Completions };
+const PACKING: Packing = Packing::new(40);
 
 fn examples() -> Vec<Example> {
     let sequence = |prompt: usize, from: usize, len: usize| {
@@ -200,7 +200,7 @@ fn hidden_rows_with_the_head_give_the_log_probs() {
 
     // Another packing, the same bits; and the head makes log-probs of them.
     let apart = tempfile::tempdir().unwrap();
-    let alone = Packing { budget: 1, sharing: Sharing::Off, read: Read::Completions };
+    let alone = Packing { sharing: Sharing::Off, ..Packing::new(1) };
     let fresh =
         HiddenRows::score(&cpu, (&checkpoint, Init::Checkpoint), &[&examples], alone, apart.path(), &|| false).unwrap();
     let largest = PACKING.largest(&PACKING.extents(examples.iter().copied()));

@@ -2,7 +2,7 @@
 
 use std::io::pipe;
 
-use cuvee::data::{Example, Packing, Read, Sequence, Sharing, Tokenizer};
+use cuvee::data::{Example, Packing, Sequence, Tokenizer};
 use cuvee::device::Cpu;
 use cuvee::model::{Checkpoint, Init};
 use cuvee::objectives;
@@ -435,7 +435,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
     let checkpoint = Checkpoint::open(&w.path("model")).unwrap();
     let prompt = Tokenizer::load(&w.path("model")).unwrap().encode("Review:").unwrap();
     let device = Cpu::new(2).unwrap();
-    let packing = Packing { budget: 2048, sharing: Sharing::On, read: Read::Completions };
+    let packing = Packing::new(2048);
     for done in 0..ids.len() {
         let context = [&prompt[..], &ids[..done]].concat();
         let with = |token: u32| Sequence { ids: [&context[..], &[token]].concat(), first: context.len() };

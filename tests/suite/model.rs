@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
-use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
+use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing, Temperature};
 use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference, Tensor};
 use cuvee::model::arch::Slot;
 use cuvee::model::{Acts, Batch, Checkpoint, Head, Keep, KvCache, Model, Options, Role, init_random, load, sources};
@@ -77,13 +77,16 @@ fn assert_close(what: &str, ours: &[f64], expected: &[f64], tolerance: f64) {
 
 // ---- correct ----------------------------------------------------------------------------------------------------
 
-/// Five points: the error is of fourth order, so that this step leaves little but rounding.
+/// Five points: the error is of fourth order, so that this step leaves little but rounding. Every other architecture takes its
+/// log-probabilities at a temperature that is not 1.
 #[test]
 fn gradients_are_central_differences_for_every_element_of_every_weight() {
     const STEP: f64 = 1e-4;
-    let host = host(Size::Tiny, Sharing::On);
+    let mut host = host(Size::Tiny, Sharing::On);
     let c = weights(host.targets.len());
-    for tiny in tiny::all(Size::Tiny) {
+    let temperatures = [1.0, 0.7].map(|number| Temperature::new(number).unwrap());
+    for (tiny, temperature) in tiny::all(Size::Tiny).into_iter().zip(temperatures.into_iter().cycle()) {
+        host.temperature = temperature;
         let mut rig = Rig::new(Reference, &tiny, &host.extent(), Keep::Everything);
         let grads = rig.step(&host).grads;
         let names: Vec<String> = rig.model.params_mut().iter().map(|p| p.name.clone()).collect();
@@ -107,6 +110,27 @@ fn gradients_are_central_differences_for_every_element_of_every_weight() {
                 );
             }
         }
+    }
+}
+
+/// Logits are divided by it: as if the head's weights were.
+#[test]
+fn log_probabilities_have_the_temperature_of_the_batch() {
+    let mut host = host(Size::Small, Sharing::On);
+    let tiny = tiny::with(Size::Small, "llama", json!({}));
+    let mut rig = Rig::new(Reference, &tiny, &host.extent(), Keep::Everything);
+    let plain = rig.forward(&host);
+    host.temperature = Temperature::new(0.5).unwrap();
+    let cool = rig.forward(&host);
+    assert!(norm(&plain) > 0.0 && plain != cool);
+    let head = rig.model.params_mut().into_iter().find(|param| param.name == "lm_head.weight").unwrap();
+    head.value.view_mut().into_f64s().iter_mut().for_each(|x| *x *= 2.0);
+    host.temperature = Temperature::ONE;
+    assert_close("at half the temperature", &rig.forward(&host), &cool, 1e-12);
+    for (number, sound) in
+        [(0.7, true), (0.0, false), (-1.0, false), (f64::NAN, false), (1e300, false), (1e-300, false)]
+    {
+        assert_eq!(Temperature::new(number).is_some(), sound, "{number}");
     }
 }
 

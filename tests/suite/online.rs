@@ -93,6 +93,44 @@ fn the_first_step_on_samples_is_on_policy() {
     assert_eq!(number(&steps(&w, "run")[3], "num_sampled_tokens"), number(&steps(&w, "run")[2], "num_sampled_tokens"));
 }
 
+/// What is sampled at a temperature is trained on at it, unless the recipe says otherwise: then old and new log-probabilities still are
+/// alike, and the reference's too.
+#[test]
+fn samples_are_trained_on_at_the_temperature_they_were_drawn_at() {
+    let w = workspace();
+    let cool = "--objective grpo --beta 0.1 --num-iterations 2 --rollout-temperature 0.7";
+    train(&w, "cool", cool);
+    train(&w, "same", &format!("{cool} --logps-temperature 0.7"));
+    train(&w, "one", &format!("{cool} --logps-temperature 1"));
+    assert_eq!(steps(&w, "cool"), steps(&w, "same"));
+    let first = |run: &str| steps(&w, run).remove(0);
+    for run in ["cool", "one"] {
+        let line = first(run);
+        assert_eq!(number(&line, "sampling/logp_difference_max"), 0.0, "{run}");
+        assert!(number(&line, "loss").abs() < 1e-9 && number(&line, "kl").abs() < 1e-9, "{run}: {line:?}");
+    }
+    assert!(number(&first("cool"), "grad_norm") != number(&first("one"), "grad_norm"));
+    let likely = |run| number(&first(run), "completions/reference_logp");
+    assert!(likely("cool") > likely("one"), "at a lower temperature what is drawn is likelier");
+    train(&w, "half", &format!("{cool} --stop-at-step 2"));
+    let resumed = format!("{TRAIN} {FOUR} {cool} --output-dir half --resume-from-checkpoint auto");
+    w.fails(2, &format!("{resumed} --logps-temperature 1"), &["logps_temperature"]);
+    for bad in ["0", "-1", "nan", "inf", "1e300", "x"] {
+        w.fails(
+            2,
+            &format!("{TRAIN} {FOUR} --objective grpo --logps-temperature {bad} --output-dir bad"),
+            &["above 0"],
+        );
+    }
+    w.fails(
+        2,
+        "train --model model --dataset train.jsonl --logps-temperature 0.7 --output-dir bad",
+        &["--logps-temperature", "--reward"],
+    );
+    // Greedy completions have no temperature of their own.
+    train(&w, "greedy", "--objective grao --rollout-temperature 0");
+}
+
 #[test]
 fn rewards_rise() {
     let w = workspace();

@@ -541,6 +541,7 @@ fn logprob_head_backward_refuses_a_gradient_without_its_entropy() {
         h: h.view(),
         weight: weight.view(),
         target: target.view(),
+        scale: 1.0,
         lse: lse.view(),
         dlogp: dlogp.view(),
         dentropy: Some(dentropy.view()),
@@ -566,7 +567,7 @@ fn logprob_head_takes_extreme_logits() {
 #[test]
 fn logprob_head_of_equal_logits_is_exactly_uniform() {
     for vocab in [1, 2, 507, 512, 8003, 50_257] {
-        let case = Head { shape: [3, 31, vocab], scale: 0.0, entropy: true };
+        let case = Head { scale: 0.0, ..Head::new([3, 31, vocab]) };
         let specs = case.specs();
         let found = run(&cpu(), &case, &specs);
         let uniform = f64::from((vocab as f32).ln());
@@ -590,7 +591,7 @@ fn token_kl_is_close_to_the_oracle() {
 
 #[test]
 fn token_kl_backward_is_the_derivative() {
-    let forward = TokenKl { rows: 3, vocab: 7, hidden: &[4, 5, 3, 4] };
+    let forward = TokenKl { rows: 3, vocab: 7, hidden: &[4, 5, 3, 4], scale: 1.0 };
     let backward = TokenKlBackward::full(forward);
     let (specs, mut back) = (forward.specs(), backward.specs());
     let values = run(&Reference, &forward, &specs);
@@ -631,7 +632,7 @@ fn token_kl_backward_sums_to_zero_over_the_vocabulary() {
 /// Each reference is one product with its head, whatever the direction; memory does not grow with their number.
 #[test]
 fn token_kl_costs_one_product_for_each_reference() {
-    let case = |hidden| TokenKl { rows: 47, vocab: 507, hidden };
+    let case = |hidden| TokenKl { rows: 47, vocab: 507, hidden, scale: 1.0 };
     let cases = [case(&[16, 16][..]), case(&[16, 16, 16]), case(&[16, 16, 16, 24])];
     let product = 2 * 47 * 507 * 16;
     let [one, two, three] =
@@ -642,7 +643,7 @@ fn token_kl_costs_one_product_for_each_reference() {
 
 #[test]
 fn token_kl_without_references_is_refused() {
-    let case = TokenKl { rows: 3, vocab: 7, hidden: &[4] };
+    let case = TokenKl { rows: 3, vocab: 7, hidden: &[4], scale: 1.0 };
     let why = refusal(&cpu(), &case, &case.specs()).unwrap().to_string();
     assert!(why.contains("there are no references"), "{why}");
 }

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::PathBuf;
 
-use cuvee::data::{Content, Packing, Read, Sharing};
+use cuvee::data::{Content, Packing};
 use cuvee::device::{Cpu, DType};
 use cuvee::rewards::{Jury, RewardSpec, Rewards, Sample};
 use serde_json::{Value, json};
 
 use crate::program::{Line, Workspace, root};
 
-const PACKING: Packing = Packing { budget: 256, sharing: Sharing::On, read: Read::Completions };
+const PACKING: Packing = Packing::new(256);
 
 /// With `rm` and `rm2`, two reward models that differ.
 fn with_reward_models() -> Workspace {

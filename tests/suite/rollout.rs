@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use cuvee::data::Tokenizer;
+use cuvee::data::{Temperature, Tokenizer};
 use cuvee::device::{Cpu, Isa};
 use cuvee::ops::sample::BANNED;
 use cuvee::rollout::{
     Engine, Event, Finish, Limits, Request, Rollout, Sampling, Size as Room, before_stop, generate, max_running, plan,
 };
 
-use crate::common::rollouts::{assert_same, prompts, requests, rig, run, scored};
+use crate::common::rollouts::{assert_same, prompts, requests, rig, run, scored, scored_at};
 use crate::common::tiny::{self, Size, Tiny};
 
 fn model(name: &str) -> Tiny {
@@ -80,6 +80,39 @@ fn logps_are_those_of_scoring() {
             let found: Vec<f64> = rollout.logps.iter().map(|logp| f64::from(*logp)).collect();
             assert_eq!(found, expected, "{}: request {}", tiny.name, rollout.prompt);
         }
+    }
+}
+
+/// Whatever the tokens are drawn at; those that are drawn at it, from the whole vocabulary, are drawn by them.
+#[test]
+fn logps_at_another_temperature_are_those_of_scoring() {
+    let prompts = prompts(9);
+    let (tiny, temperature) = (model("llama"), Temperature::new(0.7).unwrap());
+    let mut requests = requests(&prompts, &[]);
+    requests[0].sampling = Sampling { temperature: 0.7, ..Sampling::plain(3) };
+    let mut rig = rig(Cpu::new(2).unwrap(), &tiny);
+    let cool = run(&Engine::new(&rig.device).with_logps_temperature(temperature), &rig, &requests);
+    let plain = run(&Engine::new(&rig.device), &rig, &requests);
+    for (rollout, plain) in cool.iter().zip(&plain) {
+        assert_eq!(rollout.ids, plain.ids, "what is told changes nothing that is drawn");
+        let found: Vec<f64> = rollout.logps.iter().map(|logp| f64::from(*logp)).collect();
+        assert_eq!(found, scored_at(temperature, &mut rig, &requests, rollout), "request {}", rollout.prompt);
+        if rollout.prompt == 0 {
+            assert_eq!(rollout.sampled_logps, rollout.logps);
+            // Without it the sampler tells them itself.
+            let off = rollout.logps.iter().zip(&plain.sampled_logps).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-5, "{off:e}");
+        }
+    }
+    let wanted = Request { alternatives: 3, score_prompt: true, ..requests[0] };
+    let mut session = Engine::new(&rig.device).with_logps_temperature(temperature);
+    session = session.with_max_running(1);
+    let told = run(&session, &rig, &[wanted]).remove(0);
+    for (alternatives, (id, logp)) in told.alternatives.iter().zip(told.ids.iter().zip(&told.logps)) {
+        assert!(
+            alternatives.iter().all(|(other, said)| other != id || said == logp),
+            "{id}: {logp} and {alternatives:?}"
+        );
     }
 }
 

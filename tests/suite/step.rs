@@ -1,6 +1,6 @@
 //! One optimizer step: what an objective asks for arrives, what it returns is applied.
 
-use cuvee::data::{Example, Packing, Read, Sequence, Sharing};
+use cuvee::data::{Example, Packing, Sequence};
 use cuvee::device::Cpu;
 use cuvee::error::Error;
 use cuvee::model::{Keep, init_random};
@@ -11,9 +11,9 @@ use cuvee::train::{Blueprint, Extras, Pass, Policy, Purpose, Rows, StepResult, s
 
 use crate::tiny::{self, SEED, Size};
 
-const PACKING: Packing = Packing { budget: 14, sharing: Sharing::On, read: Read::Completions };
+const PACKING: Packing = Packing::new(14);
 /// Every step in one micro-batch.
-const ONE: Packing = Packing { budget: 1000, sharing: Sharing::On, read: Read::Completions };
+const ONE: Packing = Packing::new(1000);
 const HYPER: Hyper = Hyper {
     beta1: 0.9,
     beta2: 0.999,

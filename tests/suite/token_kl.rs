@@ -2,7 +2,7 @@
 //! concentration of the policy's distributions.
 
 use cuvee::checkpoint::{SaveDtype, save_safetensors};
-use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing};
+use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing, Temperature};
 use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Reference};
 use cuvee::model::{Acts, Init, Keep, KlActs, KlTerm, RefHeads, init_random, sources};
 use cuvee::ops::Backend;
@@ -26,9 +26,10 @@ fn references(size: Size) -> [Tiny; 2] {
 #[test]
 fn gradients_of_a_kl_are_central_differences_for_every_element_of_every_weight() {
     const STEP: f64 = 1e-4;
-    let host = host(Size::Tiny);
+    let mut host = host(Size::Tiny);
     let refs = references(Size::Tiny);
-    for name in ["llama", "qwen2", "gpt2"] {
+    for (name, temperature) in [("llama", 1.0), ("qwen2", 0.7), ("gpt2", 1.5)] {
+        host.temperature = Temperature::new(temperature).unwrap();
         let tiny = tiny::with(Size::Tiny, name, json!({}));
         let mut kl = KlRig::new(|| Reference, &tiny, &refs.each_ref(), &host, &|_| true);
         let (values, grads) = kl.step(&host);

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::cli::args::{EngineArgs, PrecisionArgs, above_zero_to_one, count, seed, zero_or_more};
 use crate::cli::device::Job;
 use crate::cli::{Command, parse};
-use crate::data::{Content, Packing, Read, Sharing};
+use crate::data::{Content, Packing};
 use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::rewards::{Jury, RewardSpec, Rewards, Sample};
@@ -96,6 +96,6 @@ pub fn said<B: Backend>(device: &B, lines: &[Value], rewards: &Rewards) -> Resul
         finished: lines[s]["finished"] == true,
     };
     let samples: Vec<Sample> = (0..lines.len()).map(sample).collect();
-    let packing = Packing { budget: MICRO_BATCH_TOKENS, sharing: Sharing::On, read: Read::Completions };
+    let packing = Packing::new(MICRO_BATCH_TOKENS);
     Jury::new(device, rewards, packing).score(&samples)
 }

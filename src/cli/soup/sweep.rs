@@ -16,7 +16,7 @@ use crate::checkpoint::json::read_json;
 use crate::checkpoint::run_dir;
 use crate::cli::args::{BatchingArgs, Device, Dtype, EngineArgs, count};
 use crate::cli::compare::{Experiment, Plan, content, flag, key, why};
-use crate::cli::{device, print, recipe as keys, train};
+use crate::cli::{device, print, recipe as keys, rollouts, train};
 use crate::data::Content;
 use crate::error::{At, Error, Result};
 use crate::lab::{Job, Makes, Outcome, Runner, Step};
@@ -65,9 +65,6 @@ pub struct SweepArgs {
 }
 
 const ANSWERS: &str = "answers";
-/// Flags that say nothing where no completions are sampled for rewards.
-const ROLLOUTS: [&str; 5] =
-    ["num_generations", "num_iterations", "max_completion_length", "rollout_temperature", "rollout_top_p"];
 
 /// What writes a policy's completions.
 enum Policy {
@@ -137,7 +134,7 @@ impl Work<'_> {
         let absolute = |path: &Path| -> Result<Value> {
             Ok(std::path::absolute(path).at(path)?.to_string_lossy().into_owned().into())
         };
-        let is_of_rollouts = |key: &str| ROLLOUTS.contains(&key.replace('-', "_").as_str());
+        let is_of_rollouts = |key: &str| rollouts::OPTIONS.contains(&key.replace('-', "_").as_str());
         let (sampling, mut table): (Table, Table) =
             recipe.top.clone().into_iter().partition(|(key, _)| is_of_rollouts(key));
         let mut arms = Vec::new();

@@ -21,7 +21,7 @@ impl LogprobHead for Cpu {
         // maximum.
         let mut sums = [Sums::default(); TILE_ROWS];
         for t in tiles(d.rows, d.vocab) {
-            let logits = t.logits(self, d.hidden, h, w, scratch);
+            let logits = t.logits(self, (d.hidden, a.scale), h, w, scratch);
             let at = t.row..t.row + t.rows;
             let (max, logp, sums) = (&mut lse[at.clone()], &mut logp[at.clone()], &mut sums[..t.rows]);
             if t.entry == 0 {
@@ -67,16 +67,17 @@ impl LogprobHead for Cpu {
         let (scratch, dh) = (a.scratch.into_f32s(), a.dh.into_f32s());
         let mut dweight = a.dweight.map(|d| d.into_f32s());
         for t in tiles(d.rows, d.vocab) {
-            let logits = t.logits(self, d.hidden, h, w, scratch);
+            let logits = t.logits(self, (d.hidden, a.scale), h, w, scratch);
             let chunk = ROWS_PER_TASK * t.entries;
             self.run(|| {
                 logits.par_chunks_mut(chunk).enumerate().for_each(|(task, logits)| {
                     for (i, logits) in logits.chunks_exact_mut(t.entries).enumerate() {
                         let row = t.row + task * ROWS_PER_TASK + i;
                         let (d, entropy) = entropy.map_or((0.0, 0.0), |(d, entropy)| (d[row], entropy[row]));
-                        to_gradient(self.isa(), lse[row], dlogp[row], d, entropy, logits);
+                        let (dlogp, d) = (a.scale * dlogp[row], a.scale * d);
+                        to_gradient(self.isa(), lse[row], dlogp, d, entropy, logits);
                         let hit = (target[row] as usize).checked_sub(t.entry).and_then(|v| logits.get_mut(v));
-                        hit.into_iter().for_each(|l| *l += dlogp[row]);
+                        hit.into_iter().for_each(|l| *l += dlogp);
                     }
                 });
             });
@@ -92,9 +93,19 @@ impl LogprobHead for Cpu {
         self.run(|| {
             logits.f32s().par_chunks(d.vocab).zip(results).for_each(|(logits, ((logp, lse), target))| {
                 let (mut max, mut sums) = (f32::NEG_INFINITY, Sums::default());
-                logits.chunks(TILE_VOCAB).for_each(|tile| accumulate(self.isa(), tile, &mut max, &mut sums));
+                let mut scaled = [0.0; TILE_VOCAB];
+                for tile in logits.chunks(TILE_VOCAB) {
+                    let tile = match a.scale {
+                        1.0 => tile,
+                        scale => {
+                            scaled.iter_mut().zip(tile).for_each(|(scaled, l)| *scaled = l * scale);
+                            &scaled[..tile.len()]
+                        }
+                    };
+                    accumulate(self.isa(), tile, &mut max, &mut sums);
+                }
                 *lse = max + sums.exp.ln();
-                *logp = logits[*target as usize] - *lse;
+                *logp = a.scale * logits[*target as usize] - *lse;
             });
         });
         Ok(())

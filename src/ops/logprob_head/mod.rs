@@ -1,9 +1,9 @@
 //! The head: hidden rows to log-probabilities of given tokens, without a `[rows, vocab]` matrix.
 //!
 //! ```text
-//! l = h W^T        lse = ln sum_v e^(l_v)        logp = l_target - lse            (nats)
+//! l = scale h W^T        lse = ln sum_v e^(l_v)        logp = l_target - lse            (nats)
 //! p_v = e^(l_v - lse)        H = -sum_v p_v ln p_v        ln_sum_p2 = ln sum_v p_v^2        (on request, nats)
-//! dl_v = dlogp (1[v = target] - p_v) - dH p_v (ln p_v + H)        dh += dl W        dW += dl^T h
+//! dl_v = scale (dlogp (1[v = target] - p_v) - dH p_v (ln p_v + H))        dh += dl W        dW += dl^T h
 //! ```
 //! Logits exist one tile at a time in `scratch`; the backward computes them again from `h` and `lse` (as Cut
 //! Cross-Entropy does, Wijmans et al., arXiv:2411.09009). Tiles start at multiples of [`TILE_VOCAB`], so the
@@ -34,6 +34,8 @@ pub struct Forward<'a, D: Device> {
     pub weight: View<'a, D>,
     /// `[rows, 1]`, each < vocab
     pub target: View<'a, D>,
+    /// Of the logits: 1 / temperature.
+    pub scale: f32,
     /// `[min(rows, TILE_ROWS), TILE_VOCAB]` f32, overwritten; CUDA takes its workspace instead
     pub scratch: ViewMut<'a, D>,
     /// `=` `[rows, 1]`
@@ -53,6 +55,8 @@ pub struct Backward<'a, D: Device> {
     pub weight: View<'a, D>,
     /// `[rows, 1]`
     pub target: View<'a, D>,
+    /// The forward's.
+    pub scale: f32,
     /// `[rows, 1]`
     pub lse: View<'a, D>,
     /// `[rows, 1]`: the objective's derivative by each row's log-probability
@@ -73,7 +77,7 @@ pub trait LogprobHead: Device {
     fn logprob_head(&self, a: Forward<Self>) -> Result<()>;
     fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()>;
 
-    /// As `logprob_head`, bit for bit, where the logits `[rows, vocab]` of `h` exist already: for a device whose product
+    /// As `logprob_head`, bit for bit, where the logits `[rows, vocab]` of `h` exist already, not yet scaled: for a device whose product
     /// has the bits of its tiles they save the second product. Neither `entropy` nor `ln_sum_p2` is written.
     fn logprob_head_known(&self, _logits: View<Self>, a: Forward<Self>) -> Result<()> {
         self.logprob_head(a)

@@ -88,10 +88,10 @@ impl Row {
     /// Columns of [`Args::rows`].
     pub const WORDS: usize = 13;
 
-    /// Whether it draws from the model's distribution as it is.
-    pub fn plain(&self) -> bool {
+    /// Whether it draws from the model's whole distribution at this temperature.
+    pub fn plain(&self, temperature: f64) -> bool {
         let all = self.top_k == 0 && self.share() == u64::MAX && self.min_p == 0.0;
-        self.temperature == 1.0 && all && self.edits[1] == 0
+        self.temperature == temperature as f32 && all && self.edits[1] == 0
     }
 
     fn share(&self) -> u64 {

@@ -19,9 +19,9 @@ impl TokenKl for Cpu {
             if t.entry == 0 {
                 sums.fill(Sums::EMPTY);
             }
-            let policy = &*t.logits(self, d.hidden, h, w, policy_tile);
+            let policy = &*t.logits(self, (d.hidden, a.scale), h, w, policy_tile);
             for (r, sums) in a.refs.iter().zip(sums.chunks_exact_mut(at_once)) {
-                let reference = &*t.logits(self, r.h.cols(), r.h.f32s(), r.weight.f32s(), ref_tile);
+                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), r.weight.f32s(), ref_tile);
                 let task = ROWS_PER_TASK * t.entries;
                 self.run(|| {
                     let logits = policy.par_chunks(task).zip(reference.par_chunks(task));
@@ -54,14 +54,19 @@ impl TokenKl for Cpu {
         let (policy_tile, rest) = a.scratch.into_f32s().split_at_mut(tile_len);
         let (ref_tile, gradient_tile) = rest.split_at_mut(tile_len);
         for t in tiles(d.rows, d.vocab) {
-            let policy = &*t.logits(self, d.hidden, h, w, policy_tile);
+            let policy = &*t.logits(self, (d.hidden, a.scale), h, w, policy_tile);
             let dl = &mut gradient_tile[..t.rows * t.entries];
             dl.fill(0.0);
             for (k, r) in a.refs.iter().enumerate() {
-                let reference = &*t.logits(self, r.h.cols(), r.h.f32s(), r.weight.f32s(), ref_tile);
+                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), r.weight.f32s(), ref_tile);
                 let row = |row: usize| {
                     let at = k * d.rows + row;
-                    Row { lse: [lse[row], lse[d.rows + at]], kl: kl[at], dkl: dkl[at], last: k + 1 == a.refs.len() }
+                    Row {
+                        lse: [lse[row], lse[d.rows + at]],
+                        kl: kl[at],
+                        dkl: a.scale * dkl[at],
+                        last: k + 1 == a.refs.len(),
+                    }
                 };
                 let task = ROWS_PER_TASK * t.entries;
                 self.run(|| {

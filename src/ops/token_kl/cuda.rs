@@ -20,7 +20,7 @@ fn at<'a>(view: View<'a, Cuda>, k: usize, [first, rows]: [usize; 2]) -> View<'a,
 /// Puts the policy's logits of rows and entries, each `[first, number]`, into `logits`, and their sums into `partial`.
 fn policy<T: Element>(
     cuda: &Cuda,
-    [h, weight]: [View<Cuda>; 2],
+    ([h, weight], scale): ([View<Cuda>; 2], f32),
     [first, rows]: [usize; 2],
     [entry, entries]: [usize; 2],
     logits: Out<f32>,
@@ -31,6 +31,7 @@ fn policy<T: Element>(
         weight: weight.slice(entry, entries).input(),
         logits,
         partial,
+        scale,
         rows: rows as u32,
         hidden: h.cols() as u32,
         entries: entries as u32,
@@ -83,7 +84,7 @@ fn forward<T: Element>(cuda: &Cuda, d: Dims, mut a: Forward<Cuda>) -> Result<()>
             let entries = CHUNK.min(d.vocab - entry);
             let (split, splits) = (entry / SPLIT, entries.div_ceil(SPLIT));
             let (logits, partial) = (sums.logits(), sums.policy(split, splits));
-            policy::<T>(cuda, [a.h, a.weight], [first, rows], [entry, entries], logits, partial)?;
+            policy::<T>(cuda, ([a.h, a.weight], a.scale), [first, rows], [entry, entries], logits, partial)?;
             for (k, Ref { h, weight }) in a.refs.iter().enumerate() {
                 kernels::TokenKlReference::<T> {
                     h: h.slice(first, rows).input(),
@@ -91,6 +92,7 @@ fn forward<T: Element>(cuda: &Cuda, d: Dims, mut a: Forward<Cuda>) -> Result<()>
                     logits: sums.logits().as_input(),
                     policy: sums.policy(split, splits).as_input(),
                     partial: sums.reference(k, split, splits),
+                    scale: a.scale,
                     rows: rows as u32,
                     hidden: h.cols() as u32,
                     entries: entries as u32,
@@ -133,7 +135,14 @@ fn backward<T: Element>(cuda: &Cuda, d: Dims, a: Backward<Cuda>) -> Result<()> {
         let mut terms: Out<f32> = cuda.workspace(start + rows * of_chunk, rows * ld);
         for entry in (0..d.vocab).step_by(CHUNK) {
             let entries = CHUNK.min(d.vocab - entry);
-            policy::<T>(cuda, [a.h, a.weight], [first, rows], [entry, entries], logits.again(), Out::null())?;
+            policy::<T>(
+                cuda,
+                ([a.h, a.weight], a.scale),
+                [first, rows],
+                [entry, entries],
+                logits.again(),
+                Out::null(),
+            )?;
             for (k, Ref { h, weight }) in a.refs.iter().enumerate() {
                 let last = k + 1 == a.refs.len();
                 kernels::TokenKlDlogits::<T> {
@@ -146,6 +155,7 @@ fn backward<T: Element>(cuda: &Cuda, d: Dims, a: Backward<Cuda>) -> Result<()> {
                     dkl: at(a.dkl, k, [first, rows]).input(),
                     terms: terms.again(),
                     dl: if last { work.dl.again() } else { Out::null() },
+                    scale: a.scale,
                     rows: rows as u32,
                     hidden: h.cols() as u32,
                     entries: entries as u32,

@@ -2,10 +2,10 @@
 //! vocabulary and not an estimate from the token that was drawn.
 //!
 //! ```text
-//! l = h W^T        p_v = e^(l_v - lse)                              the policy's
-//! m = h_k W_k^T    q_v = e^(m_v - lse_k)                            those of reference k; another hidden size, the same vocabulary
+//! l = scale h W^T        p_v = e^(l_v - lse)                        the policy's
+//! m = scale h_k W_k^T    q_v = e^(m_v - lse_k)                      those of reference k; another hidden size, the same vocabulary
 //! KL_k = sum_v p_v (ln p_v - ln q_v)                                nats, reverse: KL(policy || reference)
-//! dl_v = p_v sum_k dKL_k (ln p_v - ln q_v - KL_k)                   dh += dl W        dW += dl^T h
+//! dl_v = scale p_v sum_k dKL_k (ln p_v - ln q_v - KL_k)             dh += dl W        dW += dl^T h
 //! ```
 //! Logits exist one tile at a time, the policy's beside those of one reference, so that a reference costs one product with its
 //! head, forward and backward, and no memory. An entry that the policy never takes (p = 0) counts 0 whatever q is; where p > 0
@@ -52,6 +52,8 @@ pub struct Forward<'a, D: Device> {
     pub weight: View<'a, D>,
     /// K >= 1
     pub refs: &'a [Ref<'a, D>],
+    /// Of all logits: 1 / temperature.
+    pub scale: f32,
     /// `[3 min(rows, TILE_ROWS), TILE_VOCAB]` f32, overwritten; CUDA takes its workspace instead
     pub scratch: ViewMut<'a, D>,
     /// `=` `[K, rows]`, nats
@@ -67,6 +69,8 @@ pub struct Backward<'a, D: Device> {
     pub weight: View<'a, D>,
     /// K >= 1
     pub refs: &'a [Ref<'a, D>],
+    /// The forward's.
+    pub scale: f32,
     /// `[K, rows]`: what the forward wrote
     pub kl: View<'a, D>,
     /// `[1 + K, rows]`: what the forward wrote

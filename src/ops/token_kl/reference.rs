@@ -3,9 +3,13 @@ use crate::device::{Reference, View};
 use crate::error::Result;
 
 /// Of row `r`, over the vocabulary.
-fn logits(h: View<Reference>, weight: View<Reference>, r: usize) -> Vec<f64> {
+fn logits([h, weight]: [View<Reference>; 2], scale: f32, r: usize) -> Vec<f64> {
     let h = &h.f64s()[r * h.cols()..][..h.cols()];
-    weight.f64s().chunks_exact(h.len()).map(|w| w.iter().zip(h).map(|(w, h)| w * h).sum()).collect()
+    weight
+        .f64s()
+        .chunks_exact(h.len())
+        .map(|w| f64::from(scale) * w.iter().zip(h).map(|(w, h)| w * h).sum::<f64>())
+        .collect()
 }
 
 fn log_sum_exp(l: &[f64]) -> f64 {
@@ -23,10 +27,10 @@ impl TokenKl for Reference {
         let d = a.check()?;
         let (kl, lse) = (a.kl.into_f64s(), a.lse.into_f64s());
         for r in 0..d.rows {
-            let l = logits(a.h, a.weight, r);
+            let l = logits([a.h, a.weight], a.scale, r);
             lse[r] = log_sum_exp(&l);
             for (k, Ref { h, weight }) in a.refs.iter().enumerate() {
-                let (m, at) = (logits(*h, *weight, r), k * d.rows + r);
+                let (m, at) = (logits([*h, *weight], a.scale, r), k * d.rows + r);
                 lse[d.rows + at] = log_sum_exp(&m);
                 let log_p_over_q = |(l, m): (&f64, &f64)| (l - lse[r]) - (m - lse[d.rows + at]);
                 kl[at] = l.iter().zip(&m).map(|v| weighted((v.0 - lse[r]).exp(), log_p_over_q(v))).sum();
@@ -41,16 +45,16 @@ impl TokenKl for Reference {
         let dh = a.dh.into_f64s();
         let mut dweight = a.dweight.map(|d| d.into_f64s());
         for r in 0..d.rows {
-            let l = logits(a.h, a.weight, r);
+            let l = logits([a.h, a.weight], a.scale, r);
             let mut terms = vec![0.0; d.vocab];
             for (k, Ref { h, weight }) in a.refs.iter().enumerate() {
-                let (m, at) = (logits(*h, *weight, r), k * d.rows + r);
+                let (m, at) = (logits([*h, *weight], a.scale, r), k * d.rows + r);
                 for (term, (l, m)) in terms.iter_mut().zip(l.iter().zip(&m)) {
                     *term += dkl[at] * ((l - lse[r]) - (m - lse[d.rows + at]) - kl[at]);
                 }
             }
             for (v, (l, term)) in l.iter().zip(terms).enumerate() {
-                let dl = weighted((l - lse[r]).exp(), term);
+                let dl = f64::from(a.scale) * weighted((l - lse[r]).exp(), term);
                 for i in 0..d.hidden {
                     dh[r * d.hidden + i] += dl * w[v * d.hidden + i];
                     if let Some(dweight) = &mut dweight {

@@ -17,15 +17,20 @@ pub struct Head {
     pub shape: [usize; 3],
     /// Factor on the weights, hence on the logits.
     pub scale: f64,
+    /// 1 / temperature
+    pub cooling: f32,
     /// Entropy, and its gradient; ln sum p^2.
     pub entropy: bool,
 }
+
+/// 1 / 0.7, which no power of two divides.
+pub const COOL: f32 = 1.0 / 0.7;
 
 impl Head {
     /// Logits of a spread near 1: where one entry holds all the probability, the error of one logit, a matter of
     /// luck, would be all that is compared.
     pub fn new(shape: [usize; 3]) -> Self {
-        Self { shape, scale: (shape[1] as f64).powf(-0.5), entropy: true }
+        Self { shape, scale: (shape[1] as f64).powf(-0.5), cooling: 1.0, entropy: true }
     }
 
     /// `[h, weight, target, scratch]` of both directions.
@@ -43,7 +48,8 @@ impl Head {
     }
 
     fn naive_logits(&self, h: &[f32], weight: &[f32]) -> Vec<f32> {
-        weight.chunks_exact(h.len()).map(|w| w.iter().zip(h).fold(0.0, |sum, (w, h)| sum + w * h)).collect()
+        let dot = |w: &[f32]| w.iter().zip(h).fold(0.0, |sum, (w, h)| sum + w * h);
+        weight.chunks_exact(h.len()).map(|w| self.cooling * dot(w)).collect()
     }
 }
 
@@ -64,6 +70,7 @@ impl Case for Head {
             h: h.view(),
             weight: weight.view(),
             target: target.view(),
+            scale: self.cooling,
             scratch: scratch.view_mut(),
             logp: logp.view_mut(),
             lse: lse.view_mut(),
@@ -126,6 +133,7 @@ impl Case for HeadBackward {
             h: h.view(),
             weight: weight.view(),
             target: target.view(),
+            scale: self.head.cooling,
             lse: lse.view(),
             dlogp: dlogp.view(),
             dentropy: self.head.entropy.then(|| dentropy.view()),
@@ -145,6 +153,7 @@ impl Case for HeadBackward {
                 let (ln_p, p) = (l - lse[r], (l - lse[r]).exp());
                 let dl = dlogp[r] * (hit - p);
                 let dl = if self.head.entropy { dl - dentropy[r] * p * (ln_p + entropy[r]) } else { dl };
+                let dl = self.head.cooling * dl;
                 for i in 0..hidden {
                     dh[r * hidden + i] += dl * weight[v * hidden + i];
                     dweight[v * hidden + i] += dl * h[i];
@@ -162,6 +171,7 @@ const PROMISES: [[usize; 3]; 3] = [[47, 123, 507], [252, 31, 1100], [1027, 5, 51
 
 pub fn forward<V: Visitor>(v: &mut V) {
     SHAPES.iter().for_each(|shape| v.close(&Head::new(*shape)));
+    [[252, 123, 507], [3, 31, 49_152]].iter().for_each(|shape| v.close(&Head { cooling: COOL, ..Head::new(*shape) }));
     let full = Head::new([47, 31, 600]);
     v.unwanted(&full, &Head { entropy: false, ..full }, &["entropy", "ln_sum_p2"], &[false, false]);
     for shape in PROMISES {
@@ -174,6 +184,9 @@ pub fn forward<V: Visitor>(v: &mut V) {
 
 pub fn backward<V: Visitor>(v: &mut V) {
     SHAPES.iter().for_each(|shape| v.close(&HeadBackward::full(*shape)));
+    for shape in [[252, 123, 507], [3, 31, 49_152]] {
+        v.close(&HeadBackward { head: Head { cooling: COOL, ..Head::new(shape) }, wanted: true });
+    }
     v.close(&HeadBackward { head: Head { entropy: false, ..Head::new([47, 31, 600]) }, wanted: true });
     for shape in PROMISES {
         v.repeatable(&HeadBackward::full(shape));
@@ -188,7 +201,7 @@ pub fn backward<V: Visitor>(v: &mut V) {
 
 pub fn logprob_head_takes_extreme_logits<D: Backend>(device: &D) {
     for logit in [1e4, -1e4] {
-        let case = Head { shape: [4, 1, 1100], scale: 1.0, entropy: true };
+        let case = Head { scale: 1.0, ..Head::new([4, 1, 1100]) };
         let mut specs = case.specs();
         // One entry stands `logit` away from all others, in the first, a middle or the last tile.
         for at in [0, 600, 1099] {

@@ -6,6 +6,7 @@ use cuvee::ops::Backend;
 use cuvee::ops::token_kl::{self, Ref};
 
 use super::Visitor;
+use super::head::COOL;
 use crate::common::case::{Case, Slot, Spec, contents, output_of, put, run, zero};
 
 /// Names of what a reference brings.
@@ -25,6 +26,8 @@ pub struct TokenKl {
     pub vocab: usize,
     /// The policy's, then each reference's.
     pub hidden: &'static [usize],
+    /// Of the logits: 1 / temperature.
+    pub scale: f32,
 }
 
 impl TokenKl {
@@ -58,8 +61,8 @@ fn views<D: Backend>(t: &[Slot<D>]) -> Vec<Ref<'_, D>> {
 }
 
 /// Log-probabilities of one row, in f32.
-fn naive_log_softmax(h: &[f32], weight: &[f32]) -> (Vec<f32>, f32) {
-    let dot = |w: &[f32]| w.iter().zip(h).fold(0.0, |sum, (w, h)| sum + w * h);
+fn naive_log_softmax(h: &[f32], weight: &[f32], scale: f32) -> (Vec<f32>, f32) {
+    let dot = |w: &[f32]| scale * w.iter().zip(h).fold(0.0, |sum, (w, h)| sum + w * h);
     let logits: Vec<f32> = weight.chunks_exact(h.len()).map(dot).collect();
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let lse = max + logits.iter().fold(0.0, |sum, l| sum + (l - max).exp()).ln();
@@ -91,6 +94,7 @@ impl Case for TokenKl {
             h: h.view(),
             weight: weight.view(),
             refs: &views(refs),
+            scale: self.scale,
             scratch: scratch.view_mut(),
             kl: kl.view_mut(),
             lse: lse.view_mut(),
@@ -101,10 +105,10 @@ impl Case for TokenKl {
         let (t, refs) = t.split_at_mut(FORWARD);
         tensors!(t => h, weight, _scratch, kl, lse);
         for r in 0..self.rows {
-            let (ln_p, of_policy) = naive_log_softmax(row(h, self.rows, r), weight);
+            let (ln_p, of_policy) = naive_log_softmax(row(h, self.rows, r), weight, self.scale);
             lse[r] = of_policy;
             for (k, reference) in refs.chunks_exact(2).enumerate() {
-                let (ln_q, of_ref) = naive_log_softmax(row(&reference[0], self.rows, r), &reference[1]);
+                let (ln_q, of_ref) = naive_log_softmax(row(&reference[0], self.rows, r), &reference[1], self.scale);
                 lse[(1 + k) * self.rows + r] = of_ref;
                 kl[k * self.rows + r] = ln_p.iter().zip(&ln_q).fold(0.0, |sum, (p, q)| sum + p.exp() * (p - q));
             }
@@ -154,6 +158,7 @@ impl Case for TokenKlBackward {
             h: h.view(),
             weight: weight.view(),
             refs: &views(refs),
+            scale: self.forward.scale,
             kl: kl.view(),
             lse: lse.view(),
             dkl: dkl.view(),
@@ -166,20 +171,23 @@ impl Case for TokenKlBackward {
     fn naive(&self, _: &[Spec], t: &mut [Vec<f32>]) {
         let (t, refs) = t.split_at_mut(BACKWARD);
         tensors!(t => h, weight, kl, lse, dkl, _scratch, dh, dweight);
-        let (rows, hidden) = (self.forward.rows, self.forward.hidden[0]);
+        let TokenKl { rows, scale, .. } = self.forward;
+        let hidden = self.forward.hidden[0];
         let shifted = |(ln, own): (Vec<f32>, f32), given: f32| ln.into_iter().map(move |x| x + own - given);
         for r in 0..rows {
             let h = row(h, rows, r);
-            let ln_p: Vec<f32> = shifted(naive_log_softmax(h, weight), lse[r]).collect();
+            let ln_p: Vec<f32> = shifted(naive_log_softmax(h, weight, scale), lse[r]).collect();
             let mut dl = vec![0.0; self.forward.vocab];
             for (k, reference) in refs.chunks_exact(2).enumerate() {
                 let at = k * rows + r;
-                let ln_q = shifted(naive_log_softmax(row(&reference[0], rows, r), &reference[1]), lse[rows + at]);
+                let ln_q =
+                    shifted(naive_log_softmax(row(&reference[0], rows, r), &reference[1], scale), lse[rows + at]);
                 for (dl, (p, q)) in dl.iter_mut().zip(ln_p.iter().zip(ln_q)) {
                     *dl += dkl[at] * p.exp() * (p - q - kl[at]);
                 }
             }
             for (v, dl) in dl.into_iter().enumerate() {
+                let dl = scale * dl;
                 for i in 0..hidden {
                     dh[r * hidden + i] += dl * weight[v * hidden + i];
                     dweight[v * hidden + i] += dl * h[i];
@@ -196,23 +204,23 @@ impl Case for TokenKlBackward {
 /// Every number of references, other hidden sizes than the policy's, more rows and entries than a tile, a vocabulary of a
 /// real model.
 const CASES: [TokenKl; 7] = [
-    TokenKl { rows: 1, vocab: 123, hidden: &[31, 31] },
-    TokenKl { rows: 252, vocab: 507, hidden: &[31, 8, 123] },
-    TokenKl { rows: 47, vocab: 8003, hidden: &[16, 31, 5, 1] },
-    TokenKl { rows: 3, vocab: 513, hidden: &[123, 31, 123, 16, 40] },
-    TokenKl { rows: 3, vocab: 50_257, hidden: &[5, 9] },
-    TokenKl { rows: 1027, vocab: 600, hidden: &[5, 3] },
-    TokenKl { rows: 130, vocab: 1100, hidden: &[32, 64] },
+    TokenKl { rows: 1, vocab: 123, hidden: &[31, 31], scale: 1.0 },
+    TokenKl { rows: 252, vocab: 507, hidden: &[31, 8, 123], scale: COOL },
+    TokenKl { rows: 47, vocab: 8003, hidden: &[16, 31, 5, 1], scale: 1.0 },
+    TokenKl { rows: 3, vocab: 513, hidden: &[123, 31, 123, 16, 40], scale: 1.0 },
+    TokenKl { rows: 3, vocab: 50_257, hidden: &[5, 9], scale: 1.0 },
+    TokenKl { rows: 1027, vocab: 600, hidden: &[5, 3], scale: 1.0 },
+    TokenKl { rows: 130, vocab: 1100, hidden: &[32, 64], scale: COOL },
 ];
 
 const PROMISES: [TokenKl; 3] = [
-    TokenKl { rows: 47, vocab: 507, hidden: &[31, 16, 8] },
-    TokenKl { rows: 252, vocab: 1100, hidden: &[8, 31] },
-    TokenKl { rows: 1027, vocab: 513, hidden: &[5, 3, 1, 2] },
+    TokenKl { rows: 47, vocab: 507, hidden: &[31, 16, 8], scale: 1.0 },
+    TokenKl { rows: 252, vocab: 1100, hidden: &[8, 31], scale: 1.0 },
+    TokenKl { rows: 1027, vocab: 513, hidden: &[5, 3, 1, 2], scale: 1.0 },
 ];
 
-const SMALL: TokenKl = TokenKl { rows: 5, vocab: 600, hidden: &[31, 16, 7] };
-const TINY: TokenKl = TokenKl { rows: 3, vocab: 7, hidden: &[5, 4, 6] };
+const SMALL: TokenKl = TokenKl { rows: 5, vocab: 600, hidden: &[31, 16, 7], scale: 1.0 };
+const TINY: TokenKl = TokenKl { rows: 3, vocab: 7, hidden: &[5, 4, 6], scale: 1.0 };
 
 pub fn forward<V: Visitor>(v: &mut V) {
     CASES.iter().for_each(|case| v.close(case));
@@ -241,7 +249,7 @@ pub fn backward<V: Visitor>(v: &mut V) {
 /// distribution.
 pub fn token_kl_to_the_same_distribution_is_zero<D: Backend>(device: &D) {
     const ROWS: usize = 5;
-    let case = TokenKl { rows: ROWS, vocab: 1100, hidden: &[31, 31, 31, 32] };
+    let case = TokenKl { rows: ROWS, vocab: 1100, hidden: &[31, 31, 31, 32], scale: 1.0 };
     let mut specs: Vec<Spec> = case.specs().into_iter().map(|s| s.stored(device.storage())).collect();
     for scale in [1.0, 64.0] {
         let [h, weight] = ["h", "weight"].map(|name| contents(&specs, name));
@@ -296,7 +304,7 @@ fn extreme(case: &TokenKl, policy: &[f64], reference: &[f64]) -> Vec<Spec> {
 /// Entries without probability, in whichever of the two distributions.
 pub fn token_kl_takes_probabilities_of_zero<D: Backend>(device: &D) {
     const NEVER: f64 = -1e40;
-    let case = TokenKl { rows: 3, vocab: 1200, hidden: &[1, 1] };
+    let case = TokenKl { rows: 3, vocab: 1200, hidden: &[1, 1], scale: 1.0 };
     let kl = |policy: &[f64], reference: &[f64]| {
         let specs = extreme(&case, policy, reference);
         let found = run(device, &case, &specs);
@@ -323,7 +331,7 @@ pub fn token_kl_takes_probabilities_of_zero<D: Backend>(device: &D) {
 
 /// Rows of dl sum to zero: KL does not change where all logits of a row move alike.
 pub fn token_kl_backward_sums_to_zero_over_the_vocabulary<D: Backend>(device: &D) {
-    let case = TokenKlBackward::full(TokenKl { rows: 3, vocab: 1100, hidden: &[1, 5, 3] });
+    let case = TokenKlBackward::full(TokenKl { rows: 3, vocab: 1100, hidden: &[1, 5, 3], scale: 1.0 });
     let mut specs = case.specs();
     let mut first = case.forward.specs();
     put(&mut specs, "h", &[1.0; 3]);
