@@ -12,7 +12,7 @@ use cuvee::checkpoint::TensorSource;
 use cuvee::checkpoint::peft::{self, AdapterConfig};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence};
 use cuvee::device::{Arena, Cpu, DType, Dry, Philox};
-use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, init_random};
+use cuvee::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
 use cuvee::objectives::{Choice, Objective, Params, Stats, Totals, build};
 use cuvee::optim::{self, Decay, Hyper, Schedule};
@@ -144,6 +144,7 @@ fn steps(c: &mut Criterion) {
         let keep = Keep::Everything;
         let blueprint = Blueprint {
             checkpoint: &checkpoint,
+            init: Init::Random { seed: 1 },
             method,
             hyper: HYPER,
             schedule: SCHEDULE,

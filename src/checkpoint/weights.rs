@@ -217,6 +217,12 @@ impl Weights {
         Ok(())
     }
 
+    /// Whether every tensor of two dimensions or more is stored as bfloat16.
+    pub fn matrices_are_bf16(&self) -> bool {
+        let mut matrices = self.tensors.values().filter(|tensor| tensor.shape.len() > 1);
+        matrices.all(|tensor| tensor.dtype == Dtype::BF16)
+    }
+
     /// Asks the system to have a tensor's bytes in memory by the time that they are read. Names that are not there are
     /// left alone, and so is a system that does not care.
     pub fn prefetch(&self, name: &str) {

@@ -119,9 +119,11 @@ impl Job for &GenerateArgs {
         let tokenizer = Tokenizer::load(&args.model)?;
         let prompts = args.read(&tokenizer)?;
         let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
-        let options = Options::frozen(longest + args.max_new_tokens).with_adapters(&checkpoint);
+        let options = Options::frozen(longest + args.max_new_tokens)
+            .holding(&checkpoint, Init::Checkpoint)
+            .with_adapters(&checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
-        let ledger = Model::<Dry>::plan(device.storage(), spec, naming, options);
+        let ledger = Model::<Dry>::plan(device.keeps(), spec, naming, options);
         let mut model = Model::new(&mut Arena::new(device, &ledger)?, spec, naming, options);
         Init::Checkpoint.fill(device, &checkpoint, &mut model)?;
         let requests = args.requests(&prompts, tokenizer.stops());

@@ -240,8 +240,8 @@ impl Job for &ServeArgs {
         let (soups, tokenizer) = (args.soups()?, Tokenizer::load(&args.model)?);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
         let context = args.context(spec)?;
-        let options = Options::frozen(context).with_adapters(&checkpoint);
-        let ledger = Model::<Dry>::plan(device.storage(), spec, naming, options);
+        let options = Options::frozen(context).holding(&checkpoint, Init::Checkpoint).with_adapters(&checkpoint);
+        let ledger = Model::<Dry>::plan(device.keeps(), spec, naming, options);
         let mut model = Model::new(&mut Arena::new(device, &ledger)?, spec, naming, options);
         Init::Checkpoint.fill(device, &checkpoint, &mut model)?;
         let (limits, bytes) = args.room(device, &model, context)?;

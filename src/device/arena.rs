@@ -1,4 +1,4 @@
-use super::{ALIGN_BYTES, DType, Device, Tensor};
+use super::{ALIGN_BYTES, DType, Device, Storage, Tensor};
 use crate::error::Result;
 
 /// What memory is for; the columns of `cuvee plan`.
@@ -34,8 +34,8 @@ pub struct Arena<D: Device> {
     rest: Option<D::Span>,
     left_bytes: usize,
     ledger: Ledger,
-    /// Of the device ([`Device::storage`]).
-    storage: DType,
+    /// Of the device ([`Device::keeps`]).
+    storage: Storage,
 }
 
 impl<D: Device> Arena<D> {
@@ -45,7 +45,7 @@ impl<D: Device> Arena<D> {
     }
 
     pub fn with_bytes(device: &D, bytes: usize) -> Result<Self> {
-        let (rest, storage) = (Some(device.alloc(bytes)?), device.storage());
+        let (rest, storage) = (Some(device.alloc(bytes)?), device.keeps());
         Ok(Self { rest, left_bytes: bytes, ledger: Ledger::default(), storage })
     }
 
@@ -67,12 +67,18 @@ impl<D: Device> Arena<D> {
 
     /// What the device keeps weights and activations in.
     pub fn storage(&self) -> DType {
-        self.storage
+        self.storage.dtype
     }
 
     /// For weights, activations and gradients by activations: in the device's storage type.
     pub fn stored(&mut self, kind: Kind, rows: usize, cols: usize) -> Tensor<D> {
-        self.take(kind, self.storage, rows, cols)
+        self.take(kind, self.storage.dtype, rows, cols)
+    }
+
+    /// For a weight that nothing changes; `bf16` says that its values are bfloat16.
+    pub fn frozen(&mut self, kind: Kind, bf16: bool, rows: usize, cols: usize) -> Tensor<D> {
+        let dtype = if bf16 && self.storage.bf16_matrices { DType::Bf16 } else { self.storage.dtype };
+        self.take(kind, dtype, rows, cols)
     }
 
     /// For statistics, gradients of weights and optimizer states: F32, whatever the storage type.

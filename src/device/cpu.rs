@@ -1,9 +1,10 @@
-//! The CPU: f32 storage and arithmetic on every core. What is only read, such as a task vector, can be kept as bf16.
+//! The CPU: f32 storage and arithmetic on every core. What is only read, a frozen model's matrices or a task vector, can be kept as
+//! bf16.
 
 use half::bf16;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::{DType, Device, HostSpan, View, ViewMut};
+use super::{DType, Device, HostSpan, Storage, View, ViewMut};
 use crate::error::{Error, Result};
 
 /// The widest instruction set that this machine has and the kernels use.
@@ -119,6 +120,10 @@ impl Device for Cpu {
             #[cfg(target_arch = "x86_64")]
             Products::Tiles => "cpu, tiles",
         }
+    }
+
+    fn keeps(&self) -> Storage {
+        Storage::CPU
     }
 
     fn width(dtype: DType) -> usize {

@@ -3,13 +3,13 @@
 
 use std::cell::Cell;
 
-use super::{Arena, DType, Device, Ledger, View, ViewMut};
+use super::{Arena, DType, Device, Ledger, Storage, View, ViewMut};
 use crate::error::Result;
 
 /// A multiply-add is two FLOPs; only matrix products and attention are counted, as is the custom: the rest is
 /// memory traffic.
 pub struct Dry {
-    storage: DType,
+    storage: Storage,
     flops: Cell<u64>,
 }
 
@@ -22,17 +22,17 @@ impl Default for Dry {
 
 impl Dry {
     /// Stands for a device that stores `storage`.
-    pub fn new(storage: DType) -> Self {
-        Self { storage, flops: Cell::new(0) }
+    pub fn new(storage: impl Into<Storage>) -> Self {
+        Self { storage: storage.into(), flops: Cell::new(0) }
     }
 
     /// An arena that never runs out: its ledger is the plan.
-    pub fn arena(storage: DType) -> Arena<Dry> {
+    pub fn arena(storage: impl Into<Storage>) -> Arena<Dry> {
         Arena::with_bytes(&Self::new(storage), usize::MAX).expect("a dry device cannot fail")
     }
 
     /// What `build` takes on a device that stores `storage`.
-    pub fn measure<T>(storage: DType, build: impl FnOnce(&mut Arena<Dry>) -> T) -> Ledger {
+    pub fn measure<T>(storage: impl Into<Storage>, build: impl FnOnce(&mut Arena<Dry>) -> T) -> Ledger {
         let mut arena = Self::arena(storage);
         build(&mut arena);
         arena.ledger()
@@ -52,6 +52,10 @@ impl Device for Dry {
     type Span = Vec<u32>;
 
     fn storage(&self) -> DType {
+        self.storage.dtype
+    }
+
+    fn keeps(&self) -> Storage {
         self.storage
     }
 

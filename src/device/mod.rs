@@ -25,7 +25,7 @@ pub use host::{HostSpan, Scratch};
 pub use nvtx::range;
 pub use philox::Philox;
 pub use reference::Reference;
-pub use tensor::{DType, Tensor, View, ViewMut};
+pub use tensor::{DType, Storage, Tensor, View, ViewMut};
 
 use crate::error::Result;
 
@@ -52,6 +52,11 @@ pub trait Device: Sized {
     /// What it keeps weights and activations in. Statistics, gradients of weights and optimizer states are F32 always.
     fn storage(&self) -> DType {
         DType::F32
+    }
+
+    /// The same, and whether it keeps frozen matrices as their files have them.
+    fn keeps(&self) -> Storage {
+        self.storage().into()
     }
 
     /// What a run can have of memory that the device has apart, what it holds already included; `None` where that is the

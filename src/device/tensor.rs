@@ -19,6 +19,25 @@ impl DType {
     }
 }
 
+/// What a device keeps numbers in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Storage {
+    /// Weights and activations.
+    pub dtype: DType,
+    /// Matrices that are bfloat16 in their file and never change stay bfloat16, whatever `dtype`: half the memory, the same bits.
+    pub bf16_matrices: bool,
+}
+
+impl Storage {
+    pub const CPU: Self = Self { dtype: DType::F32, bf16_matrices: true };
+}
+
+impl From<DType> for Storage {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, bf16_matrices: false }
+    }
+}
+
 /// Contiguous row-major `[rows, cols]`, owned. Made by [`super::Arena::take`] only.
 pub struct Tensor<D: Device> {
     pub(super) span: D::Span,

@@ -14,6 +14,8 @@ pub struct Build<'a, D: Device> {
     pub spec: &'a Spec,
     pub naming: Naming,
     pub trained: &'a dyn Fn(&str) -> bool,
+    /// The checkpoint's matrices are bfloat16.
+    pub bf16: bool,
     /// What is applied beside the weights, and what is trained there.
     pub adapters: &'a [Adapter],
     pub lora: Option<&'a Lora>,
@@ -22,7 +24,7 @@ pub struct Build<'a, D: Device> {
 impl<D: Device> Build<'_, D> {
     pub fn param(&mut self, slot: Slot, layer: usize, shape: [usize; 2]) -> Param<D> {
         let stored = (self.naming)(self.spec, slot, layer);
-        Param::new(self.arena, self.spec, (slot, stored), shape, self.trained)
+        Param::new(self.arena, self.spec, (slot, stored), shape, (self.trained, self.bf16))
     }
 
     pub fn linear(&mut self, weight: Slot, layer: usize, [outputs, inputs]: [usize; 2], bias: bool) -> Linear<D> {

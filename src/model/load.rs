@@ -34,6 +34,10 @@ pub fn load<D: Device>(device: &D, checkpoint: &Checkpoint, weights: &Weights, m
     let mut used = Vec::new();
     let mut reader = Reader::default();
     let (fresh, adapter) = (checkpoint.drawn_head(), checkpoint.adapter_head());
+    if checkpoint.bf16 && !weights.matrices_are_bf16() {
+        // Frozen matrices have room for bfloat16.
+        return Err(Error::file(&checkpoint.dir, "has other weights than a moment ago; start again"));
+    }
     for param in model.params_mut() {
         if let Some((name, seed)) = &fresh
             && param.name == *name

@@ -31,7 +31,7 @@ pub use token_kl::{KlActs, KlTerm, RefHeads};
 pub use value::{VALUE_HEAD, ValueActs, ValueHead, ValueTerm};
 
 use crate::data::Temperature;
-use crate::device::{Arena, DType, Device, Dry, Ledger, Tensor, View};
+use crate::device::{Arena, Device, Dry, Ledger, Storage, Tensor, View};
 use crate::error::Result;
 use crate::ops::{Backend, linear, logprob_head, rows};
 use arch::{Naming, Slot};
@@ -69,15 +69,22 @@ pub struct Options<'a> {
     pub adapters: &'a [Adapter],
     /// The adapter that trains.
     pub lora: Option<&'a Lora>,
+    /// The values of its matrices will be bfloat16: frozen ones may be kept so.
+    pub bf16: bool,
 }
 
 impl<'a> Options<'a> {
     pub fn train_all(positions: usize) -> Self {
-        Self { positions, trained: &|_| true, adapters: &[], lora: None }
+        Self { positions, trained: &|_| true, adapters: &[], lora: None, bf16: false }
     }
 
     pub fn frozen(positions: usize) -> Self {
-        Self { positions, trained: &|_| false, adapters: &[], lora: None }
+        Self { positions, trained: &|_| false, adapters: &[], lora: None, bf16: false }
+    }
+
+    /// For the values of a checkpoint, which `init` gives it.
+    pub fn holding(self, checkpoint: &Checkpoint, init: Init) -> Self {
+        Self { bf16: init == Init::Checkpoint && checkpoint.bf16, ..self }
     }
 
     /// The same under a checkpoint's adapters.
@@ -93,8 +100,8 @@ impl<'a> Options<'a> {
 
 impl<D: Device> Model<D> {
     pub fn new(arena: &mut Arena<D>, spec: &Spec, naming: Naming, options: Options) -> Self {
-        let Options { trained, adapters, lora, .. } = options;
-        let build = &mut Build { arena, spec, naming, trained, adapters, lora };
+        let Options { trained, adapters, lora, bf16, .. } = options;
+        let build = &mut Build { arena, spec, naming, trained, bf16, adapters, lora };
         let embed = build.param(Slot::Embedding, 0, [spec.vocab, spec.hidden]);
         let positions = spec.most_positions().map(|most| build.param(Slot::Position, 0, [most, spec.hidden]));
         let mut blocks: Vec<Block<D>> = (0..spec.layers).map(|layer| Block::new(build, layer)).collect();
@@ -126,7 +133,7 @@ impl<D: Device> Model<D> {
     }
 
     /// Memory that `new` will take on a device that stores `storage`.
-    pub fn plan(storage: DType, spec: &Spec, naming: Naming, options: Options) -> Ledger {
+    pub fn plan(storage: impl Into<Storage>, spec: &Spec, naming: Naming, options: Options) -> Ledger {
         Dry::measure(storage, |arena| Model::new(arena, spec, naming, options))
     }
 

@@ -32,35 +32,42 @@ pub struct Param<D: Device> {
 }
 
 impl<D: Device> Param<D> {
-    /// `[rows, cols]` of zeros; `trained` is asked by name.
+    /// `[rows, cols]` of zeros; `trained` is asked by name. A frozen matrix may be kept as bfloat16 if `bf16` says that its values
+    /// are.
     pub fn new(
         arena: &mut Arena<D>,
         spec: &Spec,
         (slot, stored): (Slot, Stored),
         [rows, cols]: [usize; 2],
-        trained: &dyn Fn(&str) -> bool,
+        (trained, bf16): (&dyn Fn(&str) -> bool, bool),
     ) -> Self {
         let initializer_range = match slot {
             Slot::Output | Slot::Down => spec.residual_initializer_range,
             _ => spec.initializer_range,
         };
-        let trained = trained(&stored.name());
-        Self { initializer_range, ..Self::with(arena, stored, slot.role(), [rows, cols], trained) }
+        let (trained, bf16) = (trained(&stored.name()), bf16 && slot.multiplies());
+        Self { initializer_range, ..Self::with(arena, stored, slot.role(), [rows, cols], (trained, bf16)) }
     }
 
     /// The same of an adapter.
     pub fn of_adapter(arena: &mut Arena<D>, stored: Stored, shape: [usize; 2], trained: bool) -> Self {
-        Self { adapter: true, ..Self::with(arena, stored, Role::Matrix, shape, trained) }
+        Self { adapter: true, ..Self::with(arena, stored, Role::Matrix, shape, (trained, false)) }
     }
 
     /// The same of a value head.
     pub fn of_value_head(arena: &mut Arena<D>, stored: Stored, shape: [usize; 2]) -> Self {
-        Self::with(arena, stored, Role::Matrix, shape, true)
+        Self::with(arena, stored, Role::Matrix, shape, (true, false))
     }
 
-    fn with(arena: &mut Arena<D>, stored: Stored, role: Role, [rows, cols]: [usize; 2], trained: bool) -> Self {
+    fn with(
+        arena: &mut Arena<D>,
+        stored: Stored,
+        role: Role,
+        [rows, cols]: [usize; 2],
+        (trained, bf16): (bool, bool),
+    ) -> Self {
         let name = stored.name();
-        let value = arena.stored(Kind::Weights, rows, cols);
+        let value = arena.frozen(Kind::Weights, bf16 && !trained, rows, cols);
         let grad = trained.then(|| arena.floats(Kind::Grads, rows, cols));
         let (master, lazy, adapter) = (None, false, false);
         Self { name, stored, role, adapter, initializer_range: 0.0, value, master, lazy, grad }

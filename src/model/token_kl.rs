@@ -44,7 +44,7 @@ impl<D: Device> RefHeads<D> {
                 return Err(Error::option("--kl-penalty", detail));
             }
             let stored = (architecture.naming)(spec, slot, 0);
-            heads.push(Param::new(arena, spec, (slot, stored), [spec.vocab, spec.hidden], &|_| false));
+            heads.push(Param::new(arena, spec, (slot, stored), [spec.vocab, spec.hidden], (&|_| false, false)));
         }
         Ok(Self { heads })
     }

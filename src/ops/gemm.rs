@@ -4,8 +4,8 @@
 //! and the other rows and columns. That is what makes log-probabilities independent of the batch. There are two such
 //! orders, one for each family of kernels ([`Products`]):
 //!
-//! * [`super::gemm_fma`]: one chain of fused multiply-adds over k = 0, 1, 2, ..., the same bits on every
-//!   instruction set;
+//! * [`super::gemm_fma`], [`super::gemm_fma_turned`]: one chain of fused multiply-adds over k = 0, 1, 2, ..., the same bits on
+//!   every instruction set;
 //! * [`super::gemm_amx`]: matrix tiles of bfloat16, six partial products for each 32 values of k.
 //!
 //! Both operands are packed once a product into panels that all threads share. A task multiplies rows of A that its core's
@@ -19,13 +19,15 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use half::bf16;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::gemm_amx::{Amx, AmxTurned};
 use super::gemm_fma::Fma;
+use super::gemm_fma_turned::FmaTurned;
 use super::simd::Shared;
-use crate::device::{Cpu, Products, Scratch};
+use crate::device::{Cpu, DType, Products, Scratch, View};
 
 /// A strided operand: element (i, j) at `i * row + j * col`, one of which is 1.
 #[derive(Clone, Copy)]
@@ -43,9 +45,57 @@ impl<'a> Operand<'a> {
     pub fn transposed(data: &'a [f32], cols: usize) -> Self {
         Self { data, row: 1, col: cols }
     }
+}
+
+/// f32, or bfloat16 in their place.
+#[derive(Clone, Copy)]
+pub enum Numbers<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Numbers<'a> {
+    pub fn of(view: View<'a, Cpu>) -> Self {
+        match view.dtype() {
+            DType::Bf16 => Self::Bf16(view.bf16s()),
+            _ => Self::F32(view.f32s()),
+        }
+    }
+
+    /// Those from number `first` on.
+    pub fn from(self, first: usize) -> Self {
+        match self {
+            Self::F32(data) => Self::F32(&data[first..]),
+            Self::Bf16(data) => Self::Bf16(&data[first..]),
+        }
+    }
+}
+
+/// The right side of a product: weights may be kept as bfloat16. The bits of the product are those of the same numbers in f32.
+#[derive(Clone, Copy)]
+pub struct Right<'a> {
+    data: Numbers<'a>,
+    row: usize,
+    col: usize,
+}
+
+impl<'a> Right<'a> {
+    pub fn new(data: Numbers<'a>, cols: usize) -> Self {
+        Self { data, row: cols, col: 1 }
+    }
+
+    pub fn transposed(data: Numbers<'a>, cols: usize) -> Self {
+        Self { data, row: 1, col: cols }
+    }
 
     fn turned(self) -> Self {
         Self { row: self.col, col: self.row, ..self }
+    }
+}
+
+impl<'a> From<Operand<'a>> for Right<'a> {
+    fn from(Operand { data, row, col }: Operand<'a>) -> Self {
+        Self { data: Numbers::F32(data), row, col }
     }
 }
 
@@ -60,15 +110,23 @@ pub enum Start {
 
 /// A part of an operand that becomes one packed panel: `width` rows of A or columns of B, `depth` values of k.
 #[derive(Clone, Copy)]
-pub struct Panel<'a> {
+pub struct Panel<D> {
     /// Starts at the panel's first element.
-    pub data: &'a [f32],
+    pub data: D,
     /// From one value of k to the next.
     pub by_depth: usize,
     /// From one row of A or column of B to the next.
     pub by_width: usize,
     pub depth: usize,
     pub width: usize,
+}
+
+impl<D> Panel<D> {
+    /// Other numbers in the same places.
+    fn with<E>(&self, data: E) -> Panel<E> {
+        let Self { by_depth, by_width, depth, width, .. } = *self;
+        Panel { data, by_depth, by_width, depth, width }
+    }
 }
 
 /// A packed panel of B, or what is left of it from some value of k on.
@@ -107,9 +165,13 @@ pub trait Kernel: Copy + Sync {
     fn panel_a(depth: usize) -> usize;
     fn panel_b(depth: usize) -> usize;
     /// Pack a panel; what lies beyond its width or depth becomes zero.
-    fn pack_a(self, panel: Panel, out: &mut [f32]);
+    fn pack_a(self, panel: Panel<&[f32]>, out: &mut [f32]);
     /// Returns how many pieces of each number there are to multiply.
-    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize;
+    fn pack_b(self, panel: Panel<&[f32]>, out: &mut [f32]) -> usize;
+    /// The same of bfloat16.
+    fn pack_b_bf16(self, panel: Panel<&[bf16]>, out: &mut [f32]) -> usize {
+        pack_widened(self, panel, out)
+    }
     /// The smallest height that the kernel can multiply and that holds `rows`.
     fn height(rows: usize) -> usize;
     /// Continues the sums of the first `rows` rows of a tile by `depth` terms; `rows` is a `height`.
@@ -134,6 +196,49 @@ pub trait FewRows: Kernel {
     unsafe fn give(self, rows: usize, buffer: Sums, c: Sums);
 }
 
+/// The f32 that a bfloat16 is.
+pub fn widened(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+/// Packs bfloat16 as the f32 that they are, a few values of k at a time.
+pub fn pack_widened<K: Kernel>(kernel: K, panel: Panel<&[bf16]>, out: &mut [f32]) -> usize {
+    const DEPTH: usize = 64;
+    const WIDTH: usize = 32;
+    const { assert!(K::COLS <= WIDTH) };
+    let (mut wide, mut pieces) = ([0.0; DEPTH * WIDTH], 1);
+    for first in (0..panel.depth).step_by(DEPTH) {
+        let depth = DEPTH.min(panel.depth - first);
+        let data = &panel.data[first * panel.by_depth..];
+        let [lines, len, stride] = match panel.by_depth {
+            1 => [panel.width, depth, panel.by_width],
+            stride => [depth, panel.width, stride],
+        };
+        for (line, wide) in wide.chunks_exact_mut(len).take(lines).enumerate() {
+            let line = &data[line * stride..][..len];
+            wide.iter_mut().zip(line).for_each(|(wide, x)| *wide = widened(*x));
+        }
+        let [by_depth, by_width] = if panel.by_depth == 1 { [1, len] } else { [len, 1] };
+        let part = Panel { data: &wide[..], by_depth, by_width, depth, width: panel.width };
+        pieces = pieces.max(kernel.pack_b(part, &mut out[K::panel_b(first)..][..K::panel_b(depth)]));
+    }
+    pieces
+}
+
+fn pack_columns<K: Kernel>(kernel: K, panel: Panel<Numbers>, out: &mut [f32]) -> usize {
+    match panel.data {
+        Numbers::F32(data) => kernel.pack_b(panel.with(data), out),
+        Numbers::Bf16(data) => kernel.pack_b_bf16(panel.with(data), out),
+    }
+}
+
+fn pack_rows<K: Kernel>(kernel: K, panel: Panel<Numbers>, out: &mut [f32]) {
+    match panel.data {
+        Numbers::F32(data) => kernel.pack_a(panel.with(data), out),
+        Numbers::Bf16(_) => unreachable!("the left side is f32"),
+    }
+}
+
 /// The part of a product that is packed at a time: rows of A, columns of B and depth of both at most.
 const BLOCK: [usize; 3] = [1536, 1536, 1536];
 /// Panels of B of a block, at 32 columns or more.
@@ -148,13 +253,13 @@ const SERIAL_WORK: usize = 1 << 16;
 const TILE_LEN: usize = 32 * 32;
 
 /// `c` is `[m, n]` with row stride `n`; `a` is `[m, k]`, `b` is `[k, n]`.
-pub fn gemm(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
-    product(Team { cpu, threads: cpu.threads() }, dims, a, b, c, start);
+pub fn gemm<'a>(cpu: &Cpu, dims: [usize; 3], a: Operand<'a>, b: impl Into<Right<'a>>, c: &mut [f32], start: Start) {
+    product(Team { cpu, threads: cpu.threads() }, dims, a.into(), b.into(), c, start);
 }
 
 /// As [`gemm`], on the thread that calls: for products that are themselves parts of a parallel section.
 pub fn gemm_alone(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
-    product(Team { cpu, threads: 1 }, dims, a, b, c, start);
+    product(Team { cpu, threads: 1 }, dims, a.into(), b.into(), c, start);
 }
 
 /// Who computes a product.
@@ -174,7 +279,7 @@ impl Team<'_> {
     }
 }
 
-fn product(team: Team, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+fn product(team: Team, dims: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
     let [m, n, k] = dims;
     assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
     if k == 0 && start == Start::Zero {
@@ -183,8 +288,11 @@ fn product(team: Team, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], 
     if m == 0 || n == 0 || k == 0 {
         return;
     }
-    let fma = Fma(team.cpu.isa());
+    let (fma, turned) = (Fma(team.cpu.isa()), FmaTurned(team.cpu.isa()));
     match team.cpu.products() {
+        Products::Chains if b.row == 1 && are_few::<FmaTurned>(dims, team.threads) => {
+            few(team, turned, dims, a, b, c, start);
+        }
         Products::Chains if are_few::<Fma>(dims, team.threads) => few(team, fma, dims, a, b, c, start),
         Products::Chains => blocked(team, fma, dims, a, b, c, start),
         #[cfg(target_arch = "x86_64")]
@@ -237,24 +345,24 @@ fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
 
 /// A product of few rows: the bits are those of [`blocked`]. A piece of B is packed into the nearest cache, meets all rows of A
 /// there and is forgotten.
-fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
+fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
     let shared = Shared::new(c);
     let mut scratch = PACKED.take();
     let (panel_a, piece, tile_len) = (K::panel_a(k), K::DEPTH.min(k), K::ROWS * K::COLS);
     let tiles = [m.div_ceil(K::ROWS), n.div_ceil(K::COLS)];
     let packed_a = scratch[0].grown(tiles[0] * panel_a);
     let rows = Side { operand: a, first: 0, len: m, first_k: 0, depth: k };
-    pack(team, &rows, K::ROWS, panel_a, |_, panel, out| kernel.pack_a(panel, out), packed_a);
-    let (packed_a, Operand { data, row: by_width, col: by_depth }) = (&*packed_a, b.turned());
+    pack(team, &rows, K::ROWS, panel_a, |_, panel, out| pack_rows(kernel, panel, out), packed_a);
+    let (packed_a, Right { data, row: by_width, col: by_depth }) = (&*packed_a, b.turned());
     let width = tiles[1].div_ceil(8 * team.threads);
     let column = |col: usize, sums: &mut [f32], packed_b: &mut [f32]| {
         let place = |row: usize| Place { tile: [row, col], rows: [0, m], cols: [0, n], stride: n };
-        let (data, width) = (&data[col * K::COLS * by_width..], K::COLS.min(n - col * K::COLS));
+        let (data, width) = (data.from(col * K::COLS * by_width), K::COLS.min(n - col * K::COLS));
         for first_k in (0..k).step_by(piece) {
             let (depth, first) = (piece.min(k - first_k), first_k == 0);
-            let data = &data[first_k * by_depth..];
+            let data = data.from(first_k * by_depth);
             let packed = &mut packed_b[..K::panel_b(depth)];
-            let pieces = kernel.pack_b(Panel { data, by_depth, by_width, depth, width }, packed);
+            let pieces = pack_columns(kernel, Panel { data, by_depth, by_width, depth, width }, packed);
             let b = Columns { data: packed, pieces };
             for (row, sums) in sums.chunks_exact_mut(tile_len).enumerate() {
                 let a = &packed_a[row * panel_a + K::panel_a(first_k)..][..K::panel_a(depth)];
@@ -287,15 +395,7 @@ fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Operand, b: 
     PACKED.set(scratch);
 }
 
-fn blocked<K: Kernel>(
-    team: Team,
-    kernel: K,
-    [m, n, k]: [usize; 3],
-    a: Operand,
-    b: Operand,
-    c: &mut [f32],
-    start: Start,
-) {
+fn blocked<K: Kernel>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
     let shared = Shared::new(c);
     let mut scratch = PACKED.take();
     let [a_len, b_len] = packed_floats::<K>([m, n, k]);
@@ -307,13 +407,14 @@ fn blocked<K: Kernel>(
             let (cols, depth) = (most_cols.min(n - first_col), most_depth.min(k - first_k));
             let columns = Side { operand: b.turned(), first: first_col, len: cols, first_k, depth };
             let pieces = [const { AtomicUsize::new(0) }; MOST_PANELS];
-            let pack_b = |number: usize, panel: Panel, out: &mut [f32]| {
-                pieces[number].store(kernel.pack_b(panel, out), Relaxed);
+            let pack_b = |number: usize, panel: Panel<Numbers>, out: &mut [f32]| {
+                pieces[number].store(pack_columns(kernel, panel, out), Relaxed);
             };
             pack(team, &columns, K::COLS, K::panel_b(depth), pack_b, packed_b);
             for first_row in (0..m).step_by(most_rows) {
                 let rows = Side { operand: a, first: first_row, len: most_rows.min(m - first_row), first_k, depth };
-                pack(team, &rows, K::ROWS, K::panel_a(depth), |_, panel, out| kernel.pack_a(panel, out), packed_a);
+                let pack_a = |_: usize, panel: Panel<Numbers>, out: &mut [f32]| pack_rows(kernel, panel, out);
+                pack(team, &rows, K::ROWS, K::panel_a(depth), pack_a, packed_a);
                 let fresh = first_k == 0 && start == Start::Zero;
                 let block = Block { rows: [first_row, rows.len], cols: [first_col, cols], depth, n, fresh };
                 multiply_block(team, kernel, &block, packed_a, (packed_b, &pieces), &shared);
@@ -325,7 +426,7 @@ fn blocked<K: Kernel>(
 
 /// Rows of A, or columns of B seen as rows, that are packed together.
 struct Side<'a> {
-    operand: Operand<'a>,
+    operand: Right<'a>,
     first: usize,
     len: usize,
     first_k: usize,
@@ -337,16 +438,16 @@ fn pack(
     side: &Side,
     width: usize,
     panel_len: usize,
-    pack: impl Fn(usize, Panel, &mut [f32]) + Sync,
+    pack: impl Fn(usize, Panel<Numbers>, &mut [f32]) + Sync,
     packed: &mut [f32],
 ) {
     let shared = Shared::new(packed);
     team.for_each(side.len * side.depth < SERIAL_WORK, side.len.div_ceil(width), |panel| {
         // SAFETY: each task writes its own panel.
         let out = unsafe { shared.slice(panel * panel_len, panel_len) };
-        let Operand { data, row, col } = side.operand;
+        let Right { data, row, col } = side.operand;
         let first = panel * width;
-        let data = &data[(side.first + first) * row + side.first_k * col..];
+        let data = data.from((side.first + first) * row + side.first_k * col);
         let width = width.min(side.len - first);
         pack(panel, Panel { data, by_depth: col, by_width: row, depth: side.depth, width }, out);
     });
@@ -489,14 +590,20 @@ mod tests {
         (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
     }
 
-    /// Every layout of the operands, B with some of its `bits`, and both starts on some device: the results are `expected` for `Start::Zero` and
-    /// `Start::Output`.
+    /// Every layout of the operands, B with some of its `bits`, kept as bfloat16 too where it has no more, and both starts on some
+    /// device: the results are `expected` for `Start::Zero` and `Start::Output`.
     fn check_layouts(cpu: &Cpu, [m, n, k]: [usize; 3], bits: u32, expected: [&[f32]; 2], what: &str) {
         let (a, b, c0) = (random(m * k, 1), cut(random(k * n, 2), bits), random(m * n, 3));
         let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
+        let few_bits = [&b, &bt].map(|b| b.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
         for (start, expected) in [Start::Zero, Start::Output].into_iter().zip(expected) {
             for a in [Operand::new(&a, k), Operand::transposed(&at, m)] {
-                for b in [Operand::new(&b, n), Operand::transposed(&bt, k)] {
+                let [as_it_is, turned] = few_bits.each_ref().map(|b| Numbers::Bf16(b));
+                let mut all: Vec<Right> = vec![Operand::new(&b, n).into(), Operand::transposed(&bt, k).into()];
+                if bits == !0xffff {
+                    all.extend([Right::new(as_it_is, n), Right::transposed(turned, k)]);
+                }
+                for b in all {
                     let mut c = c0.clone();
                     gemm(cpu, [m, n, k], a, b, &mut c, start);
                     assert!(c == expected, "{m}x{n}x{k}, {what}");
@@ -520,15 +627,15 @@ mod tests {
         let sets: Vec<Isa> = [Isa::Portable, best].into_iter().collect();
         #[cfg(target_arch = "x86_64")]
         let sets: Vec<Isa> = sets.into_iter().chain([Isa::Avx2].into_iter().filter(|isa| *isa <= best)).collect();
-        for [m, n, k] in SIZES {
-            let (a, b) = (random(m * k, 1), random(k * n, 2));
+        for ([m, n, k], bits) in SIZES.into_iter().flat_map(|size| [!0, !0xffff].map(|bits| (size, bits))) {
+            let (a, b) = (random(m * k, 1), cut(random(k * n, 2), bits));
             let expected = [vec![0.0; m * n], random(m * n, 3)].map(|mut c| {
                 chain([m, n, k], &a, &b, &mut c);
                 c
             });
             for isa in &sets {
                 let cpu = Cpu::with_isa(2, *isa).unwrap();
-                check_layouts(&cpu, [m, n, k], !0, expected.each_ref().map(Vec::as_slice), &format!("{isa:?}"));
+                check_layouts(&cpu, [m, n, k], bits, expected.each_ref().map(Vec::as_slice), &format!("{isa:?}"));
             }
         }
     }
@@ -619,5 +726,19 @@ mod tests {
             gemm(&cpu, [m, n, k], Operand::new(&a, k), Operand::new(&b, n), &mut c, Start::Zero);
             assert!(c.chunks(n).enumerate().all(|(i, row)| row.iter().all(|x| x.is_finite() != (i == 7))));
         }
+        // The same of a column, however few bits its neighbours have.
+        let mut found = Vec::new();
+        for bits in [!0, !0x1fff, !0xffff] {
+            let (a, mut b) = (random(m * k, 1), cut(random(k * n, 2), bits));
+            b[65 * n + 7] = f32::INFINITY;
+            let half: Vec<bf16> = b.iter().map(|x| bf16::from_f32(*x)).collect();
+            for b in [Operand::new(&b, n).into(), Right::new(Numbers::Bf16(&half), n)] {
+                let mut c = vec![0.0; m * n];
+                gemm(&cpu, [m, n, k], Operand::new(&a, k), b, &mut c, Start::Zero);
+                assert!(c.chunks(n).all(|row| row.iter().enumerate().all(|(j, x)| x.is_finite() != (j == 7))));
+                found.push(c.iter().skip(7).step_by(n).map(|x| x.is_nan()).collect::<Vec<_>>());
+            }
+        }
+        assert!(found.iter().all(|nan| *nan == found[0]), "an infinity becomes the same whatever lies beside it");
     }
 }

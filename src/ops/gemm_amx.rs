@@ -11,8 +11,7 @@
 //! below 2^-126 count as zero. An infinity becomes NaN: its x1 is infinity minus infinity.
 //!
 //! Where every number of a panel of B has 8 significant bits, as the weights of most published models do, or 16, its lower pieces
-//! are zeros: the three products with them, or the one, are left out, and the bits stay the same. (Of finite numbers: an infinite
-//! weight in such a panel may stay an infinity.)
+//! are zeros: the three products with them, or the one, are left out, and the bits stay the same.
 //!
 //! Of few rows [`AmxTurned`] makes the transposed product: a weight's rows then are rows of the unit's A, whose layout needs no
 //! transposition. The partial products have the same order, and a product of two numbers has no order, so the bits are the same.
@@ -23,7 +22,9 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::gemm::{Columns, FewRows, Kernel, Panel, Sums};
+use half::bf16;
+
+use super::gemm::{Columns, FewRows, Kernel, Panel, Sums, pack_widened};
 
 /// Rows (of A) or columns (of B) of a tile register.
 const HALF: usize = 16;
@@ -34,6 +35,8 @@ const STEP: usize = 32;
 const REGISTER_LEN: usize = HALF * STEP / 2;
 const PIECE_LEN: usize = 2 * REGISTER_LEN;
 const STEP_LEN: usize = 3 * PIECE_LEN;
+/// Values of k by which rows of bfloat16 are asked for before they are read.
+const AHEAD: usize = 2 * STEP;
 
 /// The instructions are there and the system lets this process use them: see `device::Cpu`.
 #[derive(Clone, Copy)]
@@ -53,12 +56,12 @@ impl Kernel for Amx {
         depth.div_ceil(STEP) * STEP_LEN
     }
 
-    fn pack_a(self, panel: Panel, out: &mut [f32]) {
+    fn pack_a(self, panel: Panel<&[f32]>, out: &mut [f32]) {
         // SAFETY: whoever made an `Amx` saw that the machine has AVX-512.
         unsafe { pack::<3>(panel, Operand::A, out) }
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
+    fn pack_b(self, panel: Panel<&[f32]>, out: &mut [f32]) -> usize {
         // SAFETY: as above.
         unsafe { pack_pieces(panel, Operand::B, out) }
     }
@@ -120,14 +123,23 @@ impl Kernel for AmxTurned {
         Amx::panel_a(depth)
     }
 
-    fn pack_a(self, panel: Panel, out: &mut [f32]) {
+    fn pack_a(self, panel: Panel<&[f32]>, out: &mut [f32]) {
         // SAFETY: as for `Amx`.
         unsafe { pack::<3>(panel, Operand::B, out) }
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
+    fn pack_b(self, panel: Panel<&[f32]>, out: &mut [f32]) -> usize {
         // SAFETY: as for `Amx`.
         unsafe { pack_pieces(panel, Operand::A, out) }
+    }
+
+    /// They are tiles already.
+    fn pack_b_bf16(self, panel: Panel<&[bf16]>, out: &mut [f32]) -> usize {
+        // SAFETY: as above.
+        match panel.by_depth == 1 && unsafe { pack_rows_as_they_are(&panel, out) } {
+            true => 1,
+            false => pack_widened(self, panel, out),
+        }
     }
 
     fn height(rows: usize) -> usize {
@@ -377,7 +389,7 @@ enum Operand {
 
 /// Packs the pieces that are not all zeros, and returns their number.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_pieces(panel: Panel, operand: Operand, out: &mut [f32]) -> usize {
+fn pack_pieces(panel: Panel<&[f32]>, operand: Operand, out: &mut [f32]) -> usize {
     let pieces = pieces(&panel);
     match pieces {
         1 => pack::<1>(panel, operand, out),
@@ -390,25 +402,61 @@ fn pack_pieces(panel: Panel, operand: Operand, out: &mut [f32]) -> usize {
 /// Into how many bfloat16 the numbers of a panel can be cut. Where that is three, the first ones say so; where not, this brings
 /// them into the cache.
 #[target_feature(enable = "avx512f")]
-fn pieces(panel: &Panel) -> usize {
+fn pieces(panel: &Panel<&[f32]>) -> usize {
     let Panel { data, by_depth, by_width, depth, width } = *panel;
     let (stride, lines, len) = if by_depth == 1 { (by_width, width, depth) } else { (by_depth, depth, width) };
-    let mut bits = _mm512_setzero_si512();
+    // All bits that occur, and the largest exponent: of an infinity the lower pieces are no zeros.
+    let (mut bits, mut most) = (_mm512_setzero_si512(), _mm512_setzero_si512());
     for line in 0..lines {
         let line = &data[line * stride..][..len];
         for at in (0..len).step_by(HALF) {
-            bits = _mm512_or_si512(bits, _mm512_castps_si512(load(&line[at..], len - at, len)));
+            let x = _mm512_castps_si512(load(&line[at..], len - at, len));
+            bits = _mm512_or_si512(bits, x);
+            most = _mm512_max_epu32(most, _mm512_and_si512(x, _mm512_set1_epi32(NOT_FINITE)));
         }
         if _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xff)) != 0 {
             return 3;
         }
     }
-    if _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xffff)) != 0 { 2 } else { 1 }
+    match _mm512_cmpeq_epi32_mask(most, _mm512_set1_epi32(NOT_FINITE)) {
+        0 if _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xffff)) == 0 => 1,
+        0 => 2,
+        _ => 3,
+    }
+}
+
+/// The exponent of what is no finite number.
+const NOT_FINITE: i32 = 0x7f80_0000;
+
+/// Rows of bfloat16, each contiguous along k, become tiles of A as they are, unless one is not finite.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn pack_rows_as_they_are(panel: &Panel<&[bf16]>, out: &mut [f32]) -> bool {
+    let data: &[u16] = bytemuck::cast_slice(panel.data);
+    let (exponent, mut finite) = (_mm512_set1_epi16((NOT_FINITE >> 16) as i16), true);
+    for (step, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
+        let first = step * STEP;
+        let len = STEP.min(panel.depth - first);
+        let mask = u32::MAX >> (STEP - len);
+        for i in 0..TILE {
+            let mut line = _mm512_setzero_si512();
+            if i < panel.width {
+                let row = &data[i * panel.by_width + first..];
+                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(AHEAD).cast());
+                assert!(row.len() >= len);
+                // SAFETY: reads only what the mask names, which is there (just asserted).
+                line = unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().cast()) };
+            }
+            let exponents = _mm512_and_si512(line, exponent);
+            finite &= _mm512_cmpeq_epi16_mask(exponents, exponent) == 0;
+            store(&mut out[i * HALF..], _mm512_castsi512_ps(line));
+        }
+    }
+    finite
 }
 
 /// The first `PIECES` pieces of each step.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack<const PIECES: usize>(panel: Panel, operand: Operand, out: &mut [f32]) {
+fn pack<const PIECES: usize>(panel: Panel<&[f32]>, operand: Operand, out: &mut [f32]) {
     let mut turned = [0.0f32; TILE * STEP];
     for (step, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
         let mut part = Part::of(&panel, step * STEP);
@@ -440,7 +488,7 @@ struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    fn of(panel: &Panel<'a>, first_k: usize) -> Self {
+    fn of(panel: &Panel<&'a [f32]>, first_k: usize) -> Self {
         let Panel { data, by_depth, by_width, depth, width } = *panel;
         Self { data: &data[first_k * by_depth..], by_depth, by_width, depth: (depth - first_k).min(STEP), width }
     }
@@ -568,6 +616,52 @@ fn pack_pairs<const PIECES: usize>(part: &Part, out: &mut [f32]) {
             let at = piece * PIECE_LEN + first / HALF * REGISTER_LEN + pair * HALF;
             store(&mut out[at..], _mm512_castsi512_ps(_mm512_or_si512(low, high)));
             (even, odd) = (rest(even), rest(odd));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Philox;
+
+    /// Packing needs no tiles, so that it is tested wherever there is AVX-512.
+    #[test]
+    fn bfloat16_is_packed_as_it_is() {
+        if !is_x86_feature_detected!("avx512f") || !is_x86_feature_detected!("avx512bw") {
+            return eprintln!("this machine has no AVX-512: nothing was tested");
+        }
+        let random = Philox::new(1, 1);
+        for [width, depth, stride] in
+            [[32_usize, 64_usize, 64], [32, 32, 97], [5, 33, 40], [1, 1, 1], [31, 95, 96], [17, 63, 63]]
+        {
+            let mut data: Vec<bf16> =
+                (0..width * stride).map(|i| bf16::from_f32(random.normal(i as u64) as f32)).collect();
+            let wide: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
+            let steps = depth.div_ceil(STEP);
+            let [mut found, mut expected] = [(); 2].map(|()| vec![7.0; steps * STEP_LEN]);
+            let panel = Panel { data: &data[..], by_depth: 1, by_width: stride, depth, width };
+            let of_f32 = Panel { data: &wide[..], by_depth: 1, by_width: stride, depth, width };
+            // SAFETY: the features are there (just asked).
+            unsafe {
+                assert!(pack_rows_as_they_are(&panel, &mut found));
+                assert_eq!(pack_pieces(of_f32, Operand::A, &mut expected), 1);
+            }
+            let bits = |packed: &[f32]| packed.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&found) == bits(&expected), "{width} x {depth}, {stride} apart");
+            for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+                let at = (width - 1) * stride + depth - 1;
+                let was = std::mem::replace(&mut data[at], bf16::from_f32(bad));
+                let panel = Panel { data: &data[..], by_depth: 1, by_width: stride, depth, width };
+                let wide: Vec<f32> = data.iter().map(|x| x.to_f32()).collect();
+                let of_f32 = Panel { data: &wide[..], by_depth: 1, by_width: stride, depth, width };
+                // SAFETY: as above.
+                unsafe {
+                    assert!(!pack_rows_as_they_are(&panel, &mut found), "{bad} has lower pieces");
+                    assert_eq!(pack_pieces(of_f32, Operand::A, &mut expected), 3, "{bad}");
+                }
+                data[at] = was;
+            }
         }
     }
 }

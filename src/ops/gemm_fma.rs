@@ -28,11 +28,11 @@ impl Kernel for Fma {
         depth * COLS
     }
 
-    fn pack_a(self, panel: Panel, out: &mut [f32]) {
+    fn pack_a(self, panel: Panel<&[f32]>, out: &mut [f32]) {
         pack_panel::<TILE_ROWS>(self.0, panel, out);
     }
 
-    fn pack_b(self, panel: Panel, out: &mut [f32]) -> usize {
+    fn pack_b(self, panel: Panel<&[f32]>, out: &mut [f32]) -> usize {
         pack_panel::<COLS>(self.0, panel, out);
         1
     }
@@ -79,7 +79,7 @@ impl FewRows for Fma {
 }
 
 /// Rows of `WIDTH`, one for each value of k.
-fn pack_panel<const WIDTH: usize>(isa: Isa, panel: Panel, out: &mut [f32]) {
+pub fn pack_panel<const WIDTH: usize>(isa: Isa, panel: Panel<&[f32]>, out: &mut [f32]) {
     let Panel { data, by_depth, by_width, width, .. } = panel;
     if by_width != 1 && by_depth == 1 {
         return pack_transposed::<WIDTH>(isa, data, by_width, width, out);

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Operand, Start, gemm};
+use super::gemm::{Numbers, Operand, Right, Start, gemm};
 use super::logprob_head::{TILE_ROWS, TILE_VOCAB};
 use crate::device::Cpu;
 
@@ -36,11 +36,11 @@ impl Tile {
         cpu: &Cpu,
         (hidden, scale): (usize, f32),
         h: &[f32],
-        w: &[f32],
+        w: Numbers,
         scratch: &'a mut [f32],
     ) -> &'a mut [f32] {
         let h = Operand::new(&h[self.row * hidden..][..self.rows * hidden], hidden);
-        let w = Operand::transposed(&w[self.entry * hidden..][..self.entries * hidden], hidden);
+        let w = Right::transposed(w.from(self.entry * hidden), hidden);
         let logits = &mut scratch[..self.rows * self.entries];
         gemm(cpu, [self.rows, self.entries, hidden], h, w, logits, Start::Zero);
         if scale != 1.0 {
@@ -55,13 +55,14 @@ impl Tile {
         &self,
         cpu: &Cpu,
         hidden: usize,
-        [dl, h, w]: [&[f32]; 3],
+        [dl, h]: [&[f32]; 2],
+        w: Numbers,
         dh: &mut [f32],
         dweight: Option<&mut [f32]>,
     ) {
         let rows = self.row * hidden..(self.row + self.rows) * hidden;
         let entries = self.entry * hidden..(self.entry + self.entries) * hidden;
-        let w = Operand::new(&w[entries.clone()], hidden);
+        let w = Right::new(w.from(entries.start), hidden);
         let shape = [self.rows, hidden, self.entries];
         gemm(cpu, shape, Operand::new(dl, self.entries), w, &mut dh[rows.clone()], Start::Output);
         if let Some(dweight) = dweight {

@@ -11,6 +11,7 @@ pub(crate) mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod gemm_amx;
 mod gemm_fma;
+mod gemm_fma_turned;
 mod logits;
 mod logits_cuda;
 mod norm;

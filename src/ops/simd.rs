@@ -57,6 +57,19 @@ pub fn prefetch(x: &[f32]) {
     let _ = x;
 }
 
+/// Says that `len` numbers from `start` on will be read some time after others; there need not be any.
+#[inline(always)]
+pub fn prefetch_far<T>(start: *const T, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..len * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch may name any address, and reads nothing that the program sees.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.cast::<i8>().wrapping_add(at)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, len);
+}
+
 /// Adds the lanes pairwise, in one order.
 #[inline(always)]
 pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
@@ -99,13 +112,29 @@ pub fn transpose(isa: Isa, [rows, cols]: [usize; 2], from: &[f32], to: &mut [f32
     assert!(rows.is_multiple_of(SQUARE) && cols.is_multiple_of(SQUARE), "{rows} x {cols} is not made of squares");
     let reach = |rows: usize, cols: usize, stride: usize| rows.saturating_sub(1) * stride + cols;
     assert!(from.len() >= reach(rows, cols, strides[0]) && to.len() >= reach(cols, rows, strides[1]));
+    // SAFETY: both matrices reach as far as the shape says (just asserted).
+    unsafe { transpose_between(isa, [rows, cols], from.as_ptr(), to.as_mut_ptr(), strides) }
+}
+
+/// The same where other threads write between the rows of `to`.
+///
+/// # Safety
+/// The matrices must reach as far as the shape says, which must be whole squares of 8 x 8.
+pub unsafe fn transpose_between(
+    isa: Isa,
+    [rows, cols]: [usize; 2],
+    from: *const f32,
+    to: *mut f32,
+    strides: [usize; 2],
+) {
     match isa {
-        // SAFETY: `Isa::detect` found AVX2; both matrices reach as far as the shape says (asserted above).
+        // SAFETY: `Isa::detect` found AVX2; the rest is promised by the caller.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { transpose_avx2([rows, cols], from.as_ptr(), to.as_mut_ptr(), strides) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { transpose_avx2([rows, cols], from, to, strides) },
         Isa::Portable => {
             for (i, j) in (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))) {
-                to[j * strides[1] + i] = from[i * strides[0] + j];
+                // SAFETY: promised by the caller.
+                unsafe { *to.add(j * strides[1] + i) = *from.add(i * strides[0] + j) };
             }
         }
     }

@@ -6,7 +6,7 @@
 
 use super::{Detail, Scored, score};
 use crate::data::{Example, Extent, Packing};
-use crate::device::{DType, Ledger};
+use crate::device::{Ledger, Storage};
 use crate::error::Result;
 use crate::model::{Checkpoint, Init};
 use crate::ops::Backend;
@@ -31,9 +31,9 @@ pub struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    /// Memory while it is asked, on a device that stores `storage`.
-    pub fn plan(&self, storage: DType) -> Ledger {
-        score::plan(storage, self.checkpoint, &self.largest)
+    /// Memory while it is asked, on a device with this storage.
+    pub fn plan(&self, storage: Storage) -> Ledger {
+        score::plan(storage, (self.checkpoint, self.init), &self.largest)
     }
 }
 

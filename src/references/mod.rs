@@ -15,7 +15,7 @@ pub use hidden::HiddenRows;
 pub use score::{Scorer, plan};
 
 use crate::data::{Example, Extent, Packing, Temperature};
-use crate::device::{DType, Ledger};
+use crate::device::{Ledger, Storage};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
 use crate::ops::Backend;
@@ -149,9 +149,9 @@ impl Reference {
         checkpoint.dry().params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0)
     }
 
-    /// Memory while scoring, on a device that stores `storage`; `None` where nothing is scored.
-    pub fn plan(&self, storage: DType, largest: &Extent) -> Option<Ledger> {
-        self.checkpoint().map(|checkpoint| score::plan(storage, checkpoint, largest))
+    /// Memory while scoring, on a device with this storage; `None` where nothing is scored.
+    pub fn plan(&self, storage: Storage, largest: &Extent) -> Option<Ledger> {
+        self.checkpoint().zip(self.init()).map(|model| score::plan(storage, model, largest))
     }
 }
 

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::cache::Value;
 use crate::data::{self, Example, Extent, Packing};
-use crate::device::{Arena, DType, Device, Dry, Ledger, range};
+use crate::device::{Arena, Device, Dry, Ledger, Storage, range};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Head, Init, Keep, Model, Options};
 use crate::ops::Backend;
@@ -19,22 +19,26 @@ pub struct Scorer<'a, B: Backend> {
     batch: Batch<B>,
 }
 
-fn build<D: Device>(arena: &mut Arena<D>, checkpoint: &Checkpoint, largest: &Extent) -> (Model<D>, Acts<D>, Batch<D>) {
-    let options = Options::frozen(largest.longest).with_adapters(checkpoint);
+fn build<D: Device>(
+    arena: &mut Arena<D>,
+    (checkpoint, init): (&Checkpoint, Init),
+    largest: &Extent,
+) -> (Model<D>, Acts<D>, Batch<D>) {
+    let options = Options::frozen(largest.longest).holding(checkpoint, init).with_adapters(checkpoint);
     let model = Model::new(arena, &checkpoint.spec, checkpoint.architecture.naming, options);
     let acts = Acts::new(arena, &checkpoint.spec, largest, Keep::Nothing).with_low_rank(arena, model.widest_rank());
     (model, acts, Batch::new(arena, largest))
 }
 
-/// Memory of a scorer for batches up to `largest`, on a device that stores `storage`.
-pub fn plan(storage: DType, checkpoint: &Checkpoint, largest: &Extent) -> Ledger {
-    Dry::measure(storage, |arena| build(arena, checkpoint, largest))
+/// Memory of a scorer for batches up to `largest`, on a device with this storage.
+pub fn plan(storage: Storage, model: (&Checkpoint, Init), largest: &Extent) -> Ledger {
+    Dry::measure(storage, |arena| build(arena, model, largest))
 }
 
 impl<'a, B: Backend> Scorer<'a, B> {
     pub fn new(device: &'a B, checkpoint: &'a Checkpoint, init: Init, largest: &Extent) -> Result<Self> {
-        let mut arena = Arena::new(device, &plan(device.storage(), checkpoint, largest))?;
-        let (mut model, acts, batch) = build(&mut arena, checkpoint, largest);
+        let mut arena = Arena::new(device, &plan(device.keeps(), (checkpoint, init), largest))?;
+        let (mut model, acts, batch) = build(&mut arena, (checkpoint, init), largest);
         init.fill(device, checkpoint, &mut model)?;
         Ok(Self { device, checkpoint, model, acts, batch })
     }

@@ -20,7 +20,7 @@ use super::registry::{Kind, Place, finite, options};
 use super::spec::Memory;
 use super::{Entry, Sample, Verdict};
 use crate::data::{Content, Example, Extent, Message, Packing, Sequence, Tokenizer};
-use crate::device::{Arena, DType, Device, Dry, Ledger};
+use crate::device::{Arena, DType, Device, Dry, Ledger, Storage};
 use crate::error::{At, Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options as ModelOptions};
 use crate::ops::Backend;
@@ -93,7 +93,7 @@ impl Panel {
         Ok(())
     }
 
-    pub fn plan(&self, storage: DType, largest: &Extent) -> Memory {
+    pub fn plan(&self, storage: Storage, largest: &Extent) -> Memory {
         let model = |member: &Member| member.weights(storage, largest.longest).total();
         let work = |member: &Member| member.work(storage, member.rank(), largest).total();
         Memory {
@@ -106,10 +106,11 @@ impl Panel {
 impl Member {
     fn build<D: Device>(&self, arena: &mut Arena<D>, positions: usize) -> Model<D> {
         let Checkpoint { spec, architecture, .. } = &self.checkpoint;
-        Model::new(arena, spec, architecture.naming, ModelOptions::frozen(positions).with_adapters(&self.checkpoint))
+        let options = ModelOptions::frozen(positions).holding(&self.checkpoint, Init::Checkpoint);
+        Model::new(arena, spec, architecture.naming, options.with_adapters(&self.checkpoint))
     }
 
-    fn weights(&self, storage: DType, positions: usize) -> Ledger {
+    fn weights(&self, storage: Storage, positions: usize) -> Ledger {
         Dry::measure(storage, |arena| self.build(arena, positions))
     }
 
@@ -122,7 +123,7 @@ impl Member {
         (acts, Batch::new(arena, largest))
     }
 
-    fn work(&self, storage: DType, rank: usize, largest: &Extent) -> Ledger {
+    fn work(&self, storage: Storage, rank: usize, largest: &Extent) -> Ledger {
         Dry::measure(storage, |arena| self.workspace(arena, rank, largest))
     }
 
@@ -227,7 +228,7 @@ impl<'a, B: Backend> Bench<'a, B> {
         let largest = packing.largest(&packing.extents(read.iter().copied()));
         let model = loaded(device, of, &mut self.loaded[0], largest.longest)?;
         let rank = model.widest_rank();
-        let mut arena = Arena::new(device, &of.work(device.storage(), rank, &largest))?;
+        let mut arena = Arena::new(device, &of.work(device.keeps(), rank, &largest))?;
         let (mut acts, mut batch) = of.workspace(&mut arena, rank, &largest);
         for (_, host) in packing.batches(&read) {
             batch.load(device, &host)?;
@@ -266,7 +267,7 @@ impl<'a, B: Backend> Bench<'a, B> {
         let device = self.device;
         let model = loaded(device, of, &mut self.loaded[member], largest.longest)?;
         let rank = model.widest_rank();
-        let mut arena = Arena::new(device, &of.work(device.storage(), rank, &largest))?;
+        let mut arena = Arena::new(device, &of.work(device.keeps(), rank, &largest))?;
         let (mut acts, mut batch) = of.workspace(&mut arena, rank, &largest);
         for (_, host) in packing.batches(&read) {
             batch.load(device, &host)?;
@@ -300,7 +301,7 @@ fn loaded<'m, B: Backend>(
         *slot = None;
         let most = member.checkpoint.spec.most_positions().unwrap_or(usize::MAX);
         let positions = longest.next_power_of_two().min(most);
-        let mut arena = Arena::new(device, &member.weights(device.storage(), positions))?;
+        let mut arena = Arena::new(device, &member.weights(device.keeps(), positions))?;
         let mut model = member.build(&mut arena, positions);
         Init::Checkpoint.fill(device, &member.checkpoint, &mut model)?;
         *slot = Some(Loaded { model, positions });

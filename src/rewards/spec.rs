@@ -28,7 +28,7 @@ use super::all;
 use super::model::Panel;
 use super::registry::{Kind, Place, finite, nearest};
 use crate::data::Extent;
-use crate::device::DType;
+use crate::device::Storage;
 use crate::error::{Error, Result};
 
 /// One `--reward`.
@@ -210,10 +210,10 @@ impl Rewards {
         Ok(*hasher.finalize().as_bytes())
     }
 
-    /// Bytes that reward models take on a device that stores `storage`: their weights for the whole run, and what the
+    /// Bytes that reward models take on a device with this storage: their weights for the whole run, and what the
     /// largest of them needs while it judges batches up to `largest`. How many tokens another tokenizer makes of a text is
     /// an estimate.
-    pub fn plan(&self, storage: DType, largest: &Extent) -> Memory {
+    pub fn plan(&self, storage: Storage, largest: &Extent) -> Memory {
         let panels = self.rewards.iter().filter_map(|reward| match &reward.kind {
             Kind::Models(panel) => Some(panel.plan(storage, largest)),
             _ => None,

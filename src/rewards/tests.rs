@@ -225,7 +225,7 @@ fn weights_multiply() {
     let specs = [RewardSpec { what: dir.path().join("rewards.toml"), weight: 0.5, fluency: false }];
     let rewards = Rewards::open(&specs).unwrap();
     assert_eq!((rewards.names(), rewards.weights()), (vec!["regex".into(), "b".into()], vec![0.5, 1.5]));
-    assert_eq!(rewards.plan(DType::F32, &Default::default()), Default::default());
+    assert_eq!(rewards.plan(DType::F32.into(), &Default::default()), Default::default());
 }
 
 #[test]

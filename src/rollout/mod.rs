@@ -16,7 +16,7 @@ mod slots;
 mod text;
 
 use crate::data::{Temperature, Tokenizer};
-use crate::device::{DType, Dry, Ledger, range};
+use crate::device::{DType, Dry, Ledger, Storage, range};
 use crate::error::{Error, Result};
 use crate::model::{Model, Spec};
 use crate::ops::Backend;
@@ -214,12 +214,12 @@ pub fn before_stop<'t>(text: &'t str, stop: &[String]) -> &'t str {
 
 /// Memory of generating `requests` besides the model, whose adapters have [rank](Model::widest_rank) `rank`, on a device that
 /// stores `storage`, with up to `max_running` completions at a time.
-pub fn plan(storage: DType, spec: &Spec, rank: usize, requests: &[Request], max_running: usize) -> Ledger {
+pub fn plan(storage: impl Into<Storage>, spec: &Spec, rank: usize, requests: &[Request], max_running: usize) -> Ledger {
     plan_size(storage, spec, rank, &Size::of(spec, requests, max_running))
 }
 
 /// The same of a session of this size.
-pub fn plan_size(storage: DType, spec: &Spec, rank: usize, size: &Size) -> Ledger {
+pub fn plan_size(storage: impl Into<Storage>, spec: &Spec, rank: usize, size: &Size) -> Ledger {
     Dry::measure(storage, |arena| Buffers::new(arena, spec, rank, size))
 }
 

@@ -91,9 +91,9 @@ impl<B: Backend> Examiner<'_, B> {
         let longest = tokens.requests().iter().map(Request::longest).max();
         let (Some(writing), Some(longest)) = (tokens.writing, longest) else { return Ok(Vec::new()) };
         let Subject { checkpoint, tokenizer } = subject;
-        let options = Options::frozen(longest).with_adapters(checkpoint);
+        let options = Options::frozen(longest).holding(checkpoint, Init::Checkpoint).with_adapters(checkpoint);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
-        let mut arena = Arena::new(self.device, &Model::<Dry>::plan(self.device.storage(), spec, naming, options))?;
+        let mut arena = Arena::new(self.device, &Model::<Dry>::plan(self.device.keeps(), spec, naming, options))?;
         let mut model = Model::new(&mut arena, spec, naming, options);
         Init::Checkpoint.fill(self.device, checkpoint, &mut model)?;
         let prompts = &tokens.prompts;

@@ -13,7 +13,7 @@ use super::settings::Settings;
 use super::task::{Steps, Task};
 use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
-use crate::device::{DType, Dry, Kind, Ledger, cuda};
+use crate::device::{DType, Dry, Kind, Ledger, Storage, cuda};
 use crate::error::{Error, Result};
 use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, RefHeads};
 use crate::optim;
@@ -231,7 +231,7 @@ impl<'a> FreshWork<'a> {
 }
 
 /// Adds the phase in which completions are judged, and what judges them to all that follow the loading.
-fn judging(rewards: &Rewards, storage: DType, largest: &Extent, mut alone: Phase, phases: &mut Vec<Phase>) {
+fn judging(rewards: &Rewards, storage: Storage, largest: &Extent, mut alone: Phase, phases: &mut Vec<Phase>) {
     let judges = rewards.plan(storage, largest);
     let with_judges = phases.iter_mut().skip_while(|phase| phase.name != "load");
     with_judges.for_each(|phase| phase.weights += judges.resident);
@@ -306,6 +306,7 @@ impl<'a> Workload<'a> {
         let written = self.exams.iter().flat_map(|(_, requests)| requests).map(Request::longest).max().unwrap_or(0);
         Blueprint {
             checkpoint: self.checkpoint,
+            init: settings.init,
             method: self.method,
             hyper: settings.hyper,
             schedule: settings.schedule(self.max_steps.unwrap_or(1)),
@@ -334,7 +335,7 @@ impl<'a> Workload<'a> {
         let scored =
             self.used.iter().map(|i| &self.train[*i]).chain(&self.eval).chain(self.mismatched.iter().flatten());
         let scored: Vec<Extent> = scored.copied().collect();
-        let storage = settings.storage();
+        let storage = settings.keeps();
         let (run, pass) = blueprint.plan(storage);
         let mut names = self.checkpoint.dry();
         let params = names.params_mut();
@@ -355,7 +356,7 @@ impl<'a> Workload<'a> {
         }
         for checkpoint in &self.compared {
             let largest = settings.packing.bound(&scored, scored.len());
-            phases.push(phase("score", working, &[references::plan(storage, checkpoint, &largest)]));
+            phases.push(phase("score", working, &[references::plan(storage, (checkpoint, settings.init), &largest)]));
         }
         // The difference from a base model is taken and trimmed on the host: two buffers, and magnitudes in f64.
         let loading = if self.method.merges() { 4 * tensor } else { tensor };
@@ -415,10 +416,10 @@ impl<'a> Workload<'a> {
     ) {
         let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
         if let Some((gold, largest)) = judged {
-            judging(gold, settings.storage(), &largest, phase("reward", working, &[run]), phases);
+            judging(gold, settings.keeps(), &largest, phase("reward", working, &[run]), phases);
         }
         let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
-        let (storage, rank) = (settings.storage(), self.blueprint(settings).rank());
+        let (storage, rank) = (settings.keeps(), self.blueprint(settings).rank());
         let requests = vec![online::request(settings, rollouts, work.prompt); settings.batch_size];
         let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &requests, rollout::MAX_RUNNING);
         let host = self.host.generating(&self.checkpoint.spec, rank, &requests);

@@ -5,11 +5,11 @@ use half::bf16;
 use super::moving::MovingReference;
 use super::settings::Moving;
 use crate::data::{self, Extent};
-use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Tensor, View, range};
+use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Storage, Tensor, View, range};
 use crate::error::Result;
 use crate::model::{
-    Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Options, Param, RefHeads, Spec, Terms, ValueActs,
-    ValueHead, ValueTerm,
+    Acts, Batch, Checkpoint, Head, Init, Keep, KlActs, KlTerm, Lora, Model, Options, Param, RefHeads, Spec, Terms,
+    ValueActs, ValueHead, ValueTerm,
 };
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
@@ -18,6 +18,8 @@ use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
 #[derive(Clone)]
 pub struct Blueprint<'a> {
     pub checkpoint: &'a Checkpoint,
+    /// What gives it its first values.
+    pub init: Init,
     pub method: Method,
     pub hyper: Hyper,
     pub schedule: Schedule,
@@ -96,7 +98,10 @@ impl Blueprint<'_> {
     pub fn options(&self) -> Options<'_> {
         match self.lora {
             None => Options::train_all(self.positions),
-            Some(lora) => Options::frozen(self.positions).with_adapters(self.checkpoint).with_lora(lora),
+            Some(lora) => {
+                let frozen = Options::frozen(self.positions).holding(self.checkpoint, self.init);
+                frozen.with_adapters(self.checkpoint).with_lora(lora)
+            }
         }
     }
 
@@ -133,8 +138,8 @@ impl Blueprint<'_> {
         Policy { model, optimizer, moving, heads, value, probe, sizes, pass_ledger: pass, pass: None }
     }
 
-    /// Memory of the run, and of a training step besides, on a device that stores `storage`.
-    pub fn plan(&self, storage: DType) -> (Ledger, Ledger) {
+    /// Memory of the run, and of a training step besides, on a device with this storage.
+    pub fn plan(&self, storage: Storage) -> (Ledger, Ledger) {
         let mut arena = Dry::arena(storage);
         let policy = self.run(&mut arena, Ledger::default());
         let pass =
@@ -144,7 +149,7 @@ impl Blueprint<'_> {
 
     /// The policy as far as it lives for the whole run; its first batch takes the activations.
     pub fn build<B: Backend>(&self, device: &B) -> Result<Policy<B>> {
-        let (run, pass) = self.plan(device.storage());
+        let (run, pass) = self.plan(device.keeps());
         Ok(self.run(&mut Arena::new(device, &run)?, pass))
     }
 }

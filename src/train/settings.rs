@@ -4,7 +4,7 @@ use super::alarm::{Lever, OnAlarm};
 use super::exam::StopWhen;
 use crate::checkpoint::SaveDtype;
 use crate::data::{EncodeOptions, Packing, Temperature};
-use crate::device::DType;
+use crate::device::{DType, Storage};
 use crate::model::{Init, Lora};
 use crate::objectives::Choice;
 use crate::objectives::kl::KlPenaltyOptions;
@@ -102,9 +102,15 @@ impl Settings {
 
     /// What the device stores weights and activations in.
     pub fn storage(&self) -> DType {
-        match self.dtype {
-            SaveDtype::Bf16 if self.gpu => DType::Bf16,
-            _ => DType::F32,
+        self.keeps().dtype
+    }
+
+    /// The same, and whether frozen matrices stay as their files have them.
+    pub fn keeps(&self) -> Storage {
+        match (self.gpu, self.dtype) {
+            (true, SaveDtype::Bf16) => DType::Bf16.into(),
+            (true, _) => DType::F32.into(),
+            (false, _) => Storage::CPU,
         }
     }
 }

@@ -17,7 +17,7 @@ use super::settings::{Alarm, Pause, References, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
-use crate::data::{Dataset, Example, Form, Packing, Sharing, Temperature, Tokenizer, epoch_order, mismatched};
+use crate::data::{Dataset, Example, Form, Packing, Sharing, Tokenizer, epoch_order, mismatched};
 use crate::device::Philox;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
@@ -499,7 +499,8 @@ impl Task {
             course["max_completion_length"] = json!(rollouts.max_new_tokens);
             course["rollout_temperature"] = json!(rollouts.temperature);
             course["rollout_top_p"] = json!(rollouts.top_p);
-            if rollouts.logps_temperature != Temperature::ONE {
+            // Runs from before there was a choice took 1.
+            if [rollouts.temperature, rollouts.logps_temperature.get()] != [1.0; 2] {
                 course["logps_temperature"] = json!(rollouts.logps_temperature.get());
             }
             if rollouts.mask_truncated {

@@ -7,11 +7,15 @@ use std::path::Path;
 
 use cuvee::checkpoint::{SaveDtype, TensorSource, Weights, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing, Temperature};
-use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference, Tensor};
+use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Philox, Reference, Storage, Tensor};
 use cuvee::model::arch::Slot;
-use cuvee::model::{Acts, Batch, Checkpoint, Head, Keep, KvCache, Model, Options, Role, init_random, load, sources};
+use cuvee::model::{
+    Acts, Batch, Checkpoint, Head, Init, Keep, KvCache, Lora, Model, Options, Role, init_random, load, sources,
+};
 use cuvee::ops::Backend;
 use cuvee::ops::attention::{NO_PARENT, Segment};
+use cuvee::rollout::{Request, Sampling, generate};
+use half::bf16;
 use serde_json::json;
 
 use crate::ops::families;
@@ -697,6 +701,61 @@ fn a_loaded_model_computes_the_same() {
         rig.model = Model::new(&mut arena, spec, naming, options);
         load(&rig.device, &tiny.checkpoint, &Weights::open(&tiny.checkpoint.dir).unwrap(), &mut rig.model).unwrap();
         assert_bits(tiny.name, &rig.forward(&host), &expected);
+    }
+}
+
+/// Frozen matrices stay as a file of bfloat16 has them: half the memory, and the bits of the same numbers in f32, in every pass.
+#[test]
+fn frozen_bfloat16_stays_what_it_is_and_changes_no_bit() {
+    let host = host(Size::Small, Sharing::On);
+    let lora = Lora { rank: 2, alpha: 3.0, rslora: false, targets: Vec::new(), start: None };
+    for tiny in tiny::all(Size::Small) {
+        let tiny = Tiny { lora: Some(lora.clone()), ..tiny };
+        let device = || Cpu::new(2).unwrap();
+        let mut wide = Rig::training(device(), &tiny, &host.extent(), Keep::Everything, &|_| false);
+        for param in wide.model.params_mut() {
+            let mut values = vec![0.0; param.value.len()];
+            param.read(&wide.device, &mut values).unwrap();
+            values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            param.write(&wide.device, &values).unwrap();
+        }
+        let path = tiny.checkpoint.dir.join("model.safetensors");
+        save_safetensors(&path, &sources(&wide.device, &wide.model.params_mut()), SaveDtype::Bf16).unwrap();
+        let checkpoint = Checkpoint::open(&tiny.checkpoint.dir).unwrap();
+        let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
+        let options = Options::frozen(host.extent().longest).with_lora(&lora);
+        let kept = options.holding(&checkpoint, Init::Checkpoint);
+        let weights = |storage, options| Model::<Dry>::plan(storage, spec, naming, options).get(Kind::Weights);
+        let all = weights(Storage::CPU, options);
+        assert!(
+            weights(Storage::CPU, kept) * 100 < all * 70,
+            "{}: {} of {all}",
+            tiny.name,
+            weights(Storage::CPU, kept)
+        );
+        let random = options.holding(&checkpoint, Init::Random { seed: 1 });
+        assert_eq!((weights(DType::F32.into(), kept), weights(Storage::CPU, random)), (all, all), "{}", tiny.name);
+
+        let mut rig = Rig::training(device(), &tiny, &host.extent(), Keep::Everything, &|_| false);
+        rig.model = {
+            let ledger = Model::<Dry>::plan(Storage::CPU, spec, naming, kept);
+            Model::new(&mut Arena::new(&rig.device, &ledger).unwrap(), spec, naming, kept)
+        };
+        load(&rig.device, &checkpoint, &Weights::open(&checkpoint.dir).unwrap(), &mut rig.model).unwrap();
+        for (to, from) in rig.model.adapter_mut().into_iter().zip(wide.model.adapter_mut()) {
+            let mut values = vec![0.0; from.value.len()];
+            from.read(&wide.device, &mut values).unwrap();
+            to.write(&rig.device, &values).unwrap();
+        }
+        assert_same_step(tiny.name, &rig.step(&host), &wide.step(&host));
+        let prompt = &host.tokens[..7];
+        let request = Request { samples: 3, ..Request::new(prompt, 9, Sampling::plain(1)) };
+        let [found, expected] = [&rig, &wide].map(|rig| generate(&rig.device, &rig.model, &request).unwrap());
+        assert!(found == expected, "{}: decoded", tiny.name);
+        // The file is another one by the time that it is read.
+        save_safetensors(&path, &sources(&wide.device, &wide.model.params_mut()), SaveDtype::F32).unwrap();
+        let other = load(&rig.device, &checkpoint, &Weights::open(&checkpoint.dir).unwrap(), &mut rig.model);
+        assert!(other.unwrap_err().to_string().contains("other weights"), "{}", tiny.name);
     }
 }
 

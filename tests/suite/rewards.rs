@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use cuvee::data::{Content, Packing};
-use cuvee::device::{Cpu, DType};
+use cuvee::device::{Cpu, Storage};
 use cuvee::rewards::{Jury, RewardSpec, Rewards, Sample};
 use serde_json::{Value, json};
 
@@ -117,7 +117,7 @@ fn reward_models_judge_as_score_does() {
     assert!(jury.score(&[cut]).unwrap()[0][0].is_nan());
 
     let largest = cuvee::data::Extent { rows: 256, targets: 16, segments: 16, sequences: 16, longest: 128 };
-    let (both, single) = (rewards.plan(DType::F32, &largest), open(w.path("rm")).plan(DType::F32, &largest));
+    let (both, single) = (rewards.plan(Storage::CPU, &largest), open(w.path("rm")).plan(Storage::CPU, &largest));
     assert_eq!((both.resident, both.judging), (2 * single.resident, single.judging));
     assert!(single.resident > 2_000_000 && single.judging > 256 * 128 * 4, "{single:?}");
 

@@ -3,7 +3,7 @@
 use cuvee::data::{Example, Packing, Sequence};
 use cuvee::device::Cpu;
 use cuvee::error::Error;
-use cuvee::model::{Keep, init_random};
+use cuvee::model::{Init, Keep, init_random};
 use cuvee::objectives::{Choice, Grads, Needs, Objective, Outcome, Params, Scope, Stats, Totals};
 use cuvee::optim::{self, Decay, Hyper, Schedule};
 use cuvee::references::Scored;
@@ -60,6 +60,7 @@ impl Rig {
         let keep = Keep::Everything;
         let blueprint = Blueprint {
             checkpoint,
+            init: Init::Random { seed: SEED },
             method,
             hyper: HYPER,
             schedule: SCHEDULE,

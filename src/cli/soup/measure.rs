@@ -148,9 +148,9 @@ impl MeasureArgs {
         let Self { max_new_tokens, samples, seed, .. } = *self;
         let writing = Writing { max_new_tokens, samples, sampling: Sampling::plain(seed) };
         let longest = writing.requests(&prompts).iter().map(Request::longest).max().unwrap_or(0);
-        let options = Options::frozen(longest).with_adapters(policy);
+        let options = Options::frozen(longest).holding(policy, Init::Checkpoint).with_adapters(policy);
         let (spec, naming) = (&policy.spec, policy.architecture.naming);
-        let mut arena = Arena::new(device, &Model::<Dry>::plan(device.storage(), spec, naming, options))?;
+        let mut arena = Arena::new(device, &Model::<Dry>::plan(device.keeps(), spec, naming, options))?;
         let mut model = Model::new(&mut arena, spec, naming, options);
         Init::Checkpoint.fill(device, policy, &mut model)?;
         let mut progress = Progress::new("writing", prompts.len() as u64, "prompts");

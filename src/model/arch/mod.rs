@@ -15,6 +15,7 @@ pub use stored::Stored;
 
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::Weights;
 use crate::checkpoint::hf::RewardModel;
 use crate::checkpoint::json::read_json;
 use crate::checkpoint::peft::{self, AdapterConfig, AdapterFile};
@@ -94,6 +95,11 @@ impl Slot {
             _ => Role::Matrix,
         }
     }
+
+    /// Whether it is read by products and lookups of whole rows alone.
+    pub fn multiplies(self) -> bool {
+        self.role() == Role::Matrix && !matches!(self, Self::Position | Self::Score)
+    }
 }
 
 /// Where the checkpoint keeps a weight. The layer is ignored outside the blocks.
@@ -157,6 +163,8 @@ pub struct Checkpoint {
     pub(super) fresh_head: Option<u64>,
     /// `pad_token_id`
     pad: Option<u32>,
+    /// All matrices of its file are bfloat16.
+    pub(super) bf16: bool,
     /// What is applied beside the weights.
     pub adapters: Vec<Adapter>,
 }
@@ -318,6 +326,8 @@ impl Checkpoint {
             stored_head,
             fresh_head: None,
             pad,
+            // Without weights, or with unreadable ones, this does not matter yet.
+            bf16: Weights::open(dir).is_ok_and(|weights| weights.matrices_are_bf16()),
             adapters: Vec::new(),
         })
     }

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, Linear};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::ops::gemm::{Operand, Start, gemm};
+use crate::ops::gemm::{Numbers, Operand, Right, Start, gemm};
 use crate::ops::simd::add;
 
 /// Rows of one task of the elementwise passes.
@@ -15,7 +15,7 @@ impl Linear for Cpu {
     fn linear(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
         let y = a.y.into_f32s();
-        let (x, w) = (Operand::new(a.x.f32s(), d.inputs), Operand::transposed(a.weight.f32s(), d.inputs));
+        let (x, w) = (Operand::new(a.x.f32s(), d.inputs), Right::transposed(Numbers::of(a.weight), d.inputs));
         gemm(self, [d.rows, d.outputs, d.inputs], x, w, y, Start::Zero);
         // The product is summed first: adding it to a large residual term by term would lose its low bits.
         let (bias, residual) = (a.bias.map(|b| b.f32s()), a.residual.map(|r| r.f32s()));
@@ -40,7 +40,7 @@ impl Linear for Cpu {
         let d = a.check()?;
         let dy = a.dy.f32s();
         if let Some(dx) = a.dx {
-            let (dy, w) = (Operand::new(dy, d.outputs), Operand::new(a.weight.f32s(), d.inputs));
+            let (dy, w) = (Operand::new(dy, d.outputs), Right::new(Numbers::of(a.weight), d.inputs));
             gemm(self, [d.rows, d.inputs, d.outputs], dy, w, dx.into_f32s(), Start::Output);
         }
         if let Some(dweight) = a.dweight {

@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, LogprobHead, TILE_ROWS, TILE_VOCAB};
 use crate::device::{Cpu, View};
 use crate::error::Result;
+use crate::ops::gemm::Numbers;
 use crate::ops::logits::{ROWS_PER_TASK, tiles};
 use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
 
@@ -12,7 +13,7 @@ const LOWEST: f32 = -1e4;
 impl LogprobHead for Cpu {
     fn logprob_head(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        let (h, w, target) = (a.h.f32s(), a.weight.f32s(), a.target.u32s());
+        let (h, w, target) = (a.h.f32s(), Numbers::of(a.weight), a.target.u32s());
         assert!(target.iter().all(|t| (*t as usize) < d.vocab), "logprob_head: a target lies past the vocabulary");
         let (scratch, logp, lse) = (a.scratch.into_f32s(), a.logp.into_f32s(), a.lse.into_f32s());
         let mut entropy = a.entropy.map(|entropy| entropy.into_f32s());
@@ -61,7 +62,7 @@ impl LogprobHead for Cpu {
 
     fn logprob_head_backward(&self, a: Backward<Self>) -> Result<()> {
         let d = a.check()?;
-        let (h, w, target) = (a.h.f32s(), a.weight.f32s(), a.target.u32s());
+        let (h, w, target) = (a.h.f32s(), Numbers::of(a.weight), a.target.u32s());
         let (lse, dlogp) = (a.lse.f32s(), a.dlogp.f32s());
         let entropy = a.dentropy.zip(a.entropy).map(|(d, entropy)| (d.f32s(), entropy.f32s()));
         let (scratch, dh) = (a.scratch.into_f32s(), a.dh.into_f32s());
@@ -81,7 +82,7 @@ impl LogprobHead for Cpu {
                     }
                 });
             });
-            t.add_gradients(self, d.hidden, [logits, h, w], dh, dweight.as_deref_mut());
+            t.add_gradients(self, d.hidden, [logits, h], w, dh, dweight.as_deref_mut());
         }
         Ok(())
     }

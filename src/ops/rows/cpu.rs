@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use super::{Gather, GatherAdd, GatherBackward, Rows, Scatter, check};
 use crate::device::Cpu;
 use crate::error::Result;
+use crate::ops::gemm::{Numbers, widened};
 
 /// Rows of `dx` that one task owns. It reads the whole index, so each row adds in the order of the index.
 const ROWS_PER_TASK: usize = 1024;
@@ -11,9 +12,13 @@ impl Rows for Cpu {
     fn gather(&self, a: Gather<Self>) -> Result<()> {
         check("gather", a.y.shape(), a.x.shape(), a.index.shape())?;
         let cols = a.x.cols();
-        let x = a.x.f32s();
-        for (y, index) in a.y.into_f32s().chunks_exact_mut(cols).zip(a.index.u32s()) {
-            y.copy_from_slice(&x[*index as usize * cols..][..cols]);
+        let rows = a.y.into_f32s().chunks_exact_mut(cols).zip(a.index.u32s());
+        match Numbers::of(a.x) {
+            Numbers::F32(x) => rows.for_each(|(y, index)| y.copy_from_slice(&x[*index as usize * cols..][..cols])),
+            Numbers::Bf16(x) => rows.for_each(|(y, index)| {
+                let x = &x[*index as usize * cols..][..cols];
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = widened(*x));
+            }),
         }
         Ok(())
     }

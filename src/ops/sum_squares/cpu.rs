@@ -1,8 +1,10 @@
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{Args, SumSquares};
 use crate::device::Cpu;
 use crate::error::Result;
+use crate::ops::gemm::{Numbers, widened};
 use crate::ops::simd::{dispatched, dot};
 
 /// Elements summed in f32 lanes before f64 takes over.
@@ -13,10 +15,17 @@ const TASK: usize = 64;
 impl SumSquares for Cpu {
     fn sum_squares(&self, a: Args<Self>) -> Result<()> {
         a.check()?;
-        let x = a.x.f32s();
-        let task = |x: &[f32]| x.chunks(BLOCK).map(|x| f64::from(square(self.isa(), x))).sum::<f64>();
+        let block = |x: &[f32]| f64::from(square(self.isa(), x));
+        let widened = |x: &[bf16]| {
+            let mut wide = [0.0; BLOCK];
+            wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = widened(*x));
+            block(&wide[..x.len()])
+        };
         // `map` keeps the order of the tasks and the sum below is sequential: no thread can change it.
-        let sums: Vec<f64> = self.run(|| x.par_chunks(BLOCK * TASK).map(task).collect());
+        let sums: Vec<f64> = self.run(|| match Numbers::of(a.x) {
+            Numbers::F32(x) => x.par_chunks(BLOCK * TASK).map(|x| x.chunks(BLOCK).map(block).sum::<f64>()).collect(),
+            Numbers::Bf16(x) => x.par_chunks(BLOCK * TASK).map(|x| x.chunks(BLOCK).map(widened).sum::<f64>()).collect(),
+        });
         a.sum.into_f32s()[0] = sums.iter().sum::<f64>() as f32;
         Ok(())
     }

@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, TokenKl};
 use crate::device::Cpu;
 use crate::error::Result;
+use crate::ops::gemm::Numbers;
 use crate::ops::logits::{ROWS_PER_TASK, tiles};
 use crate::ops::logprob_head::{TILE_ROWS, TILE_VOCAB};
 use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
@@ -10,7 +11,7 @@ use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
 impl TokenKl for Cpu {
     fn token_kl(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        let (h, w, at_once) = (a.h.f32s(), a.weight.f32s(), d.rows.min(TILE_ROWS));
+        let (h, w, at_once) = (a.h.f32s(), Numbers::of(a.weight), d.rows.min(TILE_ROWS));
         let (kl, lse) = (a.kl.into_f32s(), a.lse.into_f32s());
         let (policy_tile, ref_tile) = a.scratch.into_f32s().split_at_mut(at_once * TILE_VOCAB);
         // Host memory, a few numbers for each row and reference: the running sums of `at_once` rows, reference by reference.
@@ -21,7 +22,7 @@ impl TokenKl for Cpu {
             }
             let policy = &*t.logits(self, (d.hidden, a.scale), h, w, policy_tile);
             for (r, sums) in a.refs.iter().zip(sums.chunks_exact_mut(at_once)) {
-                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), r.weight.f32s(), ref_tile);
+                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), Numbers::of(r.weight), ref_tile);
                 let task = ROWS_PER_TASK * t.entries;
                 self.run(|| {
                     let logits = policy.par_chunks(task).zip(reference.par_chunks(task));
@@ -47,7 +48,7 @@ impl TokenKl for Cpu {
 
     fn token_kl_backward(&self, a: Backward<Self>) -> Result<()> {
         let d = a.check()?;
-        let (h, w) = (a.h.f32s(), a.weight.f32s());
+        let (h, w) = (a.h.f32s(), Numbers::of(a.weight));
         let (kl, lse, dkl, dh) = (a.kl.f32s(), a.lse.f32s(), a.dkl.f32s(), a.dh.into_f32s());
         let mut dweight = a.dweight.map(|d| d.into_f32s());
         let tile_len = d.rows.min(TILE_ROWS) * TILE_VOCAB;
@@ -58,7 +59,7 @@ impl TokenKl for Cpu {
             let dl = &mut gradient_tile[..t.rows * t.entries];
             dl.fill(0.0);
             for (k, r) in a.refs.iter().enumerate() {
-                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), r.weight.f32s(), ref_tile);
+                let reference = &*t.logits(self, (r.h.cols(), a.scale), r.h.f32s(), Numbers::of(r.weight), ref_tile);
                 let row = |row: usize| {
                     let at = k * d.rows + row;
                     Row {
@@ -78,7 +79,7 @@ impl TokenKl for Cpu {
                     });
                 });
             }
-            t.add_gradients(self, d.hidden, [dl, h, w], dh, dweight.as_deref_mut());
+            t.add_gradients(self, d.hidden, [dl, h], w, dh, dweight.as_deref_mut());
         }
         Ok(())
     }
