@@ -77,8 +77,18 @@ impl<B: Backend> Linear<B> {
         mut y: ViewMut<B>,
     ) -> Result<()> {
         let (weight, bias) = (self.weight.view(), self.bias.as_ref().map(Param::view));
-        device.linear(linear::Forward { x, weight, bias, residual, y: y.again() })?;
-        self.adapters().try_for_each(|adapter| adapter.forward(device, x, room, y.again()))
+        let layer = linear::Forward { x, weight, bias, residual, y: y.again() };
+        let mut adapters = self.adapters();
+        match adapters.next() {
+            None => device.linear(layer),
+            Some(first) => {
+                match first.factors(x.rows(), room) {
+                    None => device.linear(layer),
+                    Some(factors) => device.linear_low_rank(layer, factors),
+                }?;
+                adapters.try_for_each(|adapter| adapter.forward(device, x, room, y.again()))
+            }
+        }
     }
 
     /// Adds to the gradients of what is trained and to `dx`.

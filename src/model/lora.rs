@@ -341,18 +341,23 @@ impl<D: Device> Room<D> {
 impl<B: Backend> LowRank<B> {
     /// Adds to `y`.
     pub fn forward(&self, device: &B, x: View<B>, room: &mut Room<B>, y: ViewMut<B>) -> Result<()> {
+        self.factors(x.rows(), room).map_or(Ok(()), |factors| device.low_rank(factors.beside(x, y)))
+    }
+
+    /// What it adds to a layer of so many rows; nothing while it is off.
+    pub fn factors<'a>(&'a self, rows: usize, room: &'a mut Room<B>) -> Option<low_rank::Factors<'a, B>> {
         if !self.on {
-            return Ok(());
+            return None;
         }
         let blend = room
             .blend
             .as_ref()
             .zip(self.owner.as_ref())
             .map(|(shares, owner)| low_rank::Blend { weights: shares.weights.top(shares.rows), owner: owner.view() });
-        let (rows, rank) = (x.rows(), self.rank());
+        let rank = self.rank();
         let scratch = room.scratch.top_mut(rows * rank).reshape(rows, rank);
         let (a, b, scale) = (self.a.view(), self.b.view(), self.scale);
-        device.low_rank(low_rank::Forward { x, a, b, scale, blend, scratch, y })
+        Some(low_rank::Factors { a, b, scale, blend, scratch })
     }
 
     /// Adds to the gradients and to `dx`.

@@ -17,7 +17,9 @@
 //! weights' memory.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::LocalKey;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -254,22 +256,56 @@ const TILE_LEN: usize = 32 * 32;
 
 /// `c` is `[m, n]` with row stride `n`; `a` is `[m, k]`, `b` is `[k, n]`.
 pub fn gemm<'a>(cpu: &Cpu, dims: [usize; 3], a: Operand<'a>, b: impl Into<Right<'a>>, c: &mut [f32], start: Start) {
-    product(Team { cpu, threads: cpu.threads() }, dims, a.into(), b.into(), c, start);
+    product(Team::of(cpu), dims, (a.into(), b.into()), &Shared::new(c), start, &|_| ());
 }
 
 /// As [`gemm`], on the thread that calls: for products that are themselves parts of a parallel section.
 pub fn gemm_alone(cpu: &Cpu, dims: [usize; 3], a: Operand, b: Operand, c: &mut [f32], start: Start) {
-    product(Team { cpu, threads: 1 }, dims, a.into(), b.into(), c, start);
+    product(Team::alone(cpu), dims, (a.into(), b.into()), &Shared::new(c), start, &|_| ());
 }
 
-/// Who computes a product.
+/// As [`gemm`] from zero. `then` is told of columns whose sums are in `c`, of each once, by the thread that made them, which then has
+/// them to itself: what follows a product of few rows needs no parallel section of its own.
+pub fn gemm_then<'a>(
+    cpu: &Cpu,
+    dims: [usize; 3],
+    a: Operand<'a>,
+    b: Right<'a>,
+    c: &Shared<f32>,
+    then: &(dyn Fn(Range<usize>) + Sync),
+) {
+    product(Team::of(cpu), dims, (a.into(), b), c, Start::Zero, then);
+}
+
+/// Who computes a product, and where each thread keeps its packed operands: a product within another has places of its own.
 #[derive(Clone, Copy)]
 struct Team<'a> {
     cpu: &'a Cpu,
     threads: usize,
+    places: &'static LocalKey<Places>,
 }
 
-impl Team<'_> {
+/// Packed A and B of a product, and the piece of B of one of few rows, which its thread alone uses.
+#[derive(Default)]
+struct Places {
+    packed: RefCell<[Scratch; 2]>,
+    panel: RefCell<Scratch>,
+}
+
+thread_local! {
+    static TOGETHER: Places = Places::default();
+    static ALONE: Places = Places::default();
+}
+
+impl<'a> Team<'a> {
+    fn of(cpu: &'a Cpu) -> Self {
+        Self { cpu, threads: cpu.threads(), places: &TOGETHER }
+    }
+
+    fn alone(cpu: &'a Cpu) -> Self {
+        Self { cpu, threads: 1, places: &ALONE }
+    }
+
     fn for_each(self, serial: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
         if serial || tasks == 1 || self.threads == 1 {
             (0..tasks).for_each(task);
@@ -277,28 +313,42 @@ impl Team<'_> {
             self.cpu.run(|| (0..tasks).into_par_iter().for_each(task));
         }
     }
+
+    fn take(self) -> [Scratch; 2] {
+        self.places.with(|places| places.packed.take())
+    }
+
+    fn put_back(self, scratch: [Scratch; 2]) {
+        self.places.with(|places| places.packed.replace(scratch));
+    }
 }
 
-fn product(team: Team, dims: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
+type Then<'t> = &'t (dyn Fn(Range<usize>) + Sync);
+
+fn product(team: Team, dims: [usize; 3], (a, b): (Right, Right), c: &Shared<f32>, start: Start, then: Then) {
     let [m, n, k] = dims;
     assert_eq!(c.len(), m * n, "the output of a [{m}, {k}] by [{k}, {n}] product");
     if k == 0 && start == Start::Zero {
-        c.fill(0.0);
+        // SAFETY: nobody else works on C before its columns are told of.
+        unsafe { c.slice(0, m * n) }.fill(0.0);
     }
     if m == 0 || n == 0 || k == 0 {
-        return;
+        return then(0..n);
     }
     let (fma, turned) = (Fma(team.cpu.isa()), FmaTurned(team.cpu.isa()));
+    let operands = (a, b);
     match team.cpu.products() {
         Products::Chains if b.row == 1 && are_few::<FmaTurned>(dims, team.threads) => {
-            few(team, turned, dims, a, b, c, start);
+            few(team, turned, dims, operands, c, (start, then));
         }
-        Products::Chains if are_few::<Fma>(dims, team.threads) => few(team, fma, dims, a, b, c, start),
-        Products::Chains => blocked(team, fma, dims, a, b, c, start),
+        Products::Chains if are_few::<Fma>(dims, team.threads) => few(team, fma, dims, operands, c, (start, then)),
+        Products::Chains => blocked(team, fma, dims, operands, c, (start, then)),
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles if are_few::<AmxTurned>(dims, team.threads) => few(team, AmxTurned, dims, a, b, c, start),
+        Products::Tiles if are_few::<AmxTurned>(dims, team.threads) => {
+            few(team, AmxTurned, dims, operands, c, (start, then));
+        }
         #[cfg(target_arch = "x86_64")]
-        Products::Tiles => blocked(team, Amx, dims, a, b, c, start),
+        Products::Tiles => blocked(team, Amx, dims, operands, c, (start, then)),
     }
 }
 
@@ -331,12 +381,6 @@ fn block_dims<K: Kernel>(dims: [usize; 3]) -> [usize; 3] {
     })
 }
 
-thread_local! {
-    static PACKED: RefCell<[Scratch; 2]> = RefCell::default();
-    /// A panel of B that this thread alone uses.
-    static PANEL: RefCell<Scratch> = RefCell::default();
-}
-
 /// Whether all rows of A stay in a core's second-level cache, and there are columns for all threads, or rows for one.
 fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
     let columns = n.div_ceil(K::COLS) >= 2 * threads || m <= TASK_ROWS;
@@ -345,9 +389,15 @@ fn are_few<K: Kernel>([m, n, k]: [usize; 3], threads: usize) -> bool {
 
 /// A product of few rows: the bits are those of [`blocked`]. A piece of B is packed into the nearest cache, meets all rows of A
 /// there and is forgotten.
-fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
-    let shared = Shared::new(c);
-    let mut scratch = PACKED.take();
+fn few<K: FewRows>(
+    team: Team,
+    kernel: K,
+    [m, n, k]: [usize; 3],
+    (a, b): (Right, Right),
+    c: &Shared<f32>,
+    (start, then): (Start, Then),
+) {
+    let mut scratch = team.take();
     let (panel_a, piece, tile_len) = (K::panel_a(k), K::DEPTH.min(k), K::ROWS * K::COLS);
     let tiles = [m.div_ceil(K::ROWS), n.div_ceil(K::COLS)];
     let packed_a = scratch[0].grown(tiles[0] * panel_a);
@@ -371,7 +421,7 @@ fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Ri
                 // SAFETY: a buffer has ROWS rows of COLS.
                 unsafe {
                     if first && !fresh {
-                        place(row).with::<K>(&shared, true, |c| kernel.take(rows, c, sums));
+                        place(row).with::<K>(c, true, |c| kernel.take(rows, c, sums));
                     }
                     kernel.multiply(rows, depth, a, b, sums);
                 }
@@ -380,24 +430,31 @@ fn few<K: FewRows>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Ri
         for (row, sums) in sums.chunks_exact_mut(tile_len).enumerate() {
             let sums = Sums { start: sums.as_mut_ptr(), stride: K::COLS, fresh: false };
             // SAFETY: as above.
-            place(row).with::<K>(&shared, false, |c| unsafe { kernel.give(place(row).height::<K>(), sums, c) });
+            place(row).with::<K>(c, false, |c| unsafe { kernel.give(place(row).height::<K>(), sums, c) });
         }
     };
     team.for_each(m * n * k < SERIAL_WORK, tiles[1].div_ceil(width), |task| {
-        PANEL.with_borrow_mut(|scratch| {
+        let cols = task * width..tiles[1].min((task + 1) * width);
+        team.places.with(|places| {
+            let mut scratch = places.panel.borrow_mut();
             let (sums, packed_b) =
                 scratch.grown(tiles[0] * tile_len + K::panel_b(piece)).split_at_mut(tiles[0] * tile_len);
-            kernel.session(|| {
-                (task * width..tiles[1].min((task + 1) * width)).for_each(|col| column(col, sums, packed_b))
-            });
+            kernel.session(|| cols.clone().for_each(|col| column(col, sums, packed_b)));
         });
+        then(cols.start * K::COLS..n.min(cols.end * K::COLS));
     });
-    PACKED.set(scratch);
+    team.put_back(scratch);
 }
 
-fn blocked<K: Kernel>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b: Right, c: &mut [f32], start: Start) {
-    let shared = Shared::new(c);
-    let mut scratch = PACKED.take();
+fn blocked<K: Kernel>(
+    team: Team,
+    kernel: K,
+    [m, n, k]: [usize; 3],
+    (a, b): (Right, Right),
+    c: &Shared<f32>,
+    (start, then): (Start, Then),
+) {
+    let mut scratch = team.take();
     let [a_len, b_len] = packed_floats::<K>([m, n, k]);
     let [packed_a, packed_b] = scratch.each_mut();
     let (packed_a, packed_b) = (packed_a.grown(a_len), packed_b.grown(b_len));
@@ -417,11 +474,12 @@ fn blocked<K: Kernel>(team: Team, kernel: K, [m, n, k]: [usize; 3], a: Right, b:
                 pack(team, &rows, K::ROWS, K::panel_a(depth), pack_a, packed_a);
                 let fresh = first_k == 0 && start == Start::Zero;
                 let block = Block { rows: [first_row, rows.len], cols: [first_col, cols], depth, n, fresh };
-                multiply_block(team, kernel, &block, packed_a, (packed_b, &pieces), &shared);
+                multiply_block(team, kernel, &block, packed_a, (packed_b, &pieces), c);
             }
         }
     }
-    PACKED.set(scratch);
+    team.put_back(scratch);
+    then(0..n);
 }
 
 /// Rows of A, or columns of B seen as rows, that are packed together.

@@ -267,8 +267,19 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// # Safety
+    /// Nobody writes them any more.
+    pub unsafe fn read(&self) -> &'a [T] {
+        // SAFETY: in bounds, and nobody writes, as the caller promises.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 
     /// Where `rows` runs of `cols` elements begin, `stride` apart. Whoever writes through it must own them.

@@ -3,11 +3,13 @@
 //! instruction set and neighbouring rows, NaN and wrong shapes that do not pass silently.
 
 use cuvee::Result;
-use cuvee::device::{Cpu, DType, Isa, Philox, Reference};
+use cuvee::device::{Arena, Cpu, DType, Device, Isa, Kind, Philox, Reference, Tensor};
+use cuvee::ops::linear::Linear as _;
 use cuvee::ops::logprob_head::{self, LogprobHead};
+use cuvee::ops::low_rank::LowRank as _;
 use cuvee::ops::merged_update::{Consensus, DareVariant, Purpose, Rule, Step, prepare};
 use cuvee::ops::rope::Direction;
-use cuvee::ops::{Backend, sum_squares};
+use cuvee::ops::{self, Backend, sum_squares};
 
 use crate::common::case::{Case, Slot, Spec, contents, normals, output_of, put, refusal, run, slots, specs_on, zero};
 use crate::common::checks::{
@@ -201,6 +203,57 @@ fn low_rank_backward_is_the_derivative() {
 fn low_rank_keeps_its_promises() {
     low_rank::forward(&mut Promises);
     low_rank::backward(&mut Promises);
+}
+
+/// Random numbers on the CPU; `bf16` keeps them as what they are rounded to.
+fn tensor(cpu: &Cpu, arena: &mut Arena<Cpu>, [rows, cols]: [usize; 2], stream: u64, bf16: bool) -> Tensor<Cpu> {
+    let random = Philox::new(5, stream);
+    let values: Vec<f32> = (0..rows * cols).map(|i| random.normal(i as u64) as f32).collect();
+    let mut tensor = arena.frozen(Kind::Weights, bf16, rows, cols);
+    cpu.write_f32(&values, tensor.view_mut()).unwrap();
+    tensor
+}
+
+/// Of few rows a layer and what stands beside it share a parallel section, and of more they do not: the bits are the same.
+#[test]
+fn a_layer_with_a_low_rank_product_beside_it_is_one_after_the_other() {
+    for (threads, [rows, inputs, outputs, rank]) in [
+        (1, [1, 31, 123, 1]),
+        (2, [8, 576, 192, 48]),
+        (3, [32, 123, 507, 64]),
+        (2, [17, 40, 5, 3]),
+        (2, [33, 64, 70, 24]),
+        (3, [9, 260, 1000, 100]),
+    ] {
+        for (bf16, [bias, residual, blend]) in [(false, [true; 3]), (true, [false; 3]), (false, [false, true, true])] {
+            let cpu = Cpu::new(threads).unwrap();
+            let mut arena = Arena::with_bytes(&cpu, 16 << 20).unwrap();
+            let mut random = |shape, stream| tensor(&cpu, &mut arena, shape, stream, false);
+            let (x, a, b) = (random([rows, inputs], 1), random([rank, inputs], 2), random([outputs, rank], 3));
+            let (added, before) = (random([1, outputs], 4), random([rows, outputs], 5));
+            let (weights, mut scratch) = (random([rows, 2], 6), random([rows, rank], 7));
+            let [mut apart, mut together] = [8, 9].map(|stream| random([rows, outputs], stream));
+            let weight = tensor(&cpu, &mut arena, [outputs, inputs], 10, bf16);
+            let mut owner = arena.indices(Kind::Weights, rank, 1);
+            cpu.write_u32(&(0..rank as u32).map(|k| k % 2).collect::<Vec<_>>(), owner.view_mut()).unwrap();
+            let mut run = |y: &mut Tensor<Cpu>, at_once: bool| {
+                let (x, weight, a, b, scale) = (x.view(), weight.view(), a.view(), b.view(), 0.7);
+                let (bias, residual) = (bias.then(|| added.view()), residual.then(|| before.view()));
+                let blend = blend.then(|| ops::low_rank::Blend { weights: weights.view(), owner: owner.view() });
+                let factors = ops::low_rank::Factors { a, b, scale, blend, scratch: scratch.view_mut() };
+                let layer = ops::linear::Forward { x, weight, bias, residual, y: y.view_mut() };
+                if at_once {
+                    return cpu.linear_low_rank(layer, factors).unwrap();
+                }
+                cpu.linear(layer).unwrap();
+                cpu.low_rank(factors.beside(x, y.view_mut())).unwrap();
+            };
+            run(&mut apart, false);
+            run(&mut together, true);
+            let what = format!("{rows}x{inputs}x{outputs}, rank {rank}, {threads} threads");
+            assert!(apart.view().f32s() == together.view().f32s(), "{what}");
+        }
+    }
 }
 
 /// An adapter that has not trained yet changes no bit.

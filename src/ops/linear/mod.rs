@@ -10,6 +10,8 @@ mod cpu;
 mod cuda;
 mod reference;
 
+pub(super) use cpu::{FEW_ROWS, linear_then};
+
 use crate::device::{Device, Dry, View, ViewMut};
 use crate::error::Result;
 

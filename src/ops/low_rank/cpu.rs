@@ -1,11 +1,16 @@
 use std::cell::RefCell;
+use std::sync::atomic::{
+    AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 
 use rayon::prelude::*;
 
-use super::{Backward, Blend, Dims, Forward, LowRank};
+use super::{Backward, Blend, Dims, Factors, Forward, LowRank, check};
 use crate::device::{Cpu, Scratch};
 use crate::error::Result;
 use crate::ops::gemm::{Operand, Start, gemm, gemm_alone};
+use crate::ops::linear::{self, FEW_ROWS, Linear, linear_then};
 use crate::ops::simd::{Shared, add};
 
 /// Rows whose product with B is made before it is added: it stays in the cache until then.
@@ -13,11 +18,8 @@ const ROWS: usize = 512;
 /// Rows, and elements, of one task of the elementwise passes.
 const ROWS_PER_TASK: usize = 32;
 const PER_TASK: usize = 1 << 14;
-/// Columns of a part of the product come in multiples of this: those of a tile.
-const COLUMNS: usize = 32;
-
-/// Up to so many rows, those of decoding, a forward pass is one parallel section: each more would cost as much as it computes.
-const FEW_ROWS: usize = 32;
+/// Columns of a part of the inner product come in multiples of this.
+const COLUMNS: usize = 24;
 
 thread_local! {
     static PRODUCT: RefCell<Scratch> = RefCell::default();
@@ -65,45 +67,72 @@ fn forward(cpu: &Cpu, a: Forward<Cpu>, d: Dims) {
     PRODUCT.set(scratch);
 }
 
-/// The same bits: every thread computes `x A^T` for itself and adds its columns of the product.
-fn forward_few(cpu: &Cpu, a: Forward<Cpu>, d: Dims) {
-    let (x, down, up, y) = (a.x.f32s(), a.a.f32s(), a.b.f32s(), Shared::new(a.y.into_f32s()));
+/// A layer of few rows and its low-rank product in the layer's own parallel section. Whoever is first done with some columns makes a
+/// part of `t`, until all of it is there.
+fn together(cpu: &Cpu, layer: linear::Forward<Cpu>, a: Factors<Cpu>, d: Dims) -> Result<()> {
+    let (x, down, up) = (layer.x.f32s(), a.a.f32s(), a.b.f32s());
     let blend = a.blend.map(|Blend { weights, owner }| (weights.cols(), weights.f32s(), owner.u32s()));
-    let width = d.outputs.div_ceil(cpu.threads()).next_multiple_of(COLUMNS);
-    let part = |part: usize| {
-        let (first, cols) = (part * width, width.min(d.outputs - part * width));
-        let mut scratch = PRODUCT.take();
-        let (t, product) = scratch.grown(d.rows * (d.rank + cols)).split_at_mut(d.rows * d.rank);
-        let (product, up) = (&mut product[..d.rows * cols], &up[first * d.rank..][..cols * d.rank]);
-        let (x, down) = (Operand::new(x, d.inputs), Operand::transposed(down, d.inputs));
-        gemm_alone(cpu, [d.rows, d.rank, d.inputs], x, down, t, Start::Zero);
-        if a.scale != 1.0 {
-            t.iter_mut().for_each(|t| *t *= a.scale);
-        }
-        if let Some((adapters, weights, owner)) = blend {
-            for (t, weights) in t.chunks_exact_mut(d.rank.max(1)).zip(weights.chunks_exact(adapters.max(1))) {
-                t.iter_mut().zip(owner).for_each(|(t, owner)| *t *= weights[*owner as usize]);
+    let t = Shared::new(a.scratch.into_f32s());
+    let width = d.rank.div_ceil(cpu.threads()).next_multiple_of(COLUMNS);
+    let (parts, begun, made) = (d.rank.div_ceil(width), AtomicUsize::new(0), AtomicUsize::new(0));
+    let inner = |part: usize, scratch: &mut Scratch| {
+        let (first, cols) = (part * width, width.min(d.rank - part * width));
+        let product = &mut scratch.grown(d.rows * cols)[..d.rows * cols];
+        let down = Operand::transposed(&down[first * d.inputs..][..cols * d.inputs], d.inputs);
+        gemm_alone(cpu, [d.rows, cols, d.inputs], Operand::new(x, d.inputs), down, product, Start::Zero);
+        for (row, product) in product.chunks_exact(cols).enumerate() {
+            // SAFETY: these columns are this part's alone, and nobody reads before all are there.
+            let t = unsafe { t.slice(row * d.rank + first, cols) };
+            t.copy_from_slice(product);
+            if a.scale != 1.0 {
+                t.iter_mut().for_each(|t| *t *= a.scale);
+            }
+            if let Some((adapters, weights, owner)) = blend {
+                let weights = &weights[row * adapters..][..adapters];
+                t.iter_mut().zip(&owner[first..]).for_each(|(t, owner)| *t *= weights[*owner as usize]);
             }
         }
-        let (t, up) = (Operand::new(t, d.rank), Operand::transposed(up, d.rank));
-        gemm_alone(cpu, [d.rows, cols, d.rank], t, up, product, Start::Zero);
-        for (row, product) in product.chunks_exact(cols).enumerate() {
-            // SAFETY: these columns are this part's alone.
-            add(cpu.isa(), product, unsafe { y.slice(row * d.outputs + first, cols) });
+    };
+    linear_then(cpu, layer, |y, cols| {
+        let mut scratch = PRODUCT.take();
+        while let part @ 0.. = begun.fetch_add(1, Relaxed)
+            && part < parts
+        {
+            inner(part, &mut scratch);
+            made.fetch_add(1, Release);
+        }
+        while made.load(Acquire) < parts {
+            // Another thread is at the last part.
+            std::thread::yield_now();
+        }
+        let product = &mut scratch.grown(d.rows * cols.len())[..d.rows * cols.len()];
+        // SAFETY: all parts are there.
+        let t = Operand::new(unsafe { t.read() }, d.rank);
+        let up = Operand::transposed(&up[cols.start * d.rank..][..cols.len() * d.rank], d.rank);
+        gemm_alone(cpu, [d.rows, cols.len(), d.rank], t, up, product, Start::Zero);
+        for (row, product) in product.chunks_exact(cols.len()).enumerate() {
+            // SAFETY: these columns are this thread's.
+            add(cpu.isa(), product, unsafe { y.slice(row * d.outputs + cols.start, cols.len()) });
         }
         PRODUCT.set(scratch);
-    };
-    cpu.run(|| (0..d.outputs.div_ceil(width)).into_par_iter().for_each(part));
+    })
 }
 
 impl LowRank for Cpu {
     fn low_rank(&self, a: Forward<Self>) -> Result<()> {
         let d = a.check()?;
-        match (1..=FEW_ROWS).contains(&d.rows) && d.outputs > 0 {
-            true => forward_few(self, a, d),
-            false => forward(self, a, d),
-        }
+        forward(self, a, d);
         Ok(())
+    }
+
+    fn linear_low_rank(&self, mut layer: linear::Forward<Self>, factors: Factors<Self>) -> Result<()> {
+        let (x, Factors { a, b, scratch, .. }) = (layer.x, &factors);
+        let d = check([x.shape(), a.shape(), b.shape(), scratch.shape(), layer.y.shape()], factors.blend.as_ref())?;
+        if (1..=FEW_ROWS).contains(&d.rows) && d.rank > 0 {
+            return together(self, layer, factors, d);
+        }
+        self.linear(linear::Forward { y: layer.y.again(), ..layer })?;
+        self.low_rank(factors.beside(x, layer.y))
     }
 
     fn low_rank_backward(&self, a: Backward<Self>) -> Result<()> {

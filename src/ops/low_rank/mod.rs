@@ -18,6 +18,7 @@ mod reference;
 
 pub use cpu::scratch_bytes;
 
+use super::linear;
 use crate::device::{Device, Dry, View, ViewMut};
 use crate::error::Result;
 
@@ -34,6 +35,25 @@ pub struct Forward<'a, D: Device> {
     pub scratch: ViewMut<'a, D>,
     /// `+=` `[rows, outputs]`
     pub y: ViewMut<'a, D>,
+}
+
+/// What stands beside a linear layer: [`Forward`] without what the layer has.
+pub struct Factors<'a, D: Device> {
+    /// `[rank, inputs]`
+    pub a: View<'a, D>,
+    /// `[outputs, rank]`
+    pub b: View<'a, D>,
+    pub scale: f32,
+    pub blend: Option<Blend<'a, D>>,
+    /// `[rows, rank]`, overwritten
+    pub scratch: ViewMut<'a, D>,
+}
+
+impl<'a, D: Device> Factors<'a, D> {
+    pub fn beside(self, x: View<'a, D>, y: ViewMut<'a, D>) -> Forward<'a, D> {
+        let Self { a, b, scale, blend, scratch } = self;
+        Forward { x, a, b, scale, blend, scratch, y }
+    }
 }
 
 /// How much of each adapter each row takes.
@@ -67,6 +87,16 @@ pub struct Backward<'a, D: Device> {
 pub trait LowRank: Device {
     fn low_rank(&self, a: Forward<Self>) -> Result<()>;
     fn low_rank_backward(&self, a: Backward<Self>) -> Result<()>;
+
+    /// A linear layer and what stands beside it, one after the other, or at once with the same bits.
+    fn linear_low_rank(&self, mut linear: linear::Forward<Self>, factors: Factors<Self>) -> Result<()>
+    where
+        Self: linear::Linear,
+    {
+        let x = linear.x;
+        self.linear(linear::Forward { y: linear.y.again(), ..linear })?;
+        self.low_rank(factors.beside(x, linear.y))
+    }
 }
 
 struct Dims {
@@ -76,18 +106,24 @@ struct Dims {
     rank: usize,
 }
 
+/// Of a forward pass: `[x, a, b, scratch, y]` and the blend.
+fn check<D: Device>([x, a, b, scratch, y]: [[usize; 2]; 5], blend: Option<&Blend<D>>) -> Result<Dims> {
+    let ([rows, inputs], [rank, outputs]) = (x, [a[0], b[0]]);
+    super::require("low_rank", "a", a, [rank, inputs])?;
+    super::require("low_rank", "b", b, [outputs, rank])?;
+    super::require("low_rank", "scratch", scratch, [rows, rank])?;
+    super::require("low_rank", "y", y, [rows, outputs])?;
+    if let Some(Blend { weights, owner }) = blend {
+        super::require("low_rank", "weights", weights.shape(), [rows, weights.cols()])?;
+        super::require("low_rank", "owner", owner.shape(), [rank, 1])?;
+    }
+    Ok(Dims { rows, inputs, outputs, rank })
+}
+
 impl<D: Device> Forward<'_, D> {
     fn check(&self) -> Result<Dims> {
-        let ([rows, inputs], [rank, outputs]) = (self.x.shape(), [self.a.rows(), self.b.rows()]);
-        super::require("low_rank", "a", self.a.shape(), [rank, inputs])?;
-        super::require("low_rank", "b", self.b.shape(), [outputs, rank])?;
-        super::require("low_rank", "scratch", self.scratch.shape(), [rows, rank])?;
-        super::require("low_rank", "y", self.y.shape(), [rows, outputs])?;
-        if let Some(Blend { weights, owner }) = &self.blend {
-            super::require("low_rank", "weights", weights.shape(), [rows, weights.cols()])?;
-            super::require("low_rank", "owner", owner.shape(), [rank, 1])?;
-        }
-        Ok(Dims { rows, inputs, outputs, rank })
+        let Self { x, a, b, scratch, y, .. } = self;
+        check([x.shape(), a.shape(), b.shape(), scratch.shape(), y.shape()], self.blend.as_ref())
     }
 }
 
