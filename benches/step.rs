@@ -11,7 +11,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cuvee::checkpoint::TensorSource;
 use cuvee::checkpoint::peft::{self, AdapterConfig};
 use cuvee::data::{Batch as HostBatch, Example, Packing, Sequence};
-use cuvee::device::{Arena, Cpu, DType, Dry, Philox};
+use cuvee::device::{Arena, Cpu, DType, Dry, Philox, Storage};
 use cuvee::model::{Acts, Batch, Checkpoint, Init, Keep, Model, Options, init_random};
 use cuvee::objectives::mrpo::{Blend, Level, Mean, MultiRef, Weighting};
 use cuvee::objectives::{Choice, Objective, Params, Stats, Totals, build};
@@ -233,7 +233,8 @@ fn write_adapter(checkpoint: &Checkpoint, dir: &Path, rank: usize) {
     peft::write(dir, &config, &tensors).expect("written");
 }
 
-/// Eight rows of the larger model: what per-row weights of adapters cost beside a merged model, which has none.
+/// Eight rows of the larger model: what per-row weights of adapters cost beside a merged model, which has none. Its weights are f32,
+/// or kept as bfloat16 under adapters in f32.
 fn decoding(c: &mut Criterion) {
     const TOKENS: usize = 16;
     let mut group = c.benchmark_group("decode");
@@ -249,9 +250,9 @@ fn decoding(c: &mut Criterion) {
     }
     let weights: Vec<[f32; 3]> = (0..8).map(|i| [i as f32 / 8.0, 0.5, 1.0 - i as f32 / 8.0]).collect();
     let prompts: Vec<[u32; 4]> = (0..8).map(|i| [i, 1000 * i, 7, 9]).collect();
-    for (what, checkpoint) in &cases {
-        let options = Options::frozen(4 + TOKENS).with_adapters(checkpoint);
-        let ledger = Model::<Dry>::plan(DType::F32, &checkpoint.spec, checkpoint.architecture.naming, options);
+    for ((what, checkpoint), bf16) in cases.iter().flat_map(|case| [false, true].map(|bf16| (case, bf16))) {
+        let options = Options { bf16, ..Options::frozen(4 + TOKENS).with_adapters(checkpoint) };
+        let ledger = Model::<Dry>::plan(Storage::CPU, &checkpoint.spec, checkpoint.architecture.naming, options);
         let mut arena = Arena::new(&cpu, &ledger).expect("memory");
         let mut model = Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
         init_random(&cpu, &mut model, 1).expect("filled");
@@ -263,7 +264,8 @@ fn decoding(c: &mut Criterion) {
         };
         let requests: Vec<Request> = (0..8).map(request).collect();
         let engine = Engine::new(&cpu);
-        group.bench_function(format!("smollm2-135m, 8 rows, {what}"), |b| {
+        let weights_are = if bf16 { "bf16" } else { "f32" };
+        group.bench_function(format!("smollm2-135m, {weights_are}, 8 rows, {what}"), |b| {
             // On a thread of the device, as the program computes.
             cpu.run(|| b.iter(|| engine.run(&model, &requests, &mut |_| ()).expect("tokens")));
         });
