@@ -124,7 +124,7 @@ fn samples_are_trained_on_at_the_temperature_they_were_drawn_at() {
     }
     w.fails(
         2,
-        "train --model model --dataset train.jsonl --logps-temperature 0.7 --output-dir bad",
+        "train --objective sft --model model --dataset train.jsonl --logps-temperature 0.7 --output-dir bad",
         &["--logps-temperature", "--reward"],
     );
     // Greedy completions have no temperature of their own.
