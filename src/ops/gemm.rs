@@ -335,12 +335,13 @@ fn product(team: Team, dims: [usize; 3], (a, b): (Right, Right), c: &Shared<f32>
     if m == 0 || n == 0 || k == 0 {
         return then(0..n);
     }
-    let (fma, turned) = (Fma(team.cpu.isa()), FmaTurned(team.cpu.isa()));
+    let (isa, fma) = (team.cpu.isa(), Fma(team.cpu.isa()));
     let operands = (a, b);
     match team.cpu.products() {
-        Products::Chains if b.row == 1 && are_few::<FmaTurned>(dims, team.threads) => {
-            few(team, turned, dims, operands, c, (start, then));
-        }
+        Products::Chains if b.row == 1 && are_few::<FmaTurned<32>>(dims, team.threads) => match m {
+            ..=16 => few(team, FmaTurned::<16>(isa), dims, operands, c, (start, then)),
+            _ => few(team, FmaTurned::<32>(isa), dims, operands, c, (start, then)),
+        },
         Products::Chains if are_few::<Fma>(dims, team.threads) => few(team, fma, dims, operands, c, (start, then)),
         Products::Chains => blocked(team, fma, dims, operands, c, (start, then)),
         #[cfg(target_arch = "x86_64")]

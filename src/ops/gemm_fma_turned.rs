@@ -1,9 +1,9 @@
 //! The same chains with the sides exchanged, for products of few rows with a B whose columns are contiguous, as weights' rows are:
-//! 24 columns by 32 rows, `C^T = B^T A^T`. A number of B meets vectors of rows of A, so that B is copied as it lies and not
+//! 24 columns by 16 or 32 rows, `C^T = B^T A^T`. A number of B meets vectors of rows of A, so that B is copied as it lies and not
 //! transposed, which took as long as eight to sixteen rows of the product.
 //!
 //! A product of two numbers has no order and every sum is the chain of [`super::gemm_fma`], so the bits are the same. Panels hold
-//! `[depth, 32]` of A and 24 columns of B, one after the other.
+//! `[depth, 16]` or `[depth, 32]` of A and 24 columns of B, one after the other.
 
 use half::bf16;
 
@@ -12,18 +12,18 @@ use super::gemm_fma::pack_panel;
 use super::simd::{prefetch_far, transpose_between};
 use crate::device::Isa;
 
-/// Rows of A and columns of B of a tile.
-const ROWS: usize = 32;
+/// Columns of B of a tile.
 const COLS: usize = 24;
 /// Values of k of a pass: a piece of either panel and the sums between them stay in the first-level cache.
 const DEPTH: usize = 128;
 /// From one column of B to the next: no multiple of a page, so that they do not meet in the cache.
 const STRIDE: usize = DEPTH + 16;
 
+/// With tiles of `ROWS` rows, 16 or 32.
 #[derive(Clone, Copy)]
-pub struct FmaTurned(pub Isa);
+pub struct FmaTurned<const ROWS: usize>(pub Isa);
 
-impl Kernel for FmaTurned {
+impl<const ROWS: usize> Kernel for FmaTurned<ROWS> {
     const ROWS: usize = ROWS;
     const COLS: usize = COLS;
     const DEPTH: usize = DEPTH;
@@ -66,20 +66,20 @@ impl Kernel for FmaTurned {
         unsafe {
             match self.0 {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 if rows == ROWS => {
-                    (0..COLS).step_by(12).for_each(|first| avx512::<12, 2>(depth, a, b, sums, first));
+                Isa::Avx512 if rows > 16 => {
+                    (0..COLS).step_by(12).for_each(|first| avx512::<ROWS, 12, 2>(depth, a, b, sums, first));
                 }
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => avx512::<COLS, 1>(depth, a, b, sums, 0),
+                Isa::Avx512 => avx512::<ROWS, COLS, 1>(depth, a, b, sums, 0),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 if rows == 8 => {
-                    (0..COLS).step_by(12).for_each(|first| avx2::<12, 1>(depth, a, b, sums, [first, 0]));
+                    (0..COLS).step_by(12).for_each(|first| avx2::<ROWS, 12, 1>(depth, a, b, sums, [first, 0]));
                 }
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => (0..rows).step_by(16).for_each(|row| {
-                    (0..COLS).step_by(6).for_each(|first| avx2::<6, 2>(depth, a, b, sums, [first, row]));
+                    (0..COLS).step_by(6).for_each(|first| avx2::<ROWS, 6, 2>(depth, a, b, sums, [first, row]));
                 }),
-                Isa::Portable => portable(depth, a, b, sums),
+                Isa::Portable => portable::<ROWS>(depth, a, b, sums),
             }
         }
     }
@@ -89,7 +89,7 @@ impl Kernel for FmaTurned {
     }
 }
 
-impl FewRows for FmaTurned {
+impl<const ROWS: usize> FewRows for FmaTurned<ROWS> {
     unsafe fn take(self, rows: usize, c: Sums, buffer: Sums) {
         // SAFETY: as promised by the caller; a height is made of squares.
         unsafe { transpose_between(self.0, [rows, COLS], c.start, buffer.start, [c.stride, ROWS]) }
@@ -118,7 +118,7 @@ fn pack_columns<T: Copy>(panel: Panel<&[T]>, out: &mut [f32], copy: impl Fn(&[T]
 
 /// # Safety
 /// `sums` is C^T, of COLS rows of ROWS that nobody else touches.
-unsafe fn portable(depth: usize, a: &[f32], b: &[f32], sums: Sums) {
+unsafe fn portable<const ROWS: usize>(depth: usize, a: &[f32], b: &[f32], sums: Sums) {
     for column in 0..COLS {
         // SAFETY: as promised by the caller; the slice does not outlive the call.
         let sums_of = unsafe { std::slice::from_raw_parts_mut(sums.start.add(column * ROWS), ROWS) };
@@ -137,7 +137,13 @@ unsafe fn portable(depth: usize, a: &[f32], b: &[f32], sums: Sums) {
 /// As `portable`; the panels have `depth` rows and COLS columns.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512<const N: usize, const V: usize>(depth: usize, a: &[f32], b: &[f32], sums: Sums, first: usize) {
+unsafe fn avx512<const ROWS: usize, const N: usize, const V: usize>(
+    depth: usize,
+    a: &[f32],
+    b: &[f32],
+    sums: Sums,
+    first: usize,
+) {
     use std::arch::x86_64::*;
     const VECTOR: usize = 16;
     let place = |column: usize, v: usize| sums.start.wrapping_add((first + column) * ROWS + v * VECTOR);
@@ -177,7 +183,13 @@ unsafe fn avx512<const N: usize, const V: usize>(depth: usize, a: &[f32], b: &[f
 /// As `avx512`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const N: usize, const V: usize>(depth: usize, a: &[f32], b: &[f32], sums: Sums, first: [usize; 2]) {
+unsafe fn avx2<const ROWS: usize, const N: usize, const V: usize>(
+    depth: usize,
+    a: &[f32],
+    b: &[f32],
+    sums: Sums,
+    first: [usize; 2],
+) {
     use std::arch::x86_64::*;
     const VECTOR: usize = 8;
     let [first, row] = first;
