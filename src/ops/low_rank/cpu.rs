@@ -95,11 +95,12 @@ fn together(cpu: &Cpu, layer: linear::Forward<Cpu>, a: Factors<Cpu>, d: Dims) ->
     };
     linear_then(cpu, layer, |y, cols| {
         let mut scratch = PRODUCT.take();
-        while let part @ 0.. = begun.fetch_add(1, Relaxed)
-            && part < parts
-        {
-            inner(part, &mut scratch);
-            made.fetch_add(1, Release);
+        for _ in 0..parts {
+            let part = begun.fetch_add(1, Relaxed);
+            if part < parts {
+                inner(part, &mut scratch);
+                made.fetch_add(1, Release);
+            }
         }
         while made.load(Acquire) < parts {
             // Another thread is at the last part.
@@ -128,7 +129,7 @@ impl LowRank for Cpu {
     fn linear_low_rank(&self, mut layer: linear::Forward<Self>, factors: Factors<Self>) -> Result<()> {
         let (x, Factors { a, b, scratch, .. }) = (layer.x, &factors);
         let d = check([x.shape(), a.shape(), b.shape(), scratch.shape(), layer.y.shape()], factors.blend.as_ref())?;
-        if (1..=FEW_ROWS).contains(&d.rows) && d.rank > 0 {
+        if (1..=FEW_ROWS).contains(&d.rows) && d.rank > 0 && d.outputs > 0 {
             return together(self, layer, factors, d);
         }
         self.linear(linear::Forward { y: layer.y.again(), ..layer })?;
