@@ -1,9 +1,33 @@
 //! One error type for the whole crate. A message says what failed, on what, what was expected and
 //! found, and what to do; it starts in lower case and ends without a full stop.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where a row lies in its file, counted from 1: by lines, or by records where a row is no line.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Place {
+    Line(usize),
+    Record(usize),
+}
+
+impl Place {
+    pub fn number(self) -> usize {
+        let (Self::Line(number) | Self::Record(number)) = self;
+        number
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Line(number) => write!(f, "line {number}"),
+            Self::Record(number) => write!(f, "record {number}"),
+        }
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -11,9 +35,9 @@ pub enum Error {
     #[error("{}: {detail}", path.display())]
     File { path: PathBuf, detail: String },
 
-    /// One row of a data set is unusable. `line` counts from 1.
-    #[error("{}, line {line}: {detail}", path.display())]
-    Row { path: PathBuf, line: usize, detail: String },
+    /// One row of a data set is unusable.
+    #[error("{}, {at}: {detail}", path.display())]
+    Row { path: PathBuf, at: Place, detail: String },
 
     /// A flag, a recipe key or a combination of them is wrong. `key` is spelled as the user types it.
     #[error("{key}: {detail}")]

@@ -102,7 +102,7 @@ Examples:
   cuvee train runs/first/recipe.toml --resume-from-checkpoint auto"
 )]
 pub struct TrainArgs {
-    /// Preference pairs to train on: .jsonl or .jsonl.gz
+    /// Preference pairs to train on: .jsonl, .json, .parquet or .csv
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub dataset: PathBuf,
     /// Folder for the trained model, checkpoints, metrics and recipe.toml
@@ -171,7 +171,7 @@ Examples:
   cuvee compare recipes/quickstart.toml --ref-model A --ref-model B --arms A,B,geometric --pairs 200,all --seeds 5"
 )]
 pub struct CompareArgs {
-    /// Preference pairs to train on: .jsonl or .jsonl.gz
+    /// Preference pairs to train on: .jsonl, .json, .parquet or .csv
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub dataset: PathBuf,
     /// Folder for the table, the curves and the runs' logs
@@ -587,7 +587,7 @@ pub struct LogpsArgs {
     /// Model: a Hugging Face folder
     #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
     pub model: PathBuf,
-    /// Pairs to score: .jsonl or .jsonl.gz
+    /// Pairs to score: .jsonl, .json, .parquet or .csv
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub dataset: PathBuf,
     /// Result: one JSON object a row, log-probabilities in nats
@@ -655,7 +655,7 @@ pub struct ScoreArgs {
     /// Folder of the model whose tokens are counted, for rewards in units of tokens
     #[arg(long, value_name = "DIR", conflicts_with = "model", help_heading = "Files")]
     pub tokenizer: Option<PathBuf>,
-    /// Pairs, completions, texts or conversations to score: .jsonl or .jsonl.gz
+    /// Pairs, completions, texts or conversations to score: .jsonl, .json, .parquet or .csv
     #[arg(long, value_name = "FILE", required_unless_present = "text", requires = "out", help_heading = "Files")]
     pub dataset: Option<PathBuf>,
     /// Result: one JSON object a row; - is stdout
@@ -680,7 +680,7 @@ pub struct ScoreArgs {
 #[command(
     allow_negative_numbers = true,
     after_help = "\
-A task is a file of rows, .jsonl or .jsonl.gz. Their columns say what is asked:
+A task is a file of rows, .jsonl, .json, .parquet or .csv. Their columns say what is asked:
 
   choice       question (or query, context, prompt), choices, gold (or answer, label)
                how likely each choice is behind the question: acc, acc_norm (by characters)
@@ -723,7 +723,7 @@ pub struct EvalArgs {
     /// Compare log-probabilities relative to this model [default: compare them as they are]
     #[arg(long, value_name = "DIR", help_heading = "Files")]
     pub ref_model: Option<PathBuf>,
-    /// Held-out pairs: .jsonl or .jsonl.gz
+    /// Held-out pairs: .jsonl, .json, .parquet or .csv
     #[arg(
         long,
         value_name = "FILE",
@@ -780,7 +780,7 @@ pub struct GenerateArgs {
     /// Text to continue; write --prompt=TEXT if it starts with a dash
     #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
     pub prompt: Option<String>,
-    /// Rows with a prompt each, text or messages: .jsonl or .jsonl.gz; other columns are left alone
+    /// Rows with a prompt each, text or messages: .jsonl, .json, .parquet or .csv; other columns are left alone
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "chat"], requires = "out")]
     pub prompts: Option<PathBuf>,
     /// Where the completions of --prompts go, a line each: text, tokens, why it ended, log-probabilities
@@ -880,7 +880,7 @@ pub struct PreviewArgs {
     /// Model: a Hugging Face folder; its tokenizer and chat template are read, its weights are not
     #[arg(long, alias = "model-name-or-path", value_name = "DIR", help_heading = "Files")]
     pub model: PathBuf,
-    /// Rows to show: .jsonl or .jsonl.gz
+    /// Rows to show: .jsonl, .json, .parquet or .csv
     #[arg(long, value_name = "FILE", help_heading = "Files")]
     pub dataset: PathBuf,
     /// Show the first N rows
@@ -889,7 +889,7 @@ pub struct PreviewArgs {
     /// Show this row alone, counted from 0 as in what `cuvee logps` writes
     #[arg(long, value_name = "N", conflicts_with = "rows", help_heading = "Rows")]
     pub row: Option<usize>,
-    /// Show the row at this line of the file, counted from 1 as in messages
+    /// Show the row at this line of the file, or this record, counted from 1 as in messages
     #[arg(long, value_name = "N", conflicts_with_all = ["rows", "row"], help_heading = "Rows")]
     pub line: Option<usize>,
     #[command(flatten)]

@@ -40,7 +40,10 @@ fn rows(args: &PreviewArgs, dataset: &Dataset) -> Result<Vec<usize>> {
         }
         (_, Some(line)) => match dataset.row_at(line) {
             Some(row) => Ok(vec![row]),
-            None => Err(Error::option("--line", format!("{file} has no row at line {line}; lines count from 1"))),
+            None => Err(Error::option(
+                "--line",
+                format!("{file} has no row at line {line}; lines and records count from 1"),
+            )),
         },
         _ => Ok((0..args.rows.min(dataset.rows)).collect()),
     }
@@ -68,15 +71,15 @@ fn names(example: &Example, form: Form) -> Vec<&'static str> {
 fn skipped(row: usize, dataset: &Dataset, json: bool, palette: Palette) -> String {
     let skip = dataset.skipped.iter().find(|(other, _)| *other == row).map(|(_, skip)| skip);
     let reason = skip.map_or_else(String::new, Skip::to_string);
-    let line = dataset.line(row);
+    let place = dataset.place(row);
     if json {
-        return format!("{}\n", json!({"row": row, "line": line, "skipped": reason}));
+        return format!("{}\n", json!({"row": row, "line": place.number(), "skipped": reason}));
     }
     let why = match skip {
         Some(Skip::TooLong { tokens, max_length }) => format!("{reason}: {tokens} tokens, --max-length {max_length}"),
         _ => reason,
     };
-    palette.paint(BOLD, &format!("row {row}, line {line}")) + &format!("   not trained on: {why}\n\n")
+    palette.paint(BOLD, &format!("row {row}, {place}")) + &format!("   not trained on: {why}\n\n")
 }
 
 fn example_json(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer) -> Result<Value> {
@@ -90,7 +93,7 @@ fn example_json(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer) -> 
         names(example, dataset.form).into_iter().zip(&example.sequences).map(sequence).collect::<Result<_>>()?;
     let mut row = json!({
         "row": example.row,
-        "line": dataset.line(example.row),
+        "line": dataset.place(example.row).number(),
         "sequences": sequences,
         "segments": batch.segments.iter().map(segment).collect::<Vec<_>>(),
         "positions": batch.positions,
@@ -141,7 +144,7 @@ fn example_text(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer, pal
     let parts = parts(&named, &pieces);
 
     let counts: Vec<String> = parts.iter().map(|part| format!("{} {}", part.ids.len(), part.label)).collect();
-    let heading = palette.paint(BOLD, &format!("row {}, line {}", example.row, dataset.line(example.row)));
+    let heading = palette.paint(BOLD, &format!("row {}, {}", example.row, dataset.place(example.row)));
     let margin = example.margin.map_or_else(String::new, |margin| format!(", margin {margin}"));
     let mut out = format!("{heading}   {} tokens{margin}\n", counts.join(" + "));
     for part in &parts {

@@ -7,10 +7,10 @@ use rayon::prelude::*;
 
 use super::conversation::Content;
 use super::encode::{EncodeOptions, Encoded, Overflow, RowEncoder, Skip};
-use super::jsonl::{Form, Parts, Row, read_numbered};
 use super::lint::Lint;
+use super::rows::{Form, Parts, Row, read_placed};
 use super::tokenizer::Tokenizer;
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 
 /// One scored sequence: `ids[first..]` are scored, each predicted from the token before it.
 /// `1 <= first < ids.len()` always holds.
@@ -72,8 +72,8 @@ pub struct Dataset {
     /// The tokenizer has an EOS token, so completions end with one.
     pub has_eos: bool,
     pub options: EncodeOptions,
-    /// The line of each row in the file, from 1.
-    lines: Vec<usize>,
+    /// Where each row lies in the file.
+    places: Vec<Place>,
 }
 
 impl Dataset {
@@ -84,8 +84,8 @@ impl Dataset {
     /// `Overflow::Error` (the first such line); messages and no chat template; `max_length` below 2. See also
     /// [`Dataset::not_empty`].
     pub fn load(path: &Path, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
-        let (form, numbered) = read_numbered(path)?;
-        Self::encode(path, form, numbered, tokenizer, options)
+        let (form, placed) = read_placed(path)?;
+        Self::encode(path, form, placed, tokenizer, options)
     }
 
     /// One text as the only row of form [`Form::Text`]. `name` stands for the file in messages.
@@ -95,13 +95,13 @@ impl Dataset {
     pub fn of_text(name: &str, text: &str, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
         let parts = Parts::Text { text: Content::Text(text.to_string()) };
         let row = Row { parts, label: None, margin: None, variables: Default::default() };
-        Self::encode(Path::new(name), Form::Text, vec![(1, row)], tokenizer, options)
+        Self::encode(Path::new(name), Form::Text, vec![(Place::Line(1), row)], tokenizer, options)
     }
 
     fn encode(
         path: &Path,
         form: Form,
-        numbered: Vec<(usize, Row)>,
+        placed: Vec<(Place, Row)>,
         tokenizer: &Tokenizer,
         options: &EncodeOptions,
     ) -> Result<Self> {
@@ -113,15 +113,15 @@ impl Dataset {
                           generate --prompts` does";
             return Err(Error::file(path, detail));
         }
-        let conversational = numbered.iter().any(|(_, row)| row.has_messages());
+        let conversational = placed.iter().any(|(_, row)| row.has_messages());
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
         let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
-        let encoded: Vec<_> = numbered.par_iter().map(|(_, row)| encoder.encode(row)).collect();
+        let encoded: Vec<_> = placed.par_iter().map(|(_, row)| encoder.encode(row)).collect();
         let mut dataset = Self {
             path: path.to_path_buf(),
             form,
-            rows: numbered.len(),
-            examples: Vec::with_capacity(numbered.len()),
+            rows: placed.len(),
+            examples: Vec::with_capacity(placed.len()),
             skipped: Vec::new(),
             truncated: 0,
             merged_boundaries: 0,
@@ -131,9 +131,9 @@ impl Dataset {
             reads_clock: chat.is_some_and(|chat| chat.reads_clock()),
             has_eos: tokenizer.eos().is_some(),
             options: *options,
-            lines: numbered.iter().map(|(line, _)| *line).collect(),
+            places: placed.iter().map(|(place, _)| *place).collect(),
         };
-        for (row, (encoded, (_, source))) in encoded.into_iter().zip(&numbered).enumerate() {
+        for (row, (encoded, (_, source))) in encoded.into_iter().zip(&placed).enumerate() {
             match encoded.map_err(|e| dataset.error_at(row, e.to_string()))? {
                 Ok(encoded) => dataset.keep(row, source, encoded, tokenizer),
                 Err(Skip::TooLong { tokens, max_length }) if options.on_overflow == Overflow::Error => {
@@ -176,18 +176,18 @@ impl Dataset {
         self.examples.push(Example { row, sequences, label: source.label, margin: source.margin, prior: None });
     }
 
-    /// The line of a row in the file, from 1.
-    pub fn line(&self, row: usize) -> usize {
-        self.lines[row]
+    /// Where a row lies in the file.
+    pub fn place(&self, row: usize) -> Place {
+        self.places[row]
     }
 
-    /// The row at a line of the file, from 1.
-    pub fn row_at(&self, line: usize) -> Option<usize> {
-        self.lines.binary_search(&line).ok()
+    /// The row at a line of the file, or the record of that number, from 1.
+    pub fn row_at(&self, number: usize) -> Option<usize> {
+        self.places.binary_search_by_key(&number, |place| place.number()).ok()
     }
 
     fn error_at(&self, row: usize, detail: String) -> Error {
-        Error::Row { path: self.path.clone(), line: self.line(row), detail }
+        Error::Row { path: self.path.clone(), at: self.place(row), detail }
     }
 
     /// Lines for the user: what was dropped, cut or merged, and why. Empty when nothing was.
@@ -208,27 +208,27 @@ impl Dataset {
             };
             lines.push(format!(
                 "{path}: in {} of {rows} rows the last tokens of the prompt change when the completion follows; the \
-                 completion is scored from there on (first at line {}: the prompt alone ends in {prompt:?}, the row \
+                 completion is scored from there on (first at {}: the prompt alone ends in {prompt:?}, the row \
                  goes on with {instead:?}); {remedy}",
                 self.merged_boundaries,
-                self.line(*row)
+                self.place(*row)
             ));
         }
         let same = |example: &&Example| matches!(&example.sequences[..], [chosen, rejected] if chosen == rejected);
         if let Some(first) = self.examples.iter().find(same) {
             let count = self.examples.iter().filter(same).count();
             lines.push(format!(
-                "{path}: chosen and rejected are the same tokens in {count} of {rows} rows (first at line {}); they \
+                "{path}: chosen and rejected are the same tokens in {count} of {rows} rows (first at {}); they \
                  teach nothing about preference",
-                self.line(first.row)
+                self.place(first.row)
             ));
         }
         lines.extend(self.one_label());
         for lint in Lint::ALL {
             let found = || self.lints.iter().filter(|(_, other)| *other == lint);
             if let Some((first, _)) = found().next() {
-                let (count, line) = (found().count(), self.line(*first));
-                lines.push(format!("{path}: {count} of {rows} rows {lint} (first at line {line})"));
+                let (count, at) = (found().count(), self.place(*first));
+                lines.push(format!("{path}: {count} of {rows} rows {lint} (first at {at})"));
             }
         }
         if self.reads_clock {
@@ -253,17 +253,16 @@ impl Dataset {
 
     /// `3 of 100 rows dropped: 2 too long (.. first at line 5), 1 empty completion (first at line 17)`.
     fn skipped_report(&self) -> Option<String> {
-        // Reason, rows with it, the first of their lines. A reason's numbers differ from row to row.
-        let mut reasons: Vec<(&Skip, usize, usize)> = Vec::new();
+        // Reason, rows with it, the place of the first. A reason's numbers differ from row to row.
+        let mut reasons: Vec<(&Skip, usize, Place)> = Vec::new();
         for (row, skip) in &self.skipped {
             match reasons.iter_mut().find(|(known, ..)| discriminant(*known) == discriminant(skip)) {
                 Some((_, count, _)) => *count += 1,
-                None => reasons.push((skip, 1, self.line(*row))),
+                None => reasons.push((skip, 1, self.place(*row))),
             }
         }
-        let describe = |(skip, count, line): &(&Skip, usize, usize)| {
-            format!("{count} {skip} ({}first at line {line})", skip.hint())
-        };
+        let describe =
+            |(skip, count, at): &(&Skip, usize, Place)| format!("{count} {skip} ({}first at {at})", skip.hint());
         let parts: Vec<String> = reasons.iter().map(describe).collect();
         let dropped = || format!("{} of {} rows dropped: {}", self.skipped.len(), self.rows, parts.join(", "));
         (!parts.is_empty()).then(dropped)

@@ -23,8 +23,8 @@ use serde_json::{Map, Value};
 use super::chat::ChatTemplate;
 use super::conversation::Content;
 use super::dataset::Sequence;
-use super::jsonl::{Parts, Row};
 use super::lint::{self, Lint};
+use super::rows::{Parts, Row};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 

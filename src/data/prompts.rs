@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::conversation::Content;
-use super::jsonl::{read_objects, variables};
+use super::records::read_objects;
+use super::rows::variables;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -50,10 +51,8 @@ pub fn read_prompts(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Prompt>> {
         }
     };
     let rows = read_objects(path)?.into_iter();
-    rows.map(|(line, mut object)| {
-        read(&mut object).map_err(|detail| Error::Row { path: path.to_path_buf(), line, detail })
-    })
-    .collect()
+    rows.map(|(at, mut object)| read(&mut object).map_err(|detail| Error::Row { path: path.to_path_buf(), at, detail }))
+        .collect()
 }
 
 #[cfg(test)]

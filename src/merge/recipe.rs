@@ -10,7 +10,7 @@ use serde_saphyr::Spanned;
 use super::registry::{Base, Entry, Values, find};
 use super::settings::{Setting, Settings, depth};
 use crate::checkpoint::SaveDtype;
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, Place, Result};
 use crate::params::{Value, flag};
 
 /// A merge that has yet to find its models.
@@ -177,8 +177,8 @@ fn yaml_error(path: &Path, error: &serde_saphyr::Error) -> Error {
 
 impl Reader<'_> {
     fn at<T>(&self, what: &Spanned<T>, detail: impl ToString) -> Error {
-        let line = what.referenced.line() as usize;
-        Error::Row { path: self.path.to_path_buf(), line, detail: detail.to_string() }
+        let at = Place::Line(what.referenced.line() as usize);
+        Error::Row { path: self.path.to_path_buf(), at, detail: detail.to_string() }
     }
 
     fn recipe(&self, file: File) -> Result<Recipe> {

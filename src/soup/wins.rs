@@ -47,8 +47,8 @@ impl Matrix {
     pub fn judged(path: &Path) -> Result<Self> {
         let mut answers: BTreeMap<(String, u64, String, String), Judgement> = BTreeMap::new();
         let (mut names, mut criteria): (Vec<String>, Vec<String>) = Default::default();
-        for (line, object) in read_objects(path)? {
-            let fail = |detail: String| Error::Row { path: path.to_path_buf(), line, detail };
+        for (at, object) in read_objects(path)? {
+            let fail = |detail: String| Error::Row { path: path.to_path_buf(), at, detail };
             let asked: Asked = serde_json::from_value(Value::Object(object)).map_err(|e| fail(e.to_string()))?;
             let Asked { criterion, row, first, second, verdict } = asked;
             if first == second {

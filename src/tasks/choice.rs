@@ -17,7 +17,7 @@ use super::file::{self, CHOICES, GOLD, QUESTION, Rows, Source};
 use super::stats::{argmax, mean};
 use super::{Kind, Outcome, Said, Tokens};
 use crate::data::{Example, Object, Tokenizer};
-use crate::error::Result;
+use crate::error::{Place, Result};
 
 pub(super) const NAME: &str = "choice";
 
@@ -31,7 +31,7 @@ struct Choice {
     path: std::path::PathBuf,
     delimiter: String,
     /// With the line of each.
-    items: Vec<(usize, Item)>,
+    items: Vec<(Place, Item)>,
 }
 
 pub(super) fn open(mut rows: Rows) -> Result<Box<dyn Kind>> {
@@ -86,8 +86,8 @@ impl Kind for Choice {
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
-        let example = |(row, (line, item)): (usize, &(usize, Item))| {
-            let at = file::at(&self.path, *line);
+        let example = |(row, (place, item)): (usize, &(Place, Item))| {
+            let at = file::at(&self.path, *place);
             let pair = |(c, choice): (usize, &String)| {
                 let continuation = [&self.delimiter[..], choice].concat();
                 let pair = encoder.pair(&item.question, &continuation)?;

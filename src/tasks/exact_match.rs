@@ -17,7 +17,7 @@ use super::file::{self, Filter, Options, PROMPT, Rows, Source, TARGET, Texts};
 use super::stats::mean;
 use super::{Kind, Outcome, Said, Tokens};
 use crate::data::{Object, Tokenizer};
-use crate::error::{At, Result};
+use crate::error::{At, Place, Result};
 use crate::rollout::before_stop;
 
 pub(super) const NAME: &str = "exact_match";
@@ -32,7 +32,7 @@ struct Item {
 
 struct ExactMatch {
     path: PathBuf,
-    items: Vec<(usize, Item)>,
+    items: Vec<(Place, Item)>,
     max_new_tokens: Option<usize>,
     filter: Option<(Regex, Filter)>,
     ignored: Ignored,
@@ -142,8 +142,8 @@ impl Kind for ExactMatch {
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
         let max_new_tokens = self.max_new_tokens.unwrap_or(MAX_NEW_TOKENS.min(encoder.window / 2).max(1));
-        let prompt = |(line, item): &(usize, Item)| {
-            let ids = encoder.prompt(&item.prompt, max_new_tokens)?.map_err(file::at(&self.path, *line))?;
+        let prompt = |(place, item): &(Place, Item)| {
+            let ids = encoder.prompt(&item.prompt, max_new_tokens)?.map_err(file::at(&self.path, *place))?;
             Ok(Prompt { text: item.prompt.clone(), ids, until: item.until.clone(), answer: None })
         };
         let prompts = self.items.iter().map(prompt).collect::<Result<_>>()?;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::template::Template;
 use super::{Kind, choice, exact_match, perplexity, preference, reward};
 use crate::data::{Object, read_objects};
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, Place, Result};
 
 /// A kind of tasks.
 struct Entry {
@@ -133,7 +133,7 @@ pub(super) struct Rows {
     pub path: PathBuf,
     /// What says the options: a TOML file, or the rows themselves.
     pub file: PathBuf,
-    pub rows: Vec<(usize, Object)>,
+    pub rows: Vec<(Place, Object)>,
     pub options: Options,
 }
 
@@ -181,7 +181,7 @@ fn read_toml(path: &Path) -> Result<(Options, Vec<String>)> {
     Ok((options, keys))
 }
 
-fn entry(path: &Path, options: &Options, (line, first): &(usize, Object)) -> Result<&'static Entry> {
+fn entry(path: &Path, options: &Options, (at, first): &(Place, Object)) -> Result<&'static Entry> {
     if let Some(name) = &options.kind {
         let known = || KINDS.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
         let found = KINDS.iter().find(|entry| entry.name == name);
@@ -193,7 +193,7 @@ fn entry(path: &Path, options: &Options, (line, first): &(usize, Object)) -> Res
         let kinds: Vec<String> = KINDS.iter().map(|entry| format!("{} ({})", entry.name, columns(entry))).collect();
         let (found, kinds) = (keys(first), kinds.join("; "));
         let detail = format!("found the columns [{found}], which are of no kind of task: {kinds}");
-        Error::Row { path: options.data.clone(), line: *line, detail }
+        Error::Row { path: options.data.clone(), at: *at, detail }
     })
 }
 
@@ -246,19 +246,19 @@ impl Source {
 }
 
 impl Rows {
-    /// What `read` makes of each row; the first that it cannot read is an error with its line.
-    pub fn items<T>(&self, read: impl Fn(&Object) -> Result<T, String>) -> Result<Vec<(usize, T)>> {
-        let item = |(line, row): &(usize, Object)| Ok((*line, read(row).map_err(|why| self.error(*line, why))?));
+    /// What `read` makes of each row; the first that it cannot read is an error with its place.
+    pub fn items<T>(&self, read: impl Fn(&Object) -> Result<T, String>) -> Result<Vec<(Place, T)>> {
+        let item = |(at, row): &(Place, Object)| Ok((*at, read(row).map_err(|why| self.error(*at, why))?));
         self.rows.iter().map(item).collect()
     }
 
-    fn error(&self, line: usize, detail: String) -> Error {
-        Error::Row { path: self.path.clone(), line, detail }
+    fn error(&self, at: Place, detail: String) -> Error {
+        Error::Row { path: self.path.clone(), at, detail }
     }
 }
 
 /// Where rows lie, for messages about one of them.
-pub(super) fn at(path: &Path, line: usize) -> impl Fn(String) -> Error {
+pub(super) fn at(path: &Path, at: Place) -> impl Fn(String) -> Error {
     let path = path.to_path_buf();
-    move |detail| Error::Row { path: path.clone(), line, detail }
+    move |detail| Error::Row { path: path.clone(), at, detail }
 }

@@ -20,14 +20,14 @@ use super::file::{self, Rows, TEXT};
 use super::stats::ratio;
 use super::{Kind, Outcome, Said, Tokens};
 use crate::data::{Example, Tokenizer};
-use crate::error::Result;
+use crate::error::{Place, Result};
 
 pub(super) const NAME: &str = "perplexity";
 
 struct Perplexity {
     path: PathBuf,
     /// With the line of each.
-    texts: Vec<(usize, String)>,
+    texts: Vec<(Place, String)>,
 }
 
 pub(super) fn open(rows: Rows) -> Result<Box<dyn Kind>> {
@@ -64,8 +64,8 @@ impl Kind for Perplexity {
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
         let mut examples = Vec::new();
-        for (row, (line, text)) in self.texts.iter().enumerate() {
-            let windows = encoder.windows(text)?.map_err(file::at(&self.path, *line))?;
+        for (row, (place, text)) in self.texts.iter().enumerate() {
+            let windows = encoder.windows(text)?.map_err(file::at(&self.path, *place))?;
             let example = |window| Example { row, sequences: vec![window], ..Example::default() };
             examples.extend(windows.into_iter().map(example));
         }

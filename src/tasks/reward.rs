@@ -25,7 +25,7 @@ use super::file::{self, PROMPT, Rows, Source};
 use super::stats::{mean, ratio, wins};
 use super::{Kind, Measure, Outcome, Said, Tokens};
 use crate::data::{Object, Tokenizer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use crate::rollout::Sampling;
 
 pub(super) const NAME: &str = "reward";
@@ -44,7 +44,7 @@ pub struct Judged {
 struct Reward {
     path: PathBuf,
     /// With the data's own completions.
-    prompts: Vec<(usize, (String, Option<String>))>,
+    prompts: Vec<(Place, (String, Option<String>))>,
     writing: Writing,
 }
 
@@ -70,8 +70,8 @@ impl Kind for Reward {
     }
 
     fn tokens(&self, encoder: &Encoder) -> Result<Tokens> {
-        let prompt = |(line, (text, answer)): &(usize, (String, Option<String>))| {
-            let ids = encoder.prompt(text, self.writing.max_new_tokens)?.map_err(file::at(&self.path, *line))?;
+        let prompt = |(place, (text, answer)): &(Place, (String, Option<String>))| {
+            let ids = encoder.prompt(text, self.writing.max_new_tokens)?.map_err(file::at(&self.path, *place))?;
             Ok(Prompt { text: text.clone(), ids, until: Vec::new(), answer: answer.clone() })
         };
         let prompts = self.prompts.iter().map(prompt).collect::<Result<_>>()?;

@@ -192,9 +192,8 @@ pub fn own_tokens(dataset: &Dataset, policy: &Tokenizer, reference: &Checkpoint)
     let of = |example: &Example| {
         let Ok(at) = examples.binary_search_by_key(&example.row, |theirs| theirs.row) else {
             let skip = theirs.skipped.iter().find(|(row, _)| *row == example.row).map(|(_, skip)| skip.to_string());
-            let (line, why) = (theirs.line(example.row), skip.unwrap_or_default());
-            let detail =
-                format!("line {line} of {} has no tokens that {dir} could score: {why}", dataset.path.display());
+            let (at, why) = (theirs.place(example.row), skip.unwrap_or_default());
+            let detail = format!("{at} of {} has no tokens that {dir} could score: {why}", dataset.path.display());
             return Err(Error::option("--ref-model", detail));
         };
         let mut sequences = std::mem::take(&mut examples[at].sequences);

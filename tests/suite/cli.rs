@@ -251,6 +251,26 @@ fn preview_shows_what_training_sees() {
 }
 
 #[test]
+fn rows_are_the_same_however_a_file_lists_them() {
+    let w = Workspace::new();
+    let rows = reviews("heldout");
+    w.write_lines("rows.jsonl", &rows[..60]);
+    w.write("rows.json", serde_json::to_string_pretty(&rows[..60]).unwrap());
+    let cell = |row: &Value, column: &str| format!("\"{}\"", row[column].as_str().unwrap().replace('"', "\"\""));
+    let line = |row: &Value| ["prompt", "chosen", "rejected"].map(|column| cell(row, column)).join(",") + "\n";
+    w.write("rows.csv", "prompt,chosen,rejected\n".to_string() + &rows[..60].iter().map(line).collect::<String>());
+    std::fs::copy(root().join("tests/data/parquet/pairs-snappy.parquet"), w.path("rows.parquet")).unwrap();
+    let shown = |file: &str| w.ok(&format!("preview --model model --dataset {file} --rows 60 --json")).stdout;
+    let lines = shown("rows.jsonl");
+    assert_eq!(lines.lines().count(), 60);
+    for file in ["rows.json", "rows.csv", "rows.parquet"] {
+        assert!(shown(file) == lines, "{file}");
+    }
+    let record = w.ok("preview --model model --dataset rows.parquet --line 60").stdout;
+    assert!(record.starts_with("row 59, record 60"), "{record}");
+}
+
+#[test]
 fn preview_is_readable_with_and_without_colour() {
     let w = Workspace::new();
     conversations(&w);

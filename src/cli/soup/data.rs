@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::write_file;
 use crate::data::{Content, Object, read_objects};
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, Place, Result};
 
 /// A prompt with sentences in front, or behind the question where it is a conversation, as RLPHF writes them.
 fn asking(value: &mut Value, sentences: &str) -> Result<(), String> {
@@ -30,9 +30,9 @@ fn column(object: &Object) -> Option<&'static str> {
 }
 
 fn rows(path: &Path) -> Result<Vec<(Object, &'static str)>> {
-    let row = |(line, object): (usize, Object)| {
+    let row = |(at, object): (Place, Object)| {
         let missing =
-            || Error::Row { path: path.to_path_buf(), line, detail: "has no column \"prompt\" or \"messages\"".into() };
+            || Error::Row { path: path.to_path_buf(), at, detail: "has no column \"prompt\" or \"messages\"".into() };
         let column = column(&object).ok_or_else(missing)?;
         Ok((object, column))
     };

@@ -1,14 +1,13 @@
-//! Rows of preference data from JSON lines, plain or gzip.
+//! Rows of preference data: what the objects of a file mean.
 
 use std::fmt;
-use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use rayon::prelude::*;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::conversation::{Content, extract_prompt, kind};
-use crate::error::{At, Error, Result};
+use super::records::{Object, Records};
+use crate::error::{Place, Result};
 
 /// What kind of rows a file has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,8 +54,6 @@ impl Row {
     }
 }
 
-pub type Object = Map<String, Value>;
-
 /// The columns of each form; a row is of the first whose columns it has. Further columns are ignored, but for a pair's
 /// `margin`. Pairs without a prompt have it as the common start of both completions; of labelled messages the last one
 /// is the completion.
@@ -99,94 +96,22 @@ impl fmt::Display for Form {
     }
 }
 
-/// Reads JSON lines, plain or gzip (told by content, not by name). Blank lines are ignored. All rows have the
-/// columns of the first.
+/// The rows of a file: JSON lines, one JSON array, Parquet or CSV. All have the columns of the first.
 ///
 /// # Errors
-/// Names the file, the line (from 1) and what is wrong there: the first bad line, whatever the number of threads.
+/// Names the file, the line or record (from 1) and what is wrong there: the first bad one, whatever the number of threads.
 pub fn read_rows(path: &Path) -> Result<(Form, Vec<Row>)> {
-    let (form, numbered) = read_numbered(path)?;
-    Ok((form, numbered.into_iter().map(|(_, row)| row).collect()))
+    let (form, placed) = read_placed(path)?;
+    Ok((form, placed.into_iter().map(|(_, row)| row).collect()))
 }
 
-/// [`read_rows`], each row with its line, counted from 1.
-pub(super) fn read_numbered(path: &Path) -> Result<(Form, Vec<(usize, Row)>)> {
-    let bytes = read_bytes(path)?;
-    let lines = lines(&bytes);
-    let at = |line: usize, detail: String| Error::Row { path: path.to_path_buf(), line, detail };
-
-    let Some(&(line, text)) = lines.first() else { return Err(no_rows(path)) };
-    let first = parse_object(text).map_err(|detail| at(line, detail))?;
-    let (form, columns) = columns_of(&first).ok_or_else(|| at(line, unfit(&first)))?;
+/// [`read_rows`], each row with its place.
+pub(super) fn read_placed(path: &Path) -> Result<(Form, Vec<(Place, Row)>)> {
+    let records = Records::read(path)?;
+    let (at, first) = records.first()?;
+    let (form, columns) = columns_of(&first).ok_or_else(|| records.error(at, unfit(&first)))?;
     let margins = form == Form::Pairs && first.get("margin").is_some_and(|margin| !margin.is_null());
-
-    let row = |text| parse_object(text).and_then(|object| to_row(form, columns, margins, object));
-    let rows: Vec<_> = lines.par_iter().map(|(_, text)| row(text)).collect();
-    lines
-        .iter()
-        .zip(rows)
-        .map(|(&(line, _), row)| row.map(|row| (line, row)).map_err(|detail| at(line, detail)))
-        .collect::<Result<_>>()
-        .map(|rows| (form, rows))
-}
-
-/// JSON lines, plain or gzip, of whatever columns: each object with its line, counted from 1.
-///
-/// # Errors
-/// As for [`read_rows`], but for columns.
-pub fn read_objects(path: &Path) -> Result<Vec<(usize, Object)>> {
-    let bytes = read_bytes(path)?;
-    let lines = lines(&bytes);
-    if lines.is_empty() {
-        return Err(no_rows(path));
-    }
-    let at = |line: usize| move |detail: String| Error::Row { path: path.to_path_buf(), line, detail };
-    lines.into_iter().map(|(line, text)| Ok((line, parse_object(text).map_err(at(line))?))).collect()
-}
-
-/// The lines that are not blank, counted from 1.
-fn lines(bytes: &[u8]) -> Vec<(usize, &[u8])> {
-    let lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
-    (1..).zip(lines).filter(|(_, text)| !text.is_empty()).collect()
-}
-
-fn no_rows(path: &Path) -> Error {
-    Error::file(path, "has no rows; every line must be one JSON object")
-}
-
-/// The whole file, decompressed, without the byte order mark that some editors write.
-fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = std::fs::read(path).map_err(|e| format!("cannot be read: {e}")).at(path)?;
-    if bytes.starts_with(&[0x1f, 0x8b]) {
-        let mut plain = Vec::new();
-        flate2::read::MultiGzDecoder::new(bytes.as_slice())
-            .read_to_end(&mut plain)
-            .map_err(|e| match e.kind() {
-                ErrorKind::UnexpectedEof => "the gzip data ends early; copy or download the file again".to_string(),
-                _ => format!("the gzip data is damaged ({e}); copy or download the file again"),
-            })
-            .at(path)?;
-        bytes = plain;
-    }
-    if bytes.starts_with(b"\xef\xbb\xbf") {
-        bytes.drain(..3);
-    }
-    Ok(bytes)
-}
-
-fn parse_object(text: &[u8]) -> Result<Object, String> {
-    let text = std::str::from_utf8(text)
-        .map_err(|e| format!("invalid UTF-8 at byte {}; expected JSON lines, plain or gzip", e.valid_up_to() + 1))?;
-    let value = serde_json::from_str(text).map_err(|e| {
-        // serde_json counts lines within this one line of the file: its "at line 1" would mislead.
-        let message = e.to_string();
-        let what = message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what);
-        format!("invalid JSON at column {}: {what}; every line must be one JSON object", e.column())
-    })?;
-    match value {
-        Value::Object(object) => Ok(object),
-        other => Err(format!("found {}, expected a JSON object", kind(&other))),
-    }
+    Ok((form, records.each(|object| to_row(form, columns, margins, object))?))
 }
 
 fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
@@ -481,14 +406,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let missing = read_rows(&folder.path().join("no.jsonl")).unwrap_err().to_string();
         assert!(missing.contains("no.jsonl: cannot be read: No such file"), "{missing}");
-        assert!(read_rows(folder.path()).unwrap_err().to_string().contains("cannot be read"));
+        assert!(read_rows(folder.path()).unwrap_err().to_string().contains("is a folder"));
     }
 
     #[test]
     fn lines_that_are_no_json_object_are_named() {
         fails(format!("{PAIR}\n\n{{\"prompt\": \n"), &["line 3: invalid JSON at column", "EOF while parsing"]);
         assert!(!failure("{,}").contains("at line 1"));
-        fails("[1, 2]", &["line 1: found a list, expected a JSON object"]);
+        fails("7", &["line 1: found a number, expected a JSON object"]);
         fails(format!("{PAIR}\n3"), &["line 2: found a number"]);
         fails([PAIR.as_bytes(), b"\n{\"prompt\": \"\xff\"}"].concat(), &["line 2: invalid UTF-8 at byte 13"]);
     }
