@@ -68,7 +68,7 @@ impl Case {
         let ids = |of: usize, len: usize| (0..len).map(move |i| (of * 7919 + i * 104_729) as u32);
         let sequence = |pair: usize, side: usize| {
             let ids = ids(pair, prompt).chain(ids(1000 + 2 * pair + side, completion)).map(|id| id % self.vocab);
-            Sequence { ids: ids.collect(), first: prompt }
+            Sequence::new(ids.collect(), prompt)
         };
         (0..self.pairs)
             .map(|row| Example { row, sequences: vec![sequence(row, 0), sequence(row, 1)], ..Example::default() })

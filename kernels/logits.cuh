@@ -63,7 +63,7 @@ __device__ __forceinline__ void for_each_tile(const T *h, const T *weight, float
 #pragma unroll
       for (int j = 0; j < WARP_TILE / 8; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) part.v[i][j][e] *= scale;
+        for (int e = 0; e < 4; e++) part.v[i][j][e] = __fmul_rn(part.v[i][j][e], scale);
     use(part, entry + warp_entry());
   }
 }

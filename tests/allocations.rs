@@ -46,7 +46,7 @@ fn a_pass_takes_no_memory_and_starts_no_thread() {
     let config = folder.path().join("config.json");
     std::fs::write(&config, CONFIG).unwrap();
     let checkpoint = Checkpoint::from_config(folder.path(), &config).unwrap();
-    let sequence = |from: u32, len: u32| Sequence { ids: (0..40).chain(from..from + len).collect(), first: 40 };
+    let sequence = |from: u32, len: u32| Sequence::new((0..40).chain(from..from + len).collect(), 40);
     let pair =
         |row: usize| Example { row, sequences: vec![sequence(100, 70), sequence(300, 90)], ..Example::default() };
     let host = HostBatch::new(&[pair(0), pair(1), pair(2)], Sharing::On);

@@ -103,7 +103,7 @@ with tempfile.TemporaryDirectory() as folder:
         max_grad_norm=recipe.get("max_grad_norm", 1.0), beta=recipe.get("beta", 0.0), loss_type=forms[recipe["objective"]],
         weight_decay=recipe.get("weight_decay", 0.0), temperature=recipe.get("rollout_temperature", 1.0), top_p=1.0, top_k=0, shuffle_dataset=False, logging_steps=1,
         report_to=[], use_cpu=True, bf16=False, fp16=False, save_strategy="no", gradient_checkpointing=False, seed=42,
-        disable_tqdm=True, use_bias_correction_kl=False,
+        disable_tqdm=True, use_bias_correction_kl=False, top_entropy_quantile=recipe.get("top_entropy_quantile", 1.0),
         # Dr. GRPO is its paper's in cuvee; in TRL only the normaliser changes with loss_type.
         scale_rewards=recipe.get("scale_rewards", "none" if recipe["objective"] == "dr_grpo" else "group"),
     )
@@ -124,7 +124,7 @@ if a.time:
     print(f"a step of {batch} completions: cuvee {mine:.3f} s ({own:.1f} tokens each), TRL {theirs:.3f} s ({length:.1f} tokens "
           f"each, {statistics.median(waits[1:]):.3f} s of it sampling and scoring): {theirs / mine:.2f} times")
     raise SystemExit
-worst = {"loss": 0.0, "grad_norm": 0.0, "kl": 0.0, "reward": 0.0}
+worst = {"loss": 0.0, "grad_norm": 0.0, "kl": 0.0, "reward": 0.0, "entropy": 0.0}
 for line, log in zip(ours, seen.logs):
     shown = []
     for name in worst:

@@ -95,10 +95,13 @@ fn check_finished(output: &Path) -> Result<()> {
     let refuse = |detail: &str| Err(Error::file(output, detail));
     match Marker::read(output) {
         Some(Marker { finished: true, .. }) => Ok(()),
-        Some(_) => refuse(
-            "holds an unfinished run; continue it with --resume-from-checkpoint auto, \
-             or choose another --output-dir",
-        ),
+        Some(_) => {
+            lock(output)?;
+            refuse(
+                "holds an unfinished run; continue it with --resume-from-checkpoint auto, \
+                 delete the folder, or choose another --output-dir",
+            )
+        }
         None if !output.is_dir() => refuse("is a file; choose another --output-dir"),
         None => refuse(
             "exists and is not a run of cuvee (it has no cuvee.json), so it is left alone; \
@@ -178,6 +181,18 @@ pub fn checkpoints(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// The newest complete checkpoint under `output`.
 pub fn latest_checkpoint(output: &Path) -> Result<Option<(u64, PathBuf)>> {
     Ok(checkpoints(output)?.pop())
+}
+
+/// Removes the oldest checkpoints, so that `limit` are left; that of step `also` stays in any case.
+pub fn keep_newest(output: &Path, limit: usize, also: Option<u64>) -> Result<()> {
+    let all = checkpoints(output)?;
+    let beyond = all.len().saturating_sub(limit);
+    for (_, path) in all.into_iter().take(beyond).filter(|(step, _)| Some(*step) != also) {
+        // Half a checkpoint never has a checkpoint's name.
+        let doomed = sibling(&path, TMP)?;
+        remove(&doomed).and_then(|()| fs::rename(&path, &doomed)).and_then(|()| remove(&doomed)).at(&path)?;
+    }
+    Ok(())
 }
 
 /// Removes what a crash left: every `*.tmp` directly in `output`, which must be a run's folder that no run is using.

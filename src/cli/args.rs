@@ -413,15 +413,18 @@ pub struct OptimArgs {
     /// The fine-tuned model of that difference [default: the policy as it starts]
     #[arg(long, value_name = "DIR")]
     pub tau_model: Option<PathBuf>,
-    /// Peak learning rate
-    #[arg(long, value_name = "F", default_value = "1e-6", value_parser = positive)]
-    pub learning_rate: f64,
+    /// Peak learning rate [default: TRL's: 2e-5 of sft and dft, 1e-4 of reward, 1e-6 of others]
+    #[arg(long, value_name = "F", value_parser = positive)]
+    pub learning_rate: Option<f64>,
     /// Course of the learning rate after warm-up; linear and cosine fall towards 0
     #[arg(long, value_name = "KIND", default_value = "linear")]
     pub lr_scheduler_type: LrSchedulerType,
     /// Share of all steps over which the learning rate rises from 0, 0 to 1
     #[arg(long, value_name = "F", default_value = "0", value_parser = zero_to_one)]
     pub warmup_ratio: f64,
+    /// The same as a number of steps
+    #[arg(long, value_name = "N", value_parser = count, conflicts_with = "warmup_ratio")]
+    pub warmup_steps: Option<usize>,
     /// Decoupled weight decay, per unit of learning rate
     #[arg(long, value_name = "F", default_value = "0", value_parser = zero_or_more)]
     pub weight_decay: f64,
@@ -479,6 +482,9 @@ pub struct DataArgs {
     /// What to do with a pair that is longer than --max-length
     #[arg(long, value_name = "WHAT", default_value = "drop")]
     pub on_overflow: OnOverflow,
+    /// Of `messages`, score what the assistant says and not what is said to it [default: every token]
+    #[arg(long)]
+    pub assistant_only_loss: bool,
     /// Leave out the first N rows of the data set: with --take, runs that must not share rows can have their own
     #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
     pub skip: usize,
@@ -496,6 +502,9 @@ pub struct DataArgs {
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 #[command(next_help_heading = "Evaluation and checkpoints")]
 pub struct SaveArgs {
+    /// Keep the newest N checkpoints, and the one that --on-alarm would go back to [default: all]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub save_total_limit: Option<usize>,
     /// Evaluate every N steps as well; needs --eval-dataset [default: only before and after]
     #[arg(long, value_name = "N", value_parser = steps)]
     pub eval_steps: Option<u64>,
@@ -553,7 +562,7 @@ pub struct BatchingArgs {
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// CPU threads, beside a GPU those that prepare its work [default: all cores]
-    #[arg(long, value_name = "N", value_parser = count)]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
     /// Where to compute: auto, cpu, cuda or cuda:N; auto takes the first GPU that the kernels run on, else the CPU
     #[arg(long, value_name = "WHERE", default_value = "auto", value_parser = device)]
@@ -894,6 +903,9 @@ pub struct PreviewArgs {
     pub line: Option<usize>,
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Show as scored what `cuvee train --assistant-only-loss` scores of `messages`
+    #[arg(long, help_heading = "Rows")]
+    pub assistant_only_loss: bool,
     /// When to use colour; auto is on a terminal, unless NO_COLOR is set
     #[arg(long, value_name = "WHEN", default_value = "auto", conflicts_with = "json", help_heading = "Output")]
     pub color: Color,
@@ -1117,6 +1129,15 @@ impl TrainArgs {
 }
 
 impl RunArgs {
+    /// TRL's, of its trainer for this objective.
+    pub fn default_learning_rate(&self) -> f64 {
+        match &self.loss.objective[..] {
+            [name] if name == "sft" || name == "dft" => 2e-5,
+            [name] if name == "reward" => 1e-4,
+            _ => 1e-6,
+        }
+    }
+
     /// What no single flag can know.
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         needs(flags, "eval_steps", "eval_dataset", "give the held-out pairs to evaluate")?;
@@ -1133,7 +1154,8 @@ impl RunArgs {
             needs(flags, "max_new_tokens", "samples", "say how many samples to print")?;
         }
         for option in ["temperature", "top_p"] {
-            needs(flags, option, "samples", "say how many samples to print")?;
+            let why = "say how many samples to print (completions that are trained on have --rollout-temperature, --rollout-top-p)";
+            needs(flags, option, "samples", why)?;
         }
         self.engine.check()?;
         self.refs.check(flags)?;
@@ -1185,6 +1207,9 @@ impl EngineArgs {
     }
 }
 
+/// What a recipe says of the course of its own run, which `compare` decides for each of its.
+pub const OF_ONE_RUN: [&str; 3] = ["save_steps", "stop_at_step", "resume_from_checkpoint"];
+
 impl CompareArgs {
     pub(super) fn check(&self, flags: &ArgMatches) -> Result<()> {
         self.run.check(flags)?;
@@ -1198,9 +1223,8 @@ impl CompareArgs {
         if self.run.eval_dataset.is_none() {
             return Err(Error::option("--eval-dataset", "missing; give the held-out pairs to compare on"));
         }
-        let fixed =
-            ["ref_mean", "ref_weights", "ref_clip", "ref_level", "eval_anchor", "limit", "save_steps", "stop_at_step"];
-        let fixed = fixed.into_iter().chain(["resume_from_checkpoint"]);
+        let fixed = ["ref_mean", "ref_weights", "ref_clip", "ref_level", "eval_anchor", "limit"];
+        let fixed = fixed.into_iter().chain(OF_ONE_RUN);
         match fixed.into_iter().find(|option| super::is_given(flags, option)) {
             Some(option) => {
                 let flag = format!("--{}", option.replace('_', "-"));
@@ -1341,6 +1365,16 @@ pub(super) fn zero_or_count(text: &str) -> Result<usize, String> {
 
 pub(super) fn count(text: &str) -> Result<usize, String> {
     size(text, 1)
+}
+
+/// Threads wait for each other: far more than there are cores take forever.
+fn threads(text: &str) -> Result<usize, String> {
+    let (threads, cores) = (size(text, 1)?, crate::machine::processor().allowed);
+    let most = 64.max(8 * cores);
+    match threads <= most {
+        true => Ok(threads),
+        false => Err(format!("{threads} threads on {cores} cores take longer than {cores}; give {most} or fewer")),
+    }
 }
 
 /// `8GiB`, `8G` (the same), `8GB` (powers of 1000), `512M`, `1.5GiB`. A number alone could mean anything.

@@ -45,7 +45,7 @@ impl EvalArgs {
         let tokenizer = Tokenizer::load(model)?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(dataset, &tokenizer, &encode)?.not_empty()?;
-        dataset.report().iter().for_each(say);
+        dataset.report().iter().chain(&policy.beyond_rows(&dataset)).for_each(say);
         let packing = super::packing(&args.batching);
         let reference = |dir: &Path| {
             let reference = Checkpoint::open(dir)?;
@@ -57,7 +57,7 @@ impl EvalArgs {
         let stats = Stats {
             ref_logps: args.ref_model.as_deref().map(reference).transpose()?.into_iter().collect(),
             logps: sums(device, &policy, &dataset, packing)?,
-            lens: sequences().map(|s| (s.ids.len() - s.first) as f64).collect(),
+            lens: sequences().map(|s| s.targets() as f64).collect(),
             pairs: (0..pairs).map(|pair| (2 * pair, 2 * pair + 1)).collect(),
             ..Stats::default()
         };

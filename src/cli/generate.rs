@@ -128,6 +128,8 @@ impl Job for &GenerateArgs {
         Init::Checkpoint.fill(device, &checkpoint, &mut model)?;
         let requests = args.requests(&prompts, tokenizer.stops());
         requests.iter().try_for_each(|request| request.check(spec))?;
+        let most = prompts.iter().map(|prompt| prompt.ids.len() + args.max_new_tokens);
+        checkpoint.beyond("prompts and --max-new-tokens", most).iter().for_each(say);
         let tensor = model.params_mut().iter().map(|param| param.value.len()).max().unwrap_or(0);
         let (running, needed) = args.sizes(device, &model, [ledger.total(), tensor], &requests)?;
         let all = prompts.len() * args.samples;

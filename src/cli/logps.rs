@@ -62,7 +62,7 @@ impl Job for &LogpsArgs {
         let tokenizer = Tokenizer::load(&args.model)?;
         let encode = super::encode(args.limits.max_length, args.limits.on_overflow);
         let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
-        dataset.report().iter().for_each(say);
+        dataset.report().iter().chain(&checkpoint.beyond_rows(&dataset)).for_each(say);
         let logps = score(device, &checkpoint, &dataset, super::packing(&args.batching))?;
         Ok(by_row(&dataset, &logps, |example, sequences| {
             let sum = |s: usize| sequences[s].iter().map(|x| f64::from(*x)).sum::<f64>();

@@ -8,6 +8,7 @@ mod cache;
 mod compare;
 mod device;
 mod doctor;
+mod elsewhere;
 mod eval;
 mod flags;
 mod generate;
@@ -79,7 +80,7 @@ impl Failure {
 
 impl From<clap::Error> for Failure {
     fn from(error: clap::Error) -> Self {
-        Self::Clap(error)
+        elsewhere::answer(&error).map_or(Self::Clap(error), Self::Error)
     }
 }
 
@@ -136,7 +137,7 @@ fn packing(batching: &args::BatchingArgs) -> crate::data::Packing {
 }
 
 fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::data::EncodeOptions {
-    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into(), prompts: false }
+    crate::data::EncodeOptions { max_length, on_overflow: on_overflow.into(), ..Default::default() }
 }
 
 /// Parses a command line (program name first) and the recipe it may name.
@@ -155,7 +156,8 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
             return Ok(Cli { command: Command::Compare(compare) });
         }
         // A recipe is its own flags, put behind `cuvee train`.
-        argv.splice(2..2, recipe::to_flags(path, flags)?);
+        let without = if name == "compare" { &args::OF_ONE_RUN[..] } else { &[] };
+        argv.splice(2..2, recipe::to_flags(path, flags, without)?);
         matches = command.try_get_matches_from(&argv)?;
     }
 
@@ -163,7 +165,12 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     if recipe::TAKEN_BY.contains(&name) {
         require(name, flags)?;
     }
-    let cli = Cli::from_arg_matches(&matches)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let Command::Train(args) = &mut cli.command {
+        // The recipe that the run leaves behind says what it was.
+        let rate = args.run.default_learning_rate();
+        args.run.optim.learning_rate.get_or_insert(rate);
+    }
     match &cli.command {
         Command::Train(args) => args.run.check(flags)?,
         Command::Plan(args) => args.run.check(flags)?,
@@ -288,7 +295,7 @@ mod tests {
         let RunArgs { loss, optim, schedule, data, save, sampling, .. } = &args.run;
         assert_eq!((&loss.objective[..], loss.params.names().count()), (&["sigmoid".to_string()][..], 0));
         assert!(loss.objective_weights.is_empty());
-        assert_eq!((optim.choice.optimizer.as_str(), optim.learning_rate), ("adamw", 1e-6));
+        assert_eq!((optim.choice.optimizer.as_str(), optim.learning_rate), ("adamw", Some(1e-6)));
         assert_eq!((optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((optim.max_grad_norm, optim.weight_decay, optim.warmup_ratio), (1.0, 0.0, 0.0));
         assert_eq!(optim.lr_scheduler_type, LrSchedulerType::Linear);
@@ -303,7 +310,8 @@ mod tests {
                 kl_samples: 0,
                 eval_task: vec![],
                 stop_when: vec![],
-                save_steps: None
+                save_steps: None,
+                save_total_limit: None
             }
         );
         assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
@@ -452,7 +460,7 @@ mod tests {
             }
         }
         let args = train(&with(&["--learning-rate", "5e-4", "--max-grad-norm", "0", "--warmup-ratio=1"]));
-        assert_eq!(args.run.optim.learning_rate, 5e-4);
+        assert_eq!(args.run.optim.learning_rate, Some(5e-4));
     }
 
     #[test]
@@ -514,7 +522,7 @@ mod tests {
         warmup_ratio = 0.1\n weight_decay = 1\n adam_beta1 = 0.8\n adam_beta2 = 0.95\n adam_epsilon = 1e-6
         max_grad_norm = 0\n num_train_epochs = 2.5\n max_steps = 100\n stop_at_step = 50\n seed = 9223372036854775807
         resume_from_checkpoint = 'c'\n per_device_train_batch_size = 3\n gradient_accumulation_steps = 2
-        max_length = 77\n on_overflow = 'truncate'\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n samples = 3
+        max_length = 77\n on_overflow = 'truncate'\n assistant_only_loss = true\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n samples = 3
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'

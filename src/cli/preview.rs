@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::io::IsTerminal;
+use std::ops::Range;
 
 use serde_json::{Value, json};
 
@@ -14,7 +15,8 @@ use crate::progress::say;
 
 pub fn run(args: &PreviewArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.model)?;
-    let encode = EncodeOptions { prompts: true, ..super::encode(args.limits.max_length, args.limits.on_overflow) };
+    let limits = super::encode(args.limits.max_length, args.limits.on_overflow);
+    let encode = EncodeOptions { prompts: true, assistant_only: args.assistant_only_loss, ..limits };
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
     let palette = Palette { on: colored(args.color, |name| std::env::var(name).ok(), std::io::stdout().is_terminal()) };
     for row in rows(args, &dataset)? {
@@ -87,7 +89,11 @@ fn example_json(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer) -> 
     let segment = |s: &Segment| json!({"start": s.start, "len": s.len, "parent": s.parent, "position": s.position});
     let sequence = |(name, sequence): (&str, &Sequence)| {
         let text = tokenizer.decode_all(&sequence.ids)?;
-        Ok(json!({"name": name, "ids": sequence.ids, "first": sequence.first, "text": text}))
+        let mut object = json!({"name": name, "ids": sequence.ids, "first": sequence.first, "text": text});
+        if !sequence.unscored.is_empty() {
+            object["unscored"] = sequence.unscored.iter().map(|range| json!([range.start, range.end])).collect();
+        }
+        Ok(object)
     };
     let sequences: Vec<Value> =
         names(example, dataset.form).into_iter().zip(&example.sequences).map(sequence).collect::<Result<_>>()?;
@@ -155,11 +161,21 @@ fn example_text(example: &Example, dataset: &Dataset, tokenizer: &Tokenizer, pal
         ids_of(part, if i == 0 { "ids" } else { "" }, palette, &mut out);
     }
     for (i, (name, sequence)) in named.iter().enumerate() {
-        let (label, scored) = (if i == 0 { "mask" } else { "" }, sequence.ids.len() - sequence.first);
-        let _ = writeln!(out, "{label:<MARGIN$}0 x {}, 1 x {scored}   {name}", sequence.first);
+        let label = if i == 0 { "mask" } else { "" };
+        let _ = writeln!(out, "{label:<MARGIN$}{}   {name}", mask(sequence));
     }
     segments_of(&Batch::new([example], Sharing::On), &named, &mut out);
     out + "\n"
+}
+
+/// Runs of tokens that are not scored (0) and that are (1).
+fn mask(sequence: &Sequence) -> String {
+    let (mut out, mut start) = (format!("0 x {}", sequence.first), sequence.first);
+    for between in &sequence.unscored {
+        let _ = write!(out, ", 1 x {}, 0 x {}", between.start - start, between.len());
+        start = between.end;
+    }
+    out + &format!(", 1 x {}", sequence.ids.len() - start)
 }
 
 /// The prompt once where all sequences have it, and what is scored of each.
@@ -174,7 +190,17 @@ fn parts<'a>(named: &[(&'a str, &'a Sequence)], pieces: &'a [Vec<Piece>]) -> Vec
             parts.push(Part { label, style: DIM, ids: prompt(i), pieces: before });
         }
         let style = if ["rejected", "undesirable"].contains(label) { RED } else { GREEN };
-        parts.push(Part { label, style, ids: &sequence.ids[sequence.first..], pieces: scored });
+        let part = |label, style, range: Range<usize>| {
+            let within = range.start - sequence.first..range.end - sequence.first;
+            Part { label, style, ids: &sequence.ids[range], pieces: &scored[within] }
+        };
+        let mut start = sequence.first;
+        for between in &sequence.unscored {
+            parts.push(part(label, style, start..between.start));
+            parts.push(part("unscored", DIM, between.clone()));
+            start = between.end;
+        }
+        parts.push(part(label, style, start..sequence.ids.len()));
     }
     parts
 }

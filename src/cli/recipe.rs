@@ -47,8 +47,9 @@ fn switch_both_ways(arg: Arg) -> Arg {
     }
 }
 
-/// The flags a recipe stands for, less those that the user gave: theirs win, and a list replaces a list.
-pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>> {
+/// The flags a recipe stands for, less those that the user gave: theirs win, and a list replaces a list. Less those of `without`, too:
+/// a recipe of one run says when that one is saved.
+pub(super) fn to_flags(path: &Path, given: &ArgMatches, without: &[&str]) -> Result<Vec<OsString>> {
     let text = std::fs::read_to_string(path).map_err(|e| unreadable(path, &e))?;
     let table: Table = text.parse().map_err(|e: toml::de::Error| Error::file(path, e.to_string().trim_end()))?;
     let command = train();
@@ -62,7 +63,8 @@ pub(super) fn to_flags(path: &Path, given: &ArgMatches) -> Result<Vec<OsString>>
             return Err(Error::file(path, format!("{twin:?} and {key:?} are the same option; keep one")));
         }
         seen.push((arg, key));
-        if is_given(given, arg.get_id().as_str()) {
+        let id = arg.get_id().as_str();
+        if is_given(given, id) || without.contains(&id) {
             continue;
         }
         for value in elements(arg, value) {

@@ -27,7 +27,8 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     }
     let lines = || device::run(&args.engine, args.precision.dtype, None, args);
     if let (Some(dataset), Some(out)) = (&args.dataset, &args.out) {
-        return write_rows(out, dataset, lines);
+        let told = || lines().inspect(|lines| pairs(lines).iter().for_each(say));
+        return write_rows(out, dataset, told);
     }
     let line = lines()?.remove(0);
     match line["score"].as_f64() {
@@ -36,6 +37,22 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
             Err(Error::option("--text", format!("is not scored: {}", line["skipped"].as_str().unwrap_or("skipped"))))
         }
     }
+}
+
+/// How often the chosen completion of a pair has the higher score, a tie counting half, and by how much.
+fn pairs(lines: &[Value]) -> Option<String> {
+    let gap = |line: &Value| Some(line["score_chosen"].as_f64()? - line["score_rejected"].as_f64()?);
+    let gaps: Vec<f64> = lines.iter().filter_map(gap).collect();
+    let n = gaps.len() as f64;
+    let right: f64 = gaps.iter().map(|gap| if *gap == 0.0 { 0.5 } else { f64::from(u8::from(*gap > 0.0)) }).sum();
+    let margin = gaps.iter().sum::<f64>() / n;
+    let text = || {
+        format!(
+            "the chosen completion scores higher in {:.1} % of {n} pairs, by {margin:.3} on average",
+            100.0 * right / n
+        )
+    };
+    (!gaps.is_empty()).then(text)
 }
 
 impl ScoreArgs {

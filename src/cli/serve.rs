@@ -13,7 +13,7 @@ use crate::device::{Arena, Dry};
 use crate::error::{At, Error, Result};
 use crate::lineage::content_hash;
 use crate::machine::{human, memory};
-use crate::model::{Checkpoint, Init, Model, Options, Spec};
+use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
 use crate::progress::say;
 use crate::rollout::{Limits, Size, plan_size};
@@ -182,15 +182,15 @@ impl ServeArgs {
     }
 
     /// The longest sequence.
-    fn context(&self, spec: &Spec) -> Result<usize> {
-        let most = spec.most_positions();
+    fn context(&self, checkpoint: &Checkpoint) -> Result<usize> {
+        let most = checkpoint.spec.most_positions();
         match (self.max_context, most) {
             (Some(given), Some(most)) if given > most => {
                 let detail = format!("{given} tokens, but the model has learned positions for {most}");
                 Err(Error::option("--max-context", detail))
             }
             (Some(given), _) => Ok(given.max(2)),
-            (None, most) => Ok(most.unwrap_or(CONTEXT).min(CONTEXT)),
+            (None, _) => Ok(checkpoint.positions().unwrap_or(CONTEXT).min(CONTEXT)),
         }
     }
 
@@ -239,7 +239,7 @@ impl Job for &ServeArgs {
         let checkpoint = open(&args.model, &args.adapter)?;
         let (soups, tokenizer) = (args.soups()?, Tokenizer::load(&args.model)?);
         let (spec, naming) = (&checkpoint.spec, checkpoint.architecture.naming);
-        let context = args.context(spec)?;
+        let context = args.context(&checkpoint)?;
         let options = Options::frozen(context).holding(&checkpoint, Init::Checkpoint).with_adapters(&checkpoint);
         let ledger = Model::<Dry>::plan(device.keeps(), spec, naming, options);
         let mut model = Model::new(&mut Arena::new(device, &ledger)?, spec, naming, options);

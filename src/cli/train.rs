@@ -13,7 +13,7 @@ use crate::data::EncodeOptions;
 use crate::error::{At, Result};
 use crate::model::Init;
 use crate::ops::Backend;
-use crate::optim::{Decay, Hyper};
+use crate::optim::{Decay, Hyper, Warmup};
 use crate::train::{Outcome, Pause, Resume, Samples, Settings};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
@@ -109,9 +109,12 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             stochastic_rounding: run.optim.stochastic_rounding,
             seed: run.schedule.seed,
         },
-        learning_rate: run.optim.learning_rate,
+        learning_rate: run.optim.learning_rate.unwrap_or_else(|| run.default_learning_rate()),
         decay: decay(run.optim.lr_scheduler_type),
-        warmup_ratio: run.optim.warmup_ratio,
+        warmup: match run.optim.warmup_steps {
+            Some(steps) => Warmup::Steps(steps as u64),
+            None => Warmup::Share(run.optim.warmup_ratio),
+        },
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
         stop_at_step: run.schedule.stop_at_step.map(Pause::of),
@@ -131,6 +134,7 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         profile_steps: run.profile_steps.map(|StepRange(first, last)| (first, last)),
         eval_steps: run.save.eval_steps,
         save_steps: run.save.save_steps,
+        save_total_limit: run.save.save_total_limit,
         dtype: match run.dtype {
             args::Dtype::F32 => SaveDtype::F32,
             args::Dtype::Bf16 => SaveDtype::Bf16,
@@ -149,7 +153,8 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
 /// Rows may be prompts alone where the policy writes what follows.
 fn encode(run: &RunArgs) -> EncodeOptions {
     let encode = super::encode(Some(run.data.max_length), run.data.on_overflow);
-    EncodeOptions { prompts: run.rollouts.rollouts().is_some(), ..encode }
+    let assistant_only = run.data.assistant_only_loss;
+    EncodeOptions { prompts: run.rollouts.rollouts().is_some(), assistant_only, ..encode }
 }
 
 fn decay(kind: args::LrSchedulerType) -> Decay {

@@ -108,7 +108,7 @@ impl Batch {
                 let child = batch.push_segment(&sequence.ids[shared..], parent);
                 match read {
                     Read::Completions => {
-                        batch.push_targets(sequence, child, (sequence.first..sequence.ids.len()).map(|t| (t - 1, t)));
+                        batch.push_targets(sequence, child, sequence.scored().map(|t| (t - 1, t)));
                     }
                     Read::Last { pad } => {
                         let last = sequence.ids.iter().rposition(|id| Some(*id) != pad).unwrap_or(0);
@@ -187,7 +187,7 @@ pub fn extent_of(example: &Example, sharing: Sharing) -> Extent {
     let lens = || sequences.iter().map(|sequence| sequence.ids.len());
     Extent {
         rows: lens().sum::<usize>() - shared * sequences.len().saturating_sub(1),
-        targets: sequences.iter().map(|sequence| sequence.ids.len() - sequence.first).sum(),
+        targets: sequences.iter().map(Sequence::targets).sum(),
         segments: sequences.len() + usize::from(shared > 0),
         sequences: sequences.len(),
         longest: lens().max().unwrap_or(0),
@@ -254,7 +254,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn example(first: usize, sequences: &[&[u32]]) -> Example {
-        let sequences = sequences.iter().map(|ids| Sequence { ids: ids.to_vec(), first }).collect();
+        let sequences = sequences.iter().map(|ids| Sequence::new(ids.to_vec(), first)).collect();
         Example { sequences, ..Example::default() }
     }
 
@@ -354,7 +354,7 @@ mod tests {
                     ids[0] = 100 + i as u32;
                 }
                 let first = prompt.len() + more % completion.len();
-                Sequence { ids, first }
+                Sequence::new(ids, first)
             });
             Example { sequences: sequences.collect(), ..Example::default() }
         });

@@ -3,13 +3,15 @@
 //! A template is a Jinja program that turns messages into text; which tokens start and end a turn is known to nothing
 //! else. minijinja runs it, set up as transformers sets up jinja2: `trim_blocks`, `lstrip_blocks`, loop controls,
 //! `raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, Python's methods on strings, lists and dicts.
-//! `{% generation %}` marks what the assistant says; the marks are accepted and have no effect here.
+//! `{% generation %}` marks what the assistant says: [`ChatTemplate::marked`] tells where that is in the text.
 //!
 //! What differs from jinja2: a printed float never has an exponent, and methods that minijinja-contrib and [`methods`]
 //! do not have fail. A failure is an error that names the row.
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,7 @@ pub struct ChatTemplate {
     /// `bos_token`, `eos_token`, ..: what a template may put around turns.
     special_tokens: Map<String, Value>,
     reads_clock: bool,
+    marks: bool,
 }
 
 impl ChatTemplate {
@@ -78,14 +81,18 @@ impl ChatTemplate {
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
+        environment.add_function(MARK, mark);
         let reads_clock = templates.iter().any(|(_, source)| source.contains("strftime_now"));
+        let mut marks = false;
         for (name, source) in templates {
+            let source = prepared(&source);
+            marks |= source.contains(MARK);
             environment
-                .add_template_owned(name, prepared(&source))
+                .add_template_owned(name, source)
                 .map_err(|e| format!("the chat template cannot be read: {}", describe(&e)))
                 .at(&path)?;
         }
-        Ok(Self { path, environment, special_tokens, reads_clock })
+        Ok(Self { path, environment, special_tokens, reads_clock, marks })
     }
 
     /// Whether the text of a conversation may be another one tomorrow.
@@ -104,6 +111,24 @@ impl ChatTemplate {
         variables: &Map<String, Value>,
         generation_prompt: bool,
     ) -> Result<String> {
+        Ok(self.marked(messages, variables, generation_prompt)?.0)
+    }
+
+    /// Whether it marks what the assistant says.
+    pub fn marks(&self) -> bool {
+        self.marks
+    }
+
+    /// [`render`](Self::render), and the bytes of it that are between the template's `{% generation %}` marks.
+    ///
+    /// # Errors
+    /// As `render`.
+    pub fn marked(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Value>,
+        generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let messages: Vec<Value> = messages.iter().map(|message| Value::Object(with_reasoning(message))).collect();
         let mut context = self.special_tokens.clone();
         context.extend([("tools".to_string(), Value::Null), ("documents".to_string(), Value::Null)]);
@@ -114,15 +139,16 @@ impl ChatTemplate {
         let tool_use = !context["tools"].is_null() && self.environment.get_template(TOOL_USE).is_ok();
         let name = if tool_use { TOOL_USE } else { DEFAULT };
         let run = || {
-            let mut out = Capped::default();
+            WRITTEN.take();
             let template = self.environment.get_template(name)?;
-            template.render_captured_to(Jinja::from(Serde(&context)), &mut out)?;
-            Ok(out.0)
+            template.render_captured_to(Jinja::from(Serde(&context)), &mut Capped)?;
+            Ok(WRITTEN.take())
         };
         // minijinja 3.0.5 panics where it should fail on `''[::-1]`, and a template is not ours to trust.
         let text = catch_unwind(AssertUnwindSafe(run)).map_err(|_| "the template engine panics on it").at(&self.path)?;
-        let text = text.map_err(|e| failure(&e)).at(&self.path)?;
-        Ok(String::from_utf8(text).expect("a template writes text"))
+        let Written { text, marks } = text.map_err(|e| failure(&e)).at(&self.path)?;
+        let spans = marks.chunks_exact(2).map(|ends| ends[0]..ends[1]).filter(|span| !span.is_empty());
+        Ok((String::from_utf8(text).expect("a template writes text"), spans.collect()))
     }
 }
 
@@ -139,7 +165,7 @@ fn named_templates(value: &Value) -> Option<Vec<(String, String)>> {
 
 /// The template as minijinja takes it. Line ends become `\n`, as jinja2 makes them. `{% generation %}` and
 /// `{% endgeneration %}` become `{% with %}`: like the block that transformers makes of them, it keeps to itself what is
-/// set inside.
+/// set inside. A call beside them notes how much is written.
 fn prepared(source: &str) -> String {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
@@ -150,7 +176,8 @@ fn prepared(source: &str) -> String {
         rest = tag;
         let sign = tag.len() - tag.trim_start_matches(['-', '+']).len();
         let name = tag[sign..].trim_start();
-        for (mark, instead) in [("generation", " with "), ("endgeneration", " endwith ")] {
+        let [begin, end] = [format!(" with %}}{{% do {MARK}() "), format!(" do {MARK}() %}}{{% endwith ")];
+        for (mark, instead) in [("generation", &begin), ("endgeneration", &end)] {
             let after = name.strip_prefix(mark).map(str::trim_start);
             if let Some(after) = after.filter(|after| after.trim_start_matches(['-', '+']).starts_with("%}")) {
                 out += &tag[..sign];
@@ -172,16 +199,34 @@ fn with_reasoning(message: &Message) -> Message {
     with
 }
 
-/// Text up to `MAX_OUTPUT`.
+/// What the rendering on this thread has written, and where marks are in it.
 #[derive(Default)]
-struct Capped(Vec<u8>);
+struct Written {
+    text: Vec<u8>,
+    marks: Vec<usize>,
+}
+
+thread_local! {
+    static WRITTEN: RefCell<Written> = RefCell::default();
+}
+
+/// What a mark calls.
+const MARK: &str = "cuvee_generation_mark";
+
+fn mark() -> String {
+    WRITTEN.with_borrow_mut(|written| written.marks.push(written.text.len()));
+    String::new()
+}
+
+/// Text up to `MAX_OUTPUT`.
+struct Capped;
 
 impl Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_OUTPUT {
-            return Err(io::Error::other("too much text"));
-        }
-        self.0.write(bytes)
+        WRITTEN.with_borrow_mut(|written| match written.text.len() + bytes.len() > MAX_OUTPUT {
+            true => Err(io::Error::other("too much text")),
+            false => written.text.write(bytes),
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -452,7 +497,12 @@ mod tests {
     fn generation_marks_and_line_ends_leave_no_trace() {
         let marked = "a{% generation %}b{% set c = 1 %}{%- endgeneration -%} {{ c is defined }}";
         assert_eq!(render(marked, "").unwrap(), "abFalse");
-        assert_eq!(prepared("{%-generation+%}x{%+ endgeneration -%}"), "{%- with +%}x{%+ endwith -%}");
+        let prepared_marks = prepared("{%-generation+%}x{%+ endgeneration -%}");
+        let call = "do cuvee_generation_mark() %}";
+        assert_eq!(
+            prepared_marks,
+            format!("{{%- with %}}{{% {} +%}}x{{%+ {call}{{% endwith -%}}", &call[..call.len() - 3])
+        );
         for other in ["{% generations %}", "{{ generation }}", "{% if generation %}", "a {% b", "{%"] {
             assert_eq!(prepared(other), other);
         }

@@ -1,6 +1,7 @@
 //! The rows of a file as token sequences, and an account of every row that is not trained on as it stands.
 
 use std::mem::discriminant;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -12,12 +13,34 @@ use super::rows::{Form, Parts, Row, read_placed};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Place, Result};
 
-/// One scored sequence: `ids[first..]` are scored, each predicted from the token before it.
+/// One scored sequence: `ids[first..]` are scored but for `unscored`, each predicted from the token before it.
 /// `1 <= first < ids.len()` always holds.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Sequence {
     pub ids: Vec<u32>,
     pub first: usize,
+    /// Tokens between the first and the last one that is scored: what others say between an assistant's turns. Ascending ranges,
+    /// apart from each other.
+    pub unscored: Vec<Range<usize>>,
+}
+
+impl Sequence {
+    /// With every token from `first` on scored.
+    pub fn new(ids: Vec<u32>, first: usize) -> Self {
+        Self { ids, first, unscored: Vec::new() }
+    }
+
+    /// The tokens that are scored, in order.
+    pub fn scored(&self) -> impl Iterator<Item = usize> {
+        let starts = std::iter::once(self.first).chain(self.unscored.iter().map(|range| range.end));
+        let ends = self.unscored.iter().map(|range| range.start).chain([self.ids.len()]);
+        starts.zip(ends).flat_map(|(start, end)| start..end)
+    }
+
+    /// How many tokens are scored.
+    pub fn targets(&self) -> usize {
+        self.ids.len() - self.first - self.unscored.iter().map(Range::len).sum::<usize>()
+    }
 }
 
 /// One row ready to train on: 2 sequences (chosen, rejected) for pairs, with equal `first`; else 1. Their prompts
@@ -114,6 +137,13 @@ impl Dataset {
             return Err(Error::file(path, detail));
         }
         let conversational = placed.iter().any(|(_, row)| row.has_messages());
+        if options.assistant_only && !(conversational && form == Form::Text) {
+            let detail = format!(
+                "{} has {form}, of which the completion alone is scored anyway, or no messages; it is for a column \"messages\"",
+                path.display()
+            );
+            return Err(Error::option("--assistant-only-loss", detail));
+        }
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
         let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
         let encoded: Vec<_> = placed.par_iter().map(|(_, row)| encoder.encode(row)).collect();
@@ -276,6 +306,9 @@ impl Dataset {
             // The lengths first, so that no two lists of sequences give the same bytes.
             let header = [sequence.ids.len() as u64, sequence.first as u64];
             hasher.update(bytemuck::cast_slice(&header)).update(bytemuck::cast_slice(&sequence.ids));
+            for range in &sequence.unscored {
+                hasher.update(bytemuck::cast_slice(&[range.start as u64, range.end as u64]));
+            }
         }
         // Of all examples or of none; the form says whether of labels.
         let labels: Vec<u8> = self.examples.iter().filter_map(|example| example.label).map(u8::from).collect();
@@ -330,7 +363,7 @@ mod tests {
     }
 
     fn sequence(ids: &[u32], first: usize) -> Sequence {
-        Sequence { ids: ids.to_vec(), first }
+        Sequence::new(ids.to_vec(), first)
     }
 
     #[test]
@@ -540,6 +573,45 @@ mod tests {
         let data = chat(TEMPLATE, &[messages], limit(7, Overflow::Truncate)).unwrap();
         assert_eq!(data.examples[0].sequences, [sequence(&[6, 3, 7, 5, 4, 1, 6], 1)]);
         assert_eq!((data.form, data.truncated), (Form::Text, 1));
+    }
+
+    #[test]
+    fn what_the_assistant_says_can_be_all_that_is_scored() {
+        let only = EncodeOptions { assistant_only: true, ..EncodeOptions::default() };
+        let rows = |texts: &[&str]| [json!({"messages": turns(texts)})];
+        let sequences = |template: &str, options: EncodeOptions| {
+            chat(template, &rows(&["a", "b", "a", "bd"]), options).unwrap().examples.remove(0).sequences
+        };
+        let (unscored, ids) = (vec![6..10], vec![6, 3, 7, 5, 4, 1, 6, 3, 7, 5, 4, 6, 1]);
+        let expected = Sequence { ids, first: 4, unscored };
+        assert_eq!((expected.targets(), expected.scored().collect::<Vec<_>>()), (5, vec![4, 5, 10, 11, 12]));
+        assert_eq!(sequences(TEMPLATE, only), [expected.clone()]);
+        // By its marks, and without the blank that a template writes behind EOS.
+        let marked = TEMPLATE.replace(
+            "'c' + m.content + eos_token }}",
+            "'c' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}",
+        );
+        assert_eq!(sequences(&marked, only), [expected.clone()]);
+        let blank = TEMPLATE.replace("+ eos_token", "+ eos_token + ' '");
+        let ids = vec![6, 3, 7, 5, 4, 1, 7, 6, 3, 7, 5, 4, 6, 1];
+        assert_eq!(sequences(&blank, only), [Sequence { ids, first: 4, unscored: vec![6..11] }]);
+        // Cut within what is not scored.
+        let cut = EncodeOptions { max_length: Some(8), on_overflow: Overflow::Truncate, ..only };
+        assert_eq!(sequences(TEMPLATE, cut), [sequence(&[6, 3, 7, 5, 4, 1], 4)]);
+
+        assert_eq!(chat(TEMPLATE, &rows(&["a"]), only).unwrap().skipped, [(0, Skip::NoAssistant)]);
+        let none = EncodeOptions { max_length: Some(4), on_overflow: Overflow::Truncate, ..only };
+        assert_eq!(chat(TEMPLATE, &rows(&["a", "b"]), none).unwrap().skipped, [(0, Skip::NoAssistant)]);
+        let fails = |template: &str, row: Value, part: &str| {
+            let message = chat(template, &[row], only).unwrap_err().to_string();
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        };
+        let last = "{% for m in messages %}{{ m.content }}{{ eos_token if loop.last }}{% endfor %}";
+        fails(last, json!({"messages": turns(&["a", "b", "a", "b"])}), "message 2 otherwise when others follow");
+        let pair = json!({"prompt": turns(&["a"]), "chosen": answer("b"), "rejected": answer("d")});
+        fails(TEMPLATE, pair, "--assistant-only-loss: ");
+        let of = |options| chat(TEMPLATE, &rows(&["a", "b", "a", "b"]), options).unwrap().fingerprint();
+        assert_ne!(of(only), of(EncodeOptions::default()));
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! * Text: EOS is appended to `chosen`, `rejected`, `completion` and `text` where they do not end with it (`add_eos` in
 //!   dpo_trainer.py and sft_trainer.py), and the tokenizer adds the special tokens that it adds to any text.
 //! * Messages: the chat template writes everything, special tokens too, and nothing is added. The prompt is rendered
-//!   with a generation prompt. Of `messages` without a prompt every token is scored.
+//!   with a generation prompt. Of `messages` without a prompt every token is scored, or with `assistant_only` those of the
+//!   assistant's turns (`assistant_only_loss` in sft_trainer.py): what the template marks by `{% generation %}`, as TRL has it, or
+//!   where a template marks nothing, what each turn of the assistant adds to the text before it.
 //! * Prompt and completion are encoded together as one string, and the prompt alone besides. The completion starts
 //!   where the two part (`common_prefix_length` in data_utils.py): a token that merges across the boundary is
 //!   scored, and so is the end of a prompt that the template writes differently before an answer. A pair's sequences
@@ -17,11 +19,12 @@
 //! always cuts what is too long; here that is [`Overflow`], and the default is to drop.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde_json::{Map, Value};
 
 use super::chat::ChatTemplate;
-use super::conversation::Content;
+use super::conversation::{Content, Message};
 use super::dataset::Sequence;
 use super::lint::{self, Lint};
 use super::rows::{Parts, Row};
@@ -49,6 +52,8 @@ pub enum Skip {
     EmptyCompletion,
     /// As `EmptyCompletion`, for a text row; its first token is never scored.
     EmptyText,
+    /// A conversation in which the assistant says nothing, where only that is scored.
+    NoAssistant,
     /// No token before the completion to predict it from: an empty prompt and no BOS.
     EmptyPrompt,
     /// With `Overflow::Truncate`: no completion token is left of some sequence.
@@ -61,6 +66,7 @@ impl fmt::Display for Skip {
             Skip::TooLong { .. } => "too long",
             Skip::EmptyCompletion => "empty completion",
             Skip::EmptyText => "empty text",
+            Skip::NoAssistant => "no turn of the assistant",
             Skip::EmptyPrompt => "empty prompt",
             Skip::PromptFillsMaxLength { .. } => "prompt fills max length",
         })
@@ -76,7 +82,7 @@ impl Skip {
             }
             Skip::PromptFillsMaxLength { max_length, .. } => format!("{max_length} tokens; see --max-length; "),
             Skip::EmptyPrompt => "no token comes before the completion; ".to_string(),
-            Skip::EmptyCompletion | Skip::EmptyText => String::new(),
+            Skip::EmptyCompletion | Skip::EmptyText | Skip::NoAssistant => String::new(),
         }
     }
 }
@@ -89,6 +95,8 @@ pub struct EncodeOptions {
     pub on_overflow: Overflow,
     /// Rows may be prompts alone.
     pub prompts: bool,
+    /// Of conversations only what the assistant says is scored.
+    pub assistant_only: bool,
 }
 
 /// One row with one completion as tokens, whatever their number; the tokenizer's chat template writes messages.
@@ -133,6 +141,8 @@ struct Texts {
     /// The tokenizer has special tokens to add.
     add_special_tokens: bool,
     lints: Vec<Lint>,
+    /// Bytes of the one whole that are scored, where not all are.
+    spans: Option<Vec<Range<usize>>>,
 }
 
 impl RowEncoder<'_> {
@@ -186,6 +196,7 @@ impl RowEncoder<'_> {
             wholes: completions.iter().map(whole).collect(),
             add_special_tokens: true,
             lints: Vec::new(),
+            spans: None,
         }
     }
 
@@ -196,6 +207,9 @@ impl RowEncoder<'_> {
         completions: &[&Content],
         variables: &Map<String, Value>,
     ) -> Result<Texts> {
+        if let (true, None, [text]) = (self.options.assistant_only, prompt, completions) {
+            return self.assistants(chat, text.messages(), variables);
+        }
         let start = prompt.map_or(&[][..], Content::messages);
         let whole = |completion: &&Content| chat.render(&[start, completion.messages()].concat(), variables, false);
         let wholes: Vec<String> = completions.iter().map(whole).collect::<Result<_>>()?;
@@ -214,11 +228,44 @@ impl RowEncoder<'_> {
                 lints.push(Lint::NoGenerationPrompt);
             }
         }
-        Ok(Texts { prompt, wholes, add_special_tokens: false, lints })
+        Ok(Texts { prompt, wholes, add_special_tokens: false, lints, spans: None })
+    }
+
+    /// A conversation of which the assistant's turns are scored.
+    fn assistants(&self, chat: &ChatTemplate, messages: &[Message], variables: &Map<String, Value>) -> Result<Texts> {
+        let (whole, mut spans) = chat.marked(messages, variables, false)?;
+        if !chat.marks() {
+            let says = |at: &usize| messages[*at].get("role").is_some_and(|role| role == "assistant");
+            let turn = |at: usize| {
+                let before = chat.render(&messages[..at], variables, true)?;
+                let after = chat.render(&messages[..=at], variables, false)?;
+                match whole.starts_with(&after) && after.starts_with(&before) {
+                    true => Ok(before.len()..self.turn_end(&after)),
+                    false => Err(Error::option(
+                        "--assistant-only-loss",
+                        format!(
+                            "the chat template writes message {} otherwise when others follow, and marks nothing: what the assistant \
+                         says cannot be told from the rest; put {{% generation %}} and {{% endgeneration %}} around it in the template",
+                            at + 1
+                        ),
+                    )),
+                }
+            };
+            spans = (0..messages.len()).filter(says).map(turn).collect::<Result<_>>()?;
+        }
+        let lints = if messages.iter().any(lint::empty_turn) { vec![Lint::EmptyTurn] } else { Vec::new() };
+        Ok(Texts { prompt: None, wholes: vec![whole], add_special_tokens: false, lints, spans: Some(spans) })
+    }
+
+    /// Where the text's last turn ends: behind the token at which generation stops, whatever blanks the template writes next.
+    fn turn_end(&self, text: &str) -> usize {
+        let trimmed = text.trim_end();
+        let stops = |id: &u32| self.tokenizer.decode_all(&[*id]).is_ok_and(|stop| trimmed.ends_with(stop.trim_end()));
+        if self.tokenizer.stops().iter().any(stops) { trimmed.len() } else { text.len() }
     }
 
     fn tokens(&self, texts: Texts, empty: Skip) -> Result<Result<Encoded, Skip>> {
-        let Texts { prompt, wholes, add_special_tokens, mut lints } = texts;
+        let Texts { prompt, wholes, add_special_tokens, mut lints, spans } = texts;
         let ids = |text: &String| match add_special_tokens {
             true => self.tokenizer.encode(text),
             false => self.tokenizer.encode_plain(text),
@@ -246,7 +293,14 @@ impl RowEncoder<'_> {
         if !add_special_tokens && !sequences.iter().all(|ids| lint::stops(ids, self.tokenizer)) {
             lints.push(Lint::NoStop);
         }
-        let fitted = fit(sequences, first, empty, self.options);
+        let mut fitted = fit(sequences, first, empty, self.options);
+        if let (Ok((sequences, _)), Some(spans)) = (&mut fitted, spans) {
+            let scored = self.tokenizer.covered(&wholes[0], &spans)?;
+            match leave_out(&mut sequences[0], &scored) {
+                true => {}
+                false => return Ok(Err(Skip::NoAssistant)),
+            }
+        }
         Ok(fitted.map(|(sequences, cut)| Encoded { sequences, parting, prompt_rest, cut, lints }))
     }
 }
@@ -272,7 +326,19 @@ fn fit(
         return Err(Skip::PromptFillsMaxLength { tokens: first, max_length });
     }
     sequences.iter_mut().for_each(|ids| ids.truncate(max_length));
-    Ok((sequences.into_iter().map(|ids| Sequence { ids, first }).collect(), cut))
+    Ok((sequences.into_iter().map(|ids| Sequence::new(ids, first)).collect(), cut))
+}
+
+/// Keeps the tokens up to the last that is scored, and says which of them are not; false where none is.
+fn leave_out(sequence: &mut Sequence, scored: &[bool]) -> bool {
+    let scored = |t: &usize| *t > 0 && scored[*t];
+    let kept: Vec<usize> = (0..sequence.ids.len()).filter(scored).collect();
+    let (Some(first), Some(last)) = (kept.first(), kept.last()) else { return false };
+    sequence.first = *first;
+    sequence.ids.truncate(last + 1);
+    let apart = kept.windows(2).filter(|pair| pair[1] > pair[0] + 1);
+    sequence.unscored = apart.map(|pair| pair[0] + 1..pair[1]).collect();
+    true
 }
 
 fn common_prefix(a: &[u32], b: &[u32]) -> usize {

@@ -29,7 +29,7 @@ pub fn mismatched(examples: &[&Example], previous: Option<&Sequence>, max_length
             (Some(previous), 1) => previous,
             (_, len) => at(order[(place + len - 1) % len]),
         };
-        let Sequence { ids, first } = &mut mismatched[example].sequences[sequence];
+        let Sequence { ids, first, .. } = &mut mismatched[example].sequences[sequence];
         ids.truncate(*first);
         ids.extend_from_slice(&source.ids[source.first..]);
         ids.truncate(max_length.unwrap_or(usize::MAX));
@@ -44,7 +44,7 @@ mod tests {
     /// Prompt `prompt` repeated, then a completion of `len` tokens 10 + `prompt`.
     fn sequence(prompt: u32, len: usize) -> Sequence {
         let first = 1 + prompt as usize % 3;
-        Sequence { ids: [vec![prompt; first], vec![10 + prompt; len]].concat(), first }
+        Sequence::new([vec![prompt; first], vec![10 + prompt; len]].concat(), first)
     }
 
     fn example(row: usize, sequences: &[Sequence]) -> Example {

@@ -90,7 +90,7 @@ mod tests {
     fn pair(prompt: usize, chosen: usize, rejected: usize) -> Example {
         let sequence = |len: usize, fill: u32| {
             let ids = [vec![1; prompt], vec![fill; len]].concat();
-            Sequence { ids, first: prompt }
+            Sequence::new(ids, prompt)
         };
         Example { sequences: vec![sequence(chosen, 2), sequence(rejected, 3)], ..Example::default() }
     }

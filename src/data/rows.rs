@@ -110,8 +110,24 @@ pub(super) fn read_placed(path: &Path) -> Result<(Form, Vec<(Place, Row)>)> {
     let records = Records::read(path)?;
     let (at, first) = records.first()?;
     let (form, columns) = columns_of(&first).ok_or_else(|| records.error(at, unfit(&first)))?;
+    if let Some(stray) = stray_prompt(columns, &first) {
+        return Err(records.error(at, stray));
+    }
     let margins = form == Form::Pairs && first.get("margin").is_some_and(|margin| !margin.is_null());
     Ok((form, records.each(|object| to_row(form, columns, margins, object))?))
+}
+
+/// What other projects call our columns.
+const ELSEWHERE: &[(&str, &[&str])] =
+    &[("prompt", &["question", "query", "instruction", "input"]), ("completion", &["output", "response", "answer"])];
+
+/// Pairs of texts beside a column that is surely their prompt: that both begin alike would be taken for one.
+fn stray_prompt(columns: &[&str], first: &Object) -> Option<String> {
+    let text = |name: &&&str| first.get(**name).is_some_and(Value::is_string);
+    let stray = ELSEWHERE[0].1.iter().find(text)?;
+    (columns == ["chosen", "rejected"] && first["chosen"].is_string()).then(|| {
+        format!("column {stray:?} is not read, and there is no \"prompt\"; rename it to prompt, or leave it out")
+    })
 }
 
 fn to_row(form: Form, columns: &[&str], margins: bool, mut object: Object) -> Result<Row, String> {
@@ -236,7 +252,14 @@ pub(super) fn variables(object: &mut Object) -> Result<Object, String> {
 /// Why a row that has the columns of no form cannot be used.
 fn unfit(object: &Object) -> String {
     let found: Vec<&str> = object.keys().map(String::as_str).collect();
-    format!("found the columns [{}]; {ACCEPTED}", found.join(", "))
+    let renames = ELSEWHERE.iter().filter(|(name, _)| !object.contains_key(*name));
+    let rename = |(name, others): &(&str, &[&str])| {
+        let other = others.iter().find(|other| object.contains_key(**other))?;
+        Some(format!("{other} to {name}"))
+    };
+    let renames: Vec<String> = renames.filter_map(rename).collect();
+    let hint = if renames.is_empty() { String::new() } else { format!("; rename {}", renames.join(", ")) };
+    format!("found the columns [{}]; {ACCEPTED}{hint}", found.join(", "))
 }
 
 #[cfg(test)]
@@ -421,6 +444,10 @@ mod tests {
     #[test]
     fn wrong_columns_are_named() {
         fails(r#"{"question": "q", "chosen": "c"}"#, &["line 1", "[question, chosen]", "accepted", "pairs (prompt"]);
+        let alpaca = r#"{"instruction": "q", "input": "", "output": "c"}"#;
+        fails(alpaca, &["accepted", "; rename instruction to prompt, output to completion"]);
+        let beside = r#"{"question": "q", "chosen": "It is a", "rejected": "It is b"}"#;
+        fails(beside, &["line 1: column \"question\" is not read", "rename it to prompt"]);
         fails(
             format!("{PAIR}\n{{\"prompt\": \"p\", \"chosen\": \"c\"}}"),
             &["line 2: column \"rejected\" is missing; found the columns [prompt, chosen]", "accepted"],

@@ -1,5 +1,6 @@
 //! The tokenizer of a Hugging Face model folder.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -71,6 +72,14 @@ impl Tokenizer {
     /// The ids of `text` alone: `tokenizer(text, add_special_tokens=False)`.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.ids(text, false)
+    }
+
+    /// Which tokens of [`encode_plain`](Self::encode_plain) have some of these bytes of the text.
+    pub fn covered(&self, text: &str, spans: &[Range<usize>]) -> Result<Vec<bool>> {
+        let encoding = self.encoder.encode(text, false);
+        let encoding = encoding.map_err(|e| format!("cannot encode a text: {e}")).at(&self.path)?;
+        let overlaps = |(start, end): &(usize, usize)| spans.iter().any(|span| *start < span.end && span.start < *end);
+        Ok(encoding.get_offsets().iter().map(overlaps).collect())
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {

@@ -56,6 +56,12 @@ pub fn read_measurements(paths: &[PathBuf], keys: &Keys) -> Result<Vec<Measureme
             found.push(measurement(&point, run, keys).map_err(wrong)?);
         }
     }
+    if found.is_empty() {
+        let files: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+        let detail =
+            "has no point: of a run those are evaluations, which want --eval-steps, --kl-samples and --gold-reward";
+        return Err(Error::file(files.join(", "), detail));
+    }
     Ok(found)
 }
 
@@ -81,7 +87,10 @@ fn measurement(point: &Map<String, Value>, run: u64, keys: &Keys) -> Result<Meas
     // An unbiased estimate of a KL near 0 may lie below it.
     let d = d.or_else(|| SQUARES.iter().find_map(|key| number(key)).map(|kl| kl.max(0.0).sqrt()));
     let d = d.filter(|d| *d >= 0.0).ok_or_else(|| {
-        format!("has no distance; expected one of {}", [&DISTANCES[..], &SQUARES[..]].concat().join(", "))
+        format!(
+            "has no distance; expected one of {} (a run has eval_kl with --kl-samples)",
+            [&DISTANCES[..], &SQUARES[..]].concat().join(", ")
+        )
     })?;
     let logged = format!("eval_{}", keys.gold);
     let name = [&keys.gold, &logged].into_iter().find(|key| number(key).is_some());

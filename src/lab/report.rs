@@ -198,10 +198,13 @@ impl Report {
         }
         lines.extend(losses);
         lines.extend(self.arms.iter().flat_map(|arm| &arm.failed).map(|why| format!("FAILED: {why}")));
+        let spread = match self.seeds {
+            1 => "One seed says nothing of the spread between runs.".to_string(),
+            seeds => format!("± is the standard deviation over runs, of {seeds} seeds."),
+        };
         lines.push(format!(
-            "± is the standard deviation over runs, of {} seed(s). Δ is the difference from {baseline}, seed by seed. Ability is \
-             lost where it is worse by more than {tolerance} and by more than 2 standard errors.",
-            self.seeds
+            "{spread} Δ is the difference from {baseline}, seed by seed. Ability is \
+             lost where it is worse by more than {tolerance} and by more than 2 standard errors."
         ));
         lines
     }

@@ -110,18 +110,21 @@ impl Table {
             let name = self.cells.iter().filter(|cell| cell.single).nth(k).map_or("", |cell| &cell.arm);
             let _ = writeln!(
                 out,
-                "reference {name:<24} itself prefers the chosen completion in {:.1} % of held-out pairs, by {gap:.2} nats",
+                "reference {name:<24} itself prefers the chosen completion in {:.1} % of held-out pairs; the two are {gap:.2} nats apart on average",
                 100.0 * accuracy
             );
         }
         for pairs in self.pairs() {
             self.section(&mut out, pairs);
         }
+        let spread = match self.seeds {
+            1 => "One seed says nothing of the spread between seeds.".to_string(),
+            seeds => format!("± is the standard deviation over {seeds} seeds."),
+        };
         let _ = writeln!(
             out,
-            "\n± is the standard deviation over {} seeds. Every arm is measured against the same anchor, the first reference. The \
-             best of each kind\nis picked by the numbers that it is then compared by, which favours the kind with more arms.",
-            self.seeds
+            "\n{spread} Every arm is measured against the same anchor, the first reference. The \
+             best of each kind\nis picked by the numbers that it is then compared by, which favours the kind with more arms."
         );
         out
     }
@@ -140,13 +143,13 @@ impl Table {
         );
         let cells: Vec<&Cell> = self.cells.iter().filter(|cell| cell.pairs == pairs).collect();
         for cell in &cells {
-            let percent = |values: &[f64]| {
-                let (mean, sd) = spread(values);
-                format!("{:.1} ± {:.1} %", 100.0 * mean, 100.0 * sd)
+            let percent = |values: &[f64]| match spread(values) {
+                (mean, _) if values.len() == 1 => format!("{:.1} %", 100.0 * mean),
+                (mean, sd) => format!("{:.1} ± {:.1} %", 100.0 * mean, 100.0 * sd),
             };
-            let nats = |values: &[f64]| {
-                let (mean, sd) = spread(values);
-                format!("{mean:.2} ± {sd:.2}")
+            let nats = |values: &[f64]| match spread(values) {
+                (mean, _) if values.len() == 1 => format!("{mean:.2}"),
+                (mean, sd) => format!("{mean:.2} ± {sd:.2}"),
             };
             let _ = writeln!(
                 out,
@@ -222,6 +225,9 @@ fn verdict(what: &str, cells: &[&Cell], of: &dyn Fn(&Cell) -> Vec<f64>) -> Optio
         _ => "no difference beyond the spread",
     };
     let (alone, blend) = (&alone.arm, &blend.arm);
+    if differences.len() == 1 {
+        return Some(format!("{what}: {blend} - {alone} alone = {mean:+.1} points: one seed, too few to tell\n"));
+    }
     Some(format!("{what}: {blend} - {alone} alone = {mean:+.1} ± {stderr:.1} points (standard error): {meaning}\n"))
 }
 

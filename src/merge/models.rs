@@ -16,6 +16,28 @@ const BUFFERS: &[&str] =
 /// Heads that are the input embedding again where the config ties them.
 const HEADS: &[&str] = &["lm_head.weight", "embed_out.weight"];
 
+/// Keys of config.json that change what equal shapes mean, and what they are about.
+const FAMILY: &[(&str, &str)] = &[
+    ("model_type", "architectures"),
+    ("tie_word_embeddings", "heads"),
+    ("num_attention_heads", "attention heads"),
+    ("num_key_value_heads", "attention heads"),
+    ("hidden_act", "activations"),
+    ("activation_function", "activations"),
+];
+/// Of these what is not said is compared too.
+const MUST_SAY: &[&str] = &["model_type", "tie_word_embeddings"];
+/// Keys that models of one family differ by: the merged model has the base's.
+const TUNED: &[&str] = &[
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+];
+
 /// A model's folder, opened.
 pub struct Model {
     pub path: PathBuf,
@@ -92,16 +114,32 @@ pub fn left_out(first: &Model) -> Vec<&str> {
 }
 
 fn same_family(first: &Model, other: &Model) -> Result<()> {
-    for (key, means) in [("model_type", "architectures"), ("tie_word_embeddings", "heads")] {
+    for (key, means) in FAMILY {
         // What a config does not say is the default of its model type.
         let (a, b) = (&first.config[key], &other.config[key]);
-        if a != b {
+        if a != b && (MUST_SAY.contains(key) || !a.is_null() && !b.is_null()) {
             let detail =
                 format!("{key} is {b}, {} has {a}: models of different {means} cannot be merged", first.name());
             return Err(Error::file(other.path.join("config.json"), detail));
         }
     }
     Ok(())
+}
+
+/// A warning where the configs of two models that can be merged differ.
+pub fn compare_configs(first: &Model, other: &Model) -> Option<String> {
+    let differs = |key: &&&str| {
+        let (a, b) = (&first.config[**key], &other.config[**key]);
+        !a.is_null() && !b.is_null() && a != b
+    };
+    let shown: Vec<String> = TUNED
+        .iter()
+        .filter(differs)
+        .map(|key| format!("{key} ({} and {})", first.config[*key], other.config[*key]))
+        .collect();
+    let names = || format!("{} and {}", first.name(), other.name());
+    (!shown.is_empty())
+        .then(|| format!("{} differ in {}: the merged model has the former's", names(), shown.join(", ")))
 }
 
 fn same_names(first: &Model, names: &BTreeSet<&str>, other: &Model) -> Result<()> {

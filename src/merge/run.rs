@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use super::models::{Model, compare_tokenizers, left_out, shared};
+use super::models::{Model, compare_configs, compare_tokenizers, left_out, shared};
 use super::parts::{Part, Rule, Source, Tensor, Words};
 use super::recipe::Recipe;
 use super::registry::{Base, Values};
@@ -72,6 +72,7 @@ impl Merge {
         let mut warnings = Vec::new();
         for other in &all[1..] {
             warnings.extend(compare_tokenizers(all[0], other)?);
+            warnings.extend(compare_configs(all[0], other));
         }
         if let [first, ..] = left_out(all[0])[..] {
             let count = left_out(all[0]).len();

@@ -142,6 +142,15 @@ impl<D: Device> Scratch<D> {
     }
 }
 
+/// What is asked of the distribution over the vocabulary that each target is drawn from, besides the target's log-probability.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Moments {
+    /// -sum p ln p
+    pub entropy: bool,
+    /// ln sum p^2
+    pub ln_sum_p2: bool,
+}
+
 /// The rows that are read, on their way through the final norm and the head.
 pub struct Top<D: Device> {
     /// `[targets, hidden]`
@@ -152,7 +161,8 @@ pub struct Top<D: Device> {
     /// `[targets, 1]`; of a reward model the scores.
     pub logp: Tensor<D>,
     pub lse: Tensor<D>,
-    /// `[targets, 1]`: ln sum p^2 over the vocabulary, where a pass is asked for it ([`Acts::with_ln_sum_p2`]).
+    /// `[targets, 1]`, where a pass is asked for them ([`Acts::with_moments`]).
+    pub entropy: Option<Tensor<D>>,
     pub ln_sum_p2: Option<Tensor<D>>,
     /// Logits of one tile; empty where there are none.
     pub tile: Tensor<D>,
@@ -167,7 +177,7 @@ impl<D: Device> Top<D> {
         let tile = arena.floats(Kind::Workspace, tile_rows, tile_cols);
         let [rows, normed] = [(); 2].map(|()| arena.stored(Kind::Activations, targets, spec.hidden));
         let [stats, logp, lse] = [spec.norm.stats(), 1, 1].map(|cols| arena.floats(Kind::Activations, targets, cols));
-        Self { rows, normed, stats, logp, lse, ln_sum_p2: None, tile }
+        Self { rows, normed, stats, logp, lse, entropy: None, ln_sum_p2: None, tile }
     }
 }
 
@@ -199,9 +209,12 @@ impl<D: Device> Acts<D> {
         Self { keep, residual, blocks, work, top, scratch }
     }
 
-    /// The same, with room for the logarithm of the sum of squared probabilities of each target: `forward` then fills it.
-    pub fn with_ln_sum_p2(mut self, arena: &mut Arena<D>) -> Self {
-        self.top.ln_sum_p2 = Some(arena.floats(Kind::Activations, self.top.logp.rows(), 1));
+    /// The same, with room for these numbers of each target: `forward` then fills it.
+    pub fn with_moments(mut self, arena: &mut Arena<D>, moments: Moments) -> Self {
+        let targets = self.top.logp.rows();
+        let mut room = |wanted: bool| wanted.then(|| arena.floats(Kind::Activations, targets, 1));
+        self.top.entropy = room(moments.entropy);
+        self.top.ln_sum_p2 = room(moments.ln_sum_p2);
         self
     }
 

@@ -18,7 +18,7 @@ mod spec;
 mod token_kl;
 mod value;
 
-pub use acts::{Acts, Keep};
+pub use acts::{Acts, Keep, Moments};
 pub use arch::Checkpoint;
 pub use batch::Batch;
 pub use init::{Init, init_random};
@@ -198,7 +198,7 @@ impl<B: Backend> Model<B> {
             scratch: top.tile.view_mut(),
             logp: top.logp.top_mut(targets),
             lse: top.lse.top_mut(targets),
-            entropy: None,
+            entropy: top.entropy.as_mut().map(|entropy| entropy.top_mut(targets)),
             ln_sum_p2: top.ln_sum_p2.as_mut().map(|ln_sum_p2| ln_sum_p2.top_mut(targets)),
         })
     }

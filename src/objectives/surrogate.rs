@@ -280,7 +280,10 @@ impl Surrogate {
             self.add_sequence(stats, totals, s, &advantage, &mut sum);
         }
         let Sum { loss, token_logps, counts, .. } = sum;
-        let metrics = counts.metrics(totals, self.kl.beta > 0.0, self.term != Term::Score);
+        let mut metrics = counts.metrics(totals, self.kl.beta > 0.0, self.term != Term::Score);
+        if !stats.entropy.is_empty() {
+            metrics.push(("entropy".into(), stats.entropy.iter().sum::<f64>() / stats.entropy.len() as f64));
+        }
         Outcome { loss, grads: Grads { token_logps, ..Grads::default() }, metrics, ..Outcome::default() }
     }
 

@@ -11,7 +11,7 @@ mod params;
 mod schedule;
 
 pub use method::{MergeSchedule, Method};
-pub use schedule::{Decay, Schedule};
+pub use schedule::{Decay, Schedule, Warmup};
 
 use std::collections::BTreeMap;
 

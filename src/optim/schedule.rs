@@ -16,10 +16,20 @@ pub struct Schedule {
     pub max_steps: u64,
 }
 
+/// How long the rate rises from 0.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Warmup {
+    /// Of all steps, rounded up.
+    Share(f64),
+    Steps(u64),
+}
+
 impl Schedule {
-    /// `warmup_ratio` of all steps, rounded up.
-    pub fn new(peak: f64, decay: Decay, warmup_ratio: f64, max_steps: u64) -> Self {
-        let warmup_steps = (warmup_ratio * max_steps as f64).ceil() as u64;
+    pub fn new(peak: f64, decay: Decay, warmup: Warmup, max_steps: u64) -> Self {
+        let warmup_steps = match warmup {
+            Warmup::Share(share) => (share * max_steps as f64).ceil() as u64,
+            Warmup::Steps(steps) => steps,
+        };
         Self { peak, decay, warmup_steps, max_steps }
     }
 
@@ -45,7 +55,7 @@ mod tests {
     use super::*;
 
     fn rates(decay: Decay, warmup_ratio: f64, max_steps: u64) -> Vec<f64> {
-        let schedule = Schedule::new(1.0, decay, warmup_ratio, max_steps);
+        let schedule = Schedule::new(1.0, decay, Warmup::Share(warmup_ratio), max_steps);
         (1..=max_steps).map(|step| (schedule.rate(step) * 1e6).round() / 1e6).collect()
     }
 

@@ -8,7 +8,7 @@ use half::bf16;
 
 use super::cache::{About, HiddenCache};
 use super::{SCORER_VERSION, Scorer, Stop, keys};
-use crate::data::{Example, Extent, Packing};
+use crate::data::{Example, Extent, Packing, Sequence};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
 use crate::ops::Backend;
@@ -120,7 +120,7 @@ pub fn largest_batch(hidden: usize, packing: Packing, examples: &[&Example]) -> 
 /// As many examples as fit into [`SHARD_BYTES`], at least one.
 fn shards(hidden: usize, examples: &[&Example]) -> Vec<Range<usize>> {
     let bytes = |example: &Example| {
-        let tokens: usize = example.sequences.iter().map(|s| s.ids.len() - s.first).sum();
+        let tokens: usize = example.sequences.iter().map(Sequence::targets).sum();
         tokens * hidden * size_of::<bf16>()
     };
     let mut shards: Vec<Range<usize>> = Vec::new();

@@ -14,7 +14,7 @@ pub use fresh::{Asked, Fresh, Residency};
 pub use hidden::HiddenRows;
 pub use score::{Scorer, plan};
 
-use crate::data::{Example, Extent, Packing, Temperature};
+use crate::data::{Example, Extent, Packing, Sequence, Temperature};
 use crate::device::{Ledger, Storage};
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init};
@@ -204,7 +204,15 @@ pub fn largest_shard(packing: Packing, extents: &[Extent]) -> Extent {
 }
 
 fn keys(example: &Example) -> impl Iterator<Item = [u8; 32]> {
-    example.sequences.iter().map(|s| sequence_key(&s.ids, s.first))
+    let key = |sequence: &Sequence| {
+        let whole = sequence_key(&sequence.ids, sequence.first);
+        // What is left out of it makes another sequence; a file made elsewhere knows none such.
+        sequence.unscored.iter().fold(whole, |key, range| {
+            let ends = [range.start as u64, range.end as u64];
+            blake3::Hasher::new().update(&key).update(bytemuck::cast_slice(&ends)).finalize().into()
+        })
+    };
+    example.sequences.iter().map(key)
 }
 
 fn read(cache: &RefCache, examples: &[&Example], detail: Detail) -> Result<Vec<Scored>> {

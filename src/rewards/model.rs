@@ -214,7 +214,7 @@ impl<'a, B: Backend> Bench<'a, B> {
             let first = ids.iter().zip(&prompt).take_while(|(a, b)| a == b).count().max(1);
             examples.push((ids.len() > first).then(|| Example {
                 row: sample.row,
-                sequences: vec![Sequence { ids, first }],
+                sequences: vec![Sequence::new(ids, first)],
                 ..Example::default()
             }));
         }
@@ -316,7 +316,7 @@ fn examples(samples: &[&Sample], ids: &[Vec<u32>], budget: usize) -> Vec<Example
     for (sample, ids) in samples.iter().zip(ids).filter(|(_, ids)| ids.len() > 1) {
         let fits =
             |example: &Example| example.sequences.iter().map(|s| s.ids.len()).sum::<usize>() + ids.len() <= budget;
-        let sequence = Sequence { ids: ids.clone(), first: 1 };
+        let sequence = Sequence::new(ids.clone(), 1);
         match examples.last_mut() {
             Some((prompt, example)) if *prompt == sample.prompt && fits(example) => example.sequences.push(sequence),
             _ => examples

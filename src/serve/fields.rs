@@ -45,13 +45,17 @@ impl Fields {
 
     /// A number from `least` to `most`.
     pub fn number(&mut self, name: &str, [least, most]: [f64; 2]) -> Result<Option<f64>, Refusal> {
-        let wanted = format!("a number from {least} to {most}");
+        let from = if least == f64::MIN_POSITIVE { "above 0 and up".to_string() } else { format!("from {least}") };
+        let wanted = format!("a number {from} to {most}");
         self.typed(name, &wanted, |value| value.as_f64().filter(|number| (least..=most).contains(number)))
     }
 
     /// A whole number from `least` to `most`.
     pub fn count(&mut self, name: &str, [least, most]: [u64; 2]) -> Result<Option<usize>, Refusal> {
-        let wanted = format!("a whole number from {least} to {most}");
+        let wanted = match most {
+            u64::MAX => format!("a whole number of {least} or more"),
+            most => format!("a whole number from {least} to {most}"),
+        };
         self.typed(name, &wanted, |value| Some(value.as_u64().filter(|n| (least..=most).contains(n))? as usize))
     }
 

@@ -92,7 +92,7 @@ impl<'a> Encoder<'a> {
             return Err(format!("it has {scored} tokens, the model reads {}; see --max-length", self.window));
         }
         let cut = ids.len().saturating_sub(self.window + 1);
-        Ok(Sequence { ids: ids.split_off(cut), first: first - cut })
+        Ok(Sequence::new(ids.split_off(cut), first - cut))
     }
 
     /// A whole text, every token scored once: windows of which each predicts as many tokens as it can, the first from
@@ -107,12 +107,12 @@ impl<'a> Encoder<'a> {
             Err(why) => return Ok(Err(why)),
         };
         let head = tokens.len().min(window);
-        let mut windows = vec![Sequence { ids: [&[prefix], &tokens[..head]].concat(), first: 1 }];
+        let mut windows = vec![Sequence::new([&[prefix], &tokens[..head]].concat(), 1)];
         let mut done = head;
         while done < tokens.len() {
             let end = (done + window).min(tokens.len());
             let start = end - window - 1;
-            windows.push(Sequence { ids: tokens[start..end].to_vec(), first: done - start });
+            windows.push(Sequence::new(tokens[start..end].to_vec(), done - start));
             done = end;
         }
         Ok(Ok(windows))

@@ -72,7 +72,7 @@ pub fn prompts(task: &Task, samples: usize) -> Vec<Prompt<'_>> {
     let mut prompts: Vec<Prompt> = Vec::new();
     let examples = task.eval.iter().flat_map(|eval| &eval.examples).cycle().take(samples);
     for example in examples {
-        let Sequence { ids, first } = &example.sequences[0];
+        let Sequence { ids, first, .. } = &example.sequences[0];
         match prompts.iter_mut().find(|known| known.ids == &ids[..*first]) {
             Some(known) => known.samples += 1,
             None => prompts.push(Prompt { ids: &ids[..*first], row: example.row, samples: 1 }),
@@ -223,7 +223,7 @@ impl<'a, B: Backend> Drift<'a, B> {
 
     fn example(&self, sample: &Rollout) -> Example {
         let Prompt { ids, row, .. } = self.prompts[sample.prompt];
-        let sequence = Sequence { ids: [ids, &sample.ids].concat(), first: ids.len() };
+        let sequence = Sequence::new([ids, &sample.ids].concat(), ids.len());
         Example { row, sequences: vec![sequence], ..Example::default() }
     }
 

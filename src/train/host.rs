@@ -59,7 +59,7 @@ impl Host {
         let examples = || task.datasets().into_iter().flat_map(|dataset| &dataset.examples);
         let sequences = || examples().flat_map(|example| &example.sequences);
         let own_tokens: usize = own.flat_map(|example| &example.sequences).map(|sequence| sequence.ids.len()).sum();
-        let scored: usize = sequences().map(|sequence| sequence.ids.len() - sequence.first).sum();
+        let scored: usize = sequences().map(Sequence::targets).sum();
         let by_token = task.objective.needs().ref_token_logps;
         let said = examples().count() * SAID_PER_EXAMPLE
             + sequences().count() * SAID_PER_SEQUENCE

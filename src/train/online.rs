@@ -78,7 +78,7 @@ impl Batch {
 pub fn stand_in(example: &Example, rollouts: &Rollouts, answers: bool, pairs: bool) -> Example {
     let answer = &example.sequences[0];
     let prompt = &answer.ids[..answer.first];
-    let sampled = Sequence { ids: [prompt, &vec![0; rollouts.max_new_tokens]].concat(), first: answer.first };
+    let sampled = Sequence::new([prompt, &vec![0; rollouts.max_new_tokens]].concat(), answer.first);
     let mut sequences = vec![sampled; if pairs { 2 } else { rollouts.samples }];
     sequences.extend(answers.then(|| answer.clone()));
     Example { sequences, ..example.clone() }
@@ -411,7 +411,7 @@ fn exact(scored: &[Scored]) -> (Vec<f64>, Vec<f64>) {
 
 fn sequence(written: &Written) -> Sequence {
     let Written { prompt, ids, .. } = written;
-    Sequence { ids: [&prompt[..], ids].concat(), first: prompt.len() }
+    Sequence::new([&prompt[..], ids].concat(), prompt.len())
 }
 
 /// How far what was scored is from what was sampled, nats a token: nothing in f32 on one device.
@@ -451,7 +451,7 @@ fn against_prior<'p>(
             return None;
         }
         let first = &ours.prompt;
-        let other = Sequence { ids: [&first[..], &theirs.ids].concat(), first: first.len() };
+        let other = Sequence::new([&first[..], &theirs.ids].concat(), first.len());
         let won = total[at] > theirs.reward();
         let sequences = if won { vec![sequence(ours), other] } else { vec![other, sequence(ours)] };
         let prior = Some(usize::from(won));

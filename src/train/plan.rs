@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::drift;
 use super::host::Host;
 use super::online;
-use super::policy::{Blueprint, Extras};
+use super::policy::{Blueprint, Extras, moments};
 use super::references::{FreshReference, TaskReference};
 use super::settings::Settings;
 use super::task::{Steps, Task};
@@ -15,7 +15,7 @@ use crate::checkpoint::run_dir::is_run;
 use crate::data::{Example, Extent, Packing, Sequence};
 use crate::device::{DType, Dry, Kind, Ledger, Storage, cuda};
 use crate::error::{Error, Result};
-use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, RefHeads};
+use crate::model::{Acts, Batch, Checkpoint, Head, Keep, KlActs, KlTerm, Lora, Model, Moments, RefHeads};
 use crate::optim;
 use crate::references::{self, Reference, Residency, largest_shard};
 use crate::rewards::Rewards;
@@ -156,7 +156,7 @@ pub struct Workload<'a> {
     moving: Option<&'a Checkpoint>,
     /// References whose distributions the policy's are compared with.
     compared: Vec<&'a Checkpoint>,
-    ln_sum_p2: bool,
+    moments: Moments,
     values: bool,
     train: Vec<Extent>,
     eval: Vec<Extent>,
@@ -267,7 +267,7 @@ impl<'a> Workload<'a> {
             references: task.references.iter().map(|r| Scoring::new(r, &used, packing)).collect(),
             moving: task.moving.as_ref(),
             compared: task.compared().into_iter().map(|(checkpoint, _)| checkpoint).collect(),
-            ln_sum_p2: task.objective.needs().ln_sum_p2,
+            moments: moments(&task.objective.needs()),
             values: task.objective.needs().values,
             mismatched: under_other_prompts(task, settings),
             train: packing.extents(trained),
@@ -321,7 +321,7 @@ impl<'a> Workload<'a> {
             extras: Extras {
                 moving: settings.references.moving.zip(self.moving.or(Some(self.checkpoint))),
                 compared: self.compared.clone(),
-                ln_sum_p2: self.ln_sum_p2,
+                moments: self.moments,
                 values: self.values,
             },
         }
@@ -528,7 +528,7 @@ pub struct Assumed {
     references: Vec<Reference>,
     /// The policy's distributions are compared with the references'.
     compared: bool,
-    ln_sum_p2: bool,
+    moments: Moments,
     values: bool,
     example: Example,
 }
@@ -538,7 +538,7 @@ impl Assumed {
         let objective = super::task::objective(settings)?;
         let needs = objective.needs();
         let sequences = if needs.pairs || needs.labels { 2 } else { 1 };
-        let sequence = Sequence { ids: vec![0; max_length], first: (max_length / 4).max(1) };
+        let sequence = Sequence::new(vec![0; max_length], (max_length / 4).max(1));
         let checkpoint = super::task::policy_checkpoint(settings, objective.as_ref())?;
         if let Some(most) = checkpoint.spec.most_positions().filter(|most| *most < max_length) {
             let model = checkpoint.dir.display();
@@ -551,7 +551,7 @@ impl Assumed {
             lora: settings.lora.clone(),
             references: super::references::references(settings, objective.as_ref())?,
             compared: needs.token_kl,
-            ln_sum_p2: needs.ln_sum_p2,
+            moments: moments(&needs),
             values: needs.values,
             example: Example { sequences: vec![sequence; sequences], ..Example::default() },
         })
@@ -573,7 +573,7 @@ impl Assumed {
                 .into_iter()
                 .flatten()
                 .collect(),
-            ln_sum_p2: self.ln_sum_p2,
+            moments: self.moments,
             values: self.values,
             mismatched: Vec::new(),
             train: vec![extent; full],

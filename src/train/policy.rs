@@ -8,9 +8,10 @@ use crate::data::{self, Extent};
 use crate::device::{Arena, DType, Device, Dry, Kind, Ledger, Storage, Tensor, View, range};
 use crate::error::Result;
 use crate::model::{
-    Acts, Batch, Checkpoint, Head, Init, Keep, KlActs, KlTerm, Lora, Model, Options, Param, RefHeads, Spec, Terms,
-    ValueActs, ValueHead, ValueTerm,
+    Acts, Batch, Checkpoint, Head, Init, Keep, KlActs, KlTerm, Lora, Model, Moments, Options, Param, RefHeads, Spec,
+    Terms, ValueActs, ValueHead, ValueTerm,
 };
+use crate::objectives::Needs;
 use crate::ops::{Backend, sum_squares};
 use crate::optim::{GradNorm, Hyper, Method, Optimizer, Schedule};
 
@@ -40,9 +41,14 @@ pub struct Extras<'a> {
     pub moving: Option<(Moving, &'a Checkpoint)>,
     /// References whose distributions the policy's are compared with, over the whole vocabulary.
     pub compared: Vec<&'a Checkpoint>,
-    pub ln_sum_p2: bool,
+    pub moments: Moments,
     /// A value for each scored token.
     pub values: bool,
+}
+
+/// Of each target's distribution, for an objective that needs these.
+pub fn moments(needs: &Needs) -> Moments {
+    Moments { entropy: needs.entropy, ln_sum_p2: needs.ln_sum_p2 }
 }
 
 pub struct Policy<D: Device> {
@@ -76,17 +82,14 @@ struct Sizes {
     keep: Keep,
     /// Of adapters.
     rank: usize,
-    ln_sum_p2: bool,
+    moments: Moments,
     values: bool,
 }
 
 impl<D: Device> Pass<D> {
     fn new(arena: &mut Arena<D>, spec: &Spec, heads: Option<&RefHeads<D>>, sizes: Sizes) -> Self {
-        let Sizes { largest, keep, rank, ln_sum_p2, values } = sizes;
-        let mut acts = Acts::new(arena, spec, &largest, keep).with_low_rank(arena, rank);
-        if ln_sum_p2 {
-            acts = acts.with_ln_sum_p2(arena);
-        }
+        let Sizes { largest, keep, rank, moments, values } = sizes;
+        let acts = Acts::new(arena, spec, &largest, keep).with_low_rank(arena, rank).with_moments(arena, moments);
         let kl = heads.map(|heads| KlActs::new(arena, heads, largest.targets));
         let value = values.then(|| ValueActs::new(arena, &largest));
         Self { acts, kl, value, batch: Batch::new(arena, &largest) }
@@ -125,7 +128,7 @@ impl Blueprint<'_> {
     fn run<D: Device>(&self, arena: &mut Arena<D>, pass: Ledger) -> Policy<D> {
         let spec = &self.checkpoint.spec;
         let mut model = Model::new(arena, spec, self.checkpoint.architecture.naming, self.options());
-        let Extras { moving, compared, ln_sum_p2, values } = &self.extras;
+        let Extras { moving, compared, moments, values } = &self.extras;
         let mut value = values.then(|| ValueHead::new(arena, spec));
         let mut trained = trained(&mut model, &mut value);
         let optimizer = Optimizer::new(arena, self.method, self.hyper, self.schedule, &mut trained);
@@ -133,8 +136,8 @@ impl Blueprint<'_> {
         let heads = RefHeads::new(arena, spec, compared).expect("the vocabularies were compared before");
         let heads = (heads.refs() > 0).then_some(heads);
         let probe = arena.floats(Kind::Workspace, 1, 1);
-        let (rank, ln_sum_p2, values) = (model.widest_rank(), *ln_sum_p2, *values);
-        let sizes = Sizes { largest: self.largest, keep: self.keep, rank, ln_sum_p2, values };
+        let (rank, moments, values) = (model.widest_rank(), *moments, *values);
+        let sizes = Sizes { largest: self.largest, keep: self.keep, rank, moments, values };
         Policy { model, optimizer, moving, heads, value, probe, sizes, pass_ledger: pass, pass: None }
     }
 
@@ -167,7 +170,8 @@ pub struct Seen {
     pub logps: Vec<f32>,
     /// The same of the reference that follows the policy, where there is one.
     pub moving: Option<Vec<f32>>,
-    /// `[targets]`, where the policy was built for it.
+    /// `[targets]`, where the policy was built for them; empty where not.
+    pub entropy: Vec<f32>,
     pub ln_sum_p2: Vec<f32>,
     /// `[references, targets]` KL of distributions, nats; empty where none was asked for.
     pub token_kl: Vec<f64>,
@@ -202,7 +206,8 @@ impl<B: Backend> Policy<B> {
         // The policy comes last: its activations are those of the backward.
         let moving = self.moving.as_ref().map(|moving| run(&moving.model)).transpose()?;
         let logps = run(&self.model)?;
-        let ln_sum_p2 = pass.acts.top.ln_sum_p2.as_ref().map(|tensor| read(tensor.top(host.targets.len())));
+        let moment = |of: &Option<Tensor<B>>| of.as_ref().map_or(Ok(Vec::new()), |of| read(of.top(host.targets.len())));
+        let (entropy, ln_sum_p2) = (moment(&pass.acts.top.entropy)?, moment(&pass.acts.top.ln_sum_p2)?);
         let mut token_kl = Vec::new();
         if let (false, Some(heads), Some(kl)) = (hidden.is_empty(), &self.heads, &mut pass.kl) {
             let _range = range(c"token_kl");
@@ -215,7 +220,7 @@ impl<B: Backend> Policy<B> {
             self.model.values(device, &pass.batch, &pass.acts, (head, acts))?;
             values = acts.read(device, host.targets.len())?;
         }
-        Ok(Seen { logps, moving, ln_sum_p2: ln_sum_p2.transpose()?.unwrap_or_default(), token_kl, values })
+        Ok(Seen { logps, moving, entropy, ln_sum_p2, token_kl, values })
     }
 
     /// Does something with the policy as it is without the adapter that trains.

@@ -72,6 +72,17 @@ pub fn moving_start(settings: &Settings, checkpoint: &Checkpoint) -> Result<Opti
     Err(Error::option("--ref-model", detail))
 }
 
+/// What evaluations compare with, if not the first reference. One that follows the policy would say that nothing was learnt: there it
+/// is what that one started as.
+pub fn anchor(settings: &Settings, held_out: bool) -> Result<Option<Reference>> {
+    let follows = settings.references.moving.is_some() && held_out;
+    let named = follows.then(|| settings.references.models.first()).flatten();
+    match settings.anchor.as_ref().or(named) {
+        Some(path) => Reference::open(path).map(Some),
+        None => follows.then(|| Ok(Reference::model(start(settings)?, settings.init))).transpose(),
+    }
+}
+
 /// The references whose distance from the policy is measured: the anchor, or else the first, and the others.
 pub fn fresh_references(
     settings: &Settings,
@@ -185,7 +196,11 @@ pub fn own_tokens(dataset: &Dataset, policy: &Tokenizer, reference: &Checkpoint)
         );
         return Err(Error::option("--on-overflow", detail));
     }
-    let mut theirs = Dataset::load(&dataset.path, &Tokenizer::load(&reference.dir)?, &EncodeOptions::default())?;
+    let mut theirs = Dataset::load(
+        &dataset.path,
+        &Tokenizer::load(&reference.dir)?,
+        &EncodeOptions { assistant_only: dataset.options.assistant_only, ..EncodeOptions::default() },
+    )?;
     check_vocabulary(reference, [&theirs])?;
     check_positions(reference, [&theirs])?;
     let mut examples = std::mem::take(&mut theirs.examples);

@@ -28,11 +28,23 @@ pub struct Report {
 }
 
 /// (label, key of an evaluation, factor, decimals, unit)
-const TABLE: &[(&str, &str, f64, usize, &str)] = &[
+type Row = (&'static str, &'static str, f64, usize, &'static str);
+
+const TABLE: &[Row] = &[
     ("pair accuracy", "eval_accuracy", 100.0, 1, " %"),
     ("margin", "eval_margin", 1.0, 3, " nats"),
     ("loss", "eval_loss", 1.0, 4, ""),
     ("perplexity of chosen", "eval_perplexity", 1.0, 2, ""),
+];
+
+/// Of a run on completions of the policy's own. What the data says in their place is not trained on.
+const ONLINE: &[Row] = &[
+    ("reward", "eval_reward", 1.0, 3, ""),
+    ("KL from the reference", "eval_kl", 1.0, 2, " nats"),
+    ("completion length", "eval_completions/mean_length", 1.0, 1, " tokens"),
+    ("pair accuracy", "eval_accuracy", 100.0, 1, " %"),
+    ("loss on given answers", "eval_loss", 1.0, 4, ""),
+    ("their perplexity", "eval_perplexity", 1.0, 2, ""),
 ];
 
 impl Report {
@@ -88,8 +100,11 @@ impl Report {
         let (Some(before), Some(after)) = (self.evaluations.first(), self.evaluations.last()) else { return };
         let rows = number(after, "eval_rows").unwrap_or(0.0);
         let _ = writeln!(out, "{:<24}{:>14}{:>14}", format!("{rows} held-out rows"), "before", "after");
-        for (label, key, factor, decimals, unit) in TABLE {
-            let cell = |line| number(line, key).map(|value| format!("{:.decimals$}{unit}", factor * value));
+        for (label, key, factor, decimals, unit) in if self.online() { ONLINE } else { TABLE } {
+            let error =
+                |line| number(line, &format!("{key}_stderr")).map_or(String::new(), |e| format!(" ± {e:.decimals$}"));
+            let cell =
+                |line| number(line, key).map(|value| format!("{:.decimals$}{}{unit}", factor * value, error(line)));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {
                 let _ = writeln!(out, "{label:<24}{before:>14}{after:>14}");
             }
@@ -105,7 +120,9 @@ impl Report {
 
     /// The course of the run at a glance.
     fn sparklines(&self, out: &mut String) {
-        for (label, key) in [("training loss", "loss"), ("reward margin", "rewards/margins")] {
+        let offline = [("training loss", "loss"), ("reward margin", "rewards/margins")];
+        let online = [("reward", "reward"), ("tokens written", "completions/mean_length")];
+        for (label, key) in if self.online() { online } else { offline } {
             let values: Vec<f64> = self.metrics.iter().filter_map(|line| number(line, key)).collect();
             if let ([first, .., last], true) = (values.as_slice(), values.len() >= 10) {
                 let _ = writeln!(out, "{label:<14} {first:.3} {} {last:.3}", sparkline(&values, 50));
@@ -131,6 +148,11 @@ impl Report {
         out.push('\n');
     }
 
+    /// Whether it learns from completions of its own, which have rewards.
+    fn online(&self) -> bool {
+        self.metrics.iter().any(|line| line.contains_key("reward"))
+    }
+
     fn plot_path(&self) -> PathBuf {
         self.output.join("curves.svg")
     }
@@ -147,8 +169,20 @@ impl Report {
             let series: Vec<Series> = series.into_iter().filter(|s| !s.points.is_empty()).collect();
             (!series.is_empty()).then(|| Panel { title: title.into(), y_label: y_label.into(), series })
         };
+        let loss = match self.online() {
+            // What is minimised has no scale of its own.
+            true => panel("loss on given answers", "nats", vec![eval("held out", "eval_loss")]),
+            false => panel("loss", "nats", vec![train("training", "loss"), eval("held out", "eval_loss")]),
+        };
         let panels = [
-            panel("loss", "nats", vec![train("training", "loss"), eval("held out", "eval_loss")]),
+            panel("reward", "", vec![train("training", "reward"), eval("held out", "eval_reward")]),
+            panel("KL from the reference", "nats a completion", vec![eval("held out", "eval_kl")]),
+            panel(
+                "length of completions",
+                "tokens",
+                vec![train("training", "completions/mean_length"), eval("held out", "eval_completions/mean_length")],
+            ),
+            loss,
             panel(
                 "reward margin",
                 "chosen - rejected",

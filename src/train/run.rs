@@ -22,8 +22,8 @@ use super::settings::{Resume, Settings};
 use super::step::{Pass, Purpose, step};
 use super::task::{Steps, Task, with_beta};
 use crate::checkpoint::run_dir::{
-    Claim, LineLog, checkpoint_path, claim, finish, is_finished, is_run, latest_checkpoint, lock, remove_stale,
-    set_aside_after,
+    Claim, LineLog, checkpoint_path, checkpoints, claim, finish, is_finished, is_run, keep_newest, latest_checkpoint,
+    lock, remove_stale, set_aside_after,
 };
 use crate::checkpoint::{write_dir, write_file};
 use crate::error::{At, Error, Result};
@@ -40,6 +40,7 @@ use crate::tasks;
 
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
+const EVALUATING: &str = "evaluating";
 
 /// Every alarm, and the evaluations that a run which went back has left.
 pub const ALARMS: &str = "alarms.jsonl";
@@ -65,6 +66,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     let workload = Workload::new(&task, settings);
     let (blueprint, mut plan) = (workload.blueprint(settings), workload.plan(settings)?);
     task.datasets().iter().flat_map(|d| d.report()).for_each(say);
+    task.datasets().iter().filter_map(|dataset| task.checkpoint.beyond_rows(dataset)).for_each(say);
     let course = task.course(settings)?;
     if !task.references.is_empty() {
         let cannot = |e| Error::option("--cache-dir", format!("{}: {e}", settings.cache_dir.display()));
@@ -89,7 +91,10 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
-    first_weights(device, settings, &task, &mut policy, start.from.as_deref())?;
+    first_weights(device, settings, &task, &mut policy, start.from.as_deref()).map_err(|e| match &start.from {
+        Some(dir) => damaged(e, &settings.output_dir, dir),
+        None => e,
+    })?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
     let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
     let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
@@ -210,6 +215,8 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
     let output = &settings.output_dir;
     let continues = settings.resume.is_some() && is_run(output);
     if continues && is_finished(output) {
+        // What is asked for now must be what it was.
+        latest_checkpoint(output)?.map(|(_, dir)| read_state(&dir, course)).transpose()?;
         return Ok(None);
     }
     let held = continues.then(|| lock(output)).transpose()?;
@@ -222,7 +229,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
         _ => None,
     };
     let state = match &from {
-        Some(dir) => read_state(dir, course)?,
+        Some(dir) => read_state(dir, course).map_err(|e| damaged(e, output, dir))?,
         None => RunState {
             step: 0,
             num_tokens: 0,
@@ -246,6 +253,22 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
     }
     write_file(&output.join("recipe.toml"), |out| out.write_all(settings.recipe.as_bytes()))?;
     Ok(Some(Start { state, from, lock }))
+}
+
+/// Where the newest checkpoint cannot be read, an older one may be there.
+fn damaged(error: Error, output: &Path, dir: &Path) -> Error {
+    let older = checkpoints(output).unwrap_or_default().into_iter().map(|(_, path)| path);
+    match (error, older.rev().skip_while(|path| path != dir).nth(1)) {
+        (Error::File { path, detail }, Some(older)) => {
+            let detail = format!(
+                "{detail}; delete {} to go on from {}, or name a checkpoint: --resume-from-checkpoint DIR",
+                dir.display(),
+                older.display()
+            );
+            Error::File { path, detail }
+        }
+        (error, _) => error,
+    }
 }
 
 /// Makes the folder of a new run.
@@ -583,8 +606,11 @@ impl<B: Backend> Session<'_, B> {
         let show: &mut dyn FnMut(&str, usize, usize) = match training {
             Some(bar) => &mut |what, done, all| bar.at(step, &format!("{what} {done}/{all}")),
             None => {
-                let bar = own.insert(Progress::new("evaluating", held_out as u64, "rows"));
-                &mut |what, done, all| bar.at(done.min(held_out) as u64, &format!("{what} {done}/{all}"))
+                let bar = own.insert(Progress::new(EVALUATING, held_out as u64, "rows"));
+                &mut |what, done, all| match what {
+                    EVALUATING => bar.at(done as u64, ""),
+                    what => bar.at(held_out as u64, &format!("{what} {done}/{all}")),
+                }
             }
         };
         let started = Instant::now();
@@ -594,7 +620,7 @@ impl<B: Backend> Session<'_, B> {
         let (objective, packing) = (self.task.held_out_objective(), self.settings.packing);
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
-        let mut done = |done| show("evaluating", done, held_out);
+        let mut done = |done| show(EVALUATING, done, held_out);
         let mut measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
         let kl = match &mut self.drift {
             Some(drift) => {
@@ -686,6 +712,9 @@ impl<B: Backend> Session<'_, B> {
             trainer_state.write(&settings.output_dir, dir)
         })?;
         self.saved = Some(self.state.step);
+        if let Some(limit) = self.settings.save_total_limit {
+            keep_newest(&self.settings.output_dir, limit, self.state.watch.best.as_ref().map(|best| best.step))?;
+        }
         Ok(path)
     }
 
@@ -756,5 +785,10 @@ fn describe(e: &Evaluation) -> String {
         format!(", {name} {} {:.4}", headline.name, headline.value)
     };
     let exams: String = e.exams.iter().map(exam).collect();
-    format!("step {}: held-out loss {:.4}{accuracy}{drift}{perplexity}{exams}", e.step, e.loss)
+    let metric = |name: &str| e.metrics.iter().find(|(found, _)| found == name).map(|(_, value)| *value);
+    let reward = metric("reward").map_or(String::new(), |reward| match metric("reward_stderr") {
+        Some(error) => format!("reward {reward:.3} ± {error:.3}, "),
+        None => format!("reward {reward:.3}, "),
+    });
+    format!("step {}: {reward}held-out loss {:.4}{accuracy}{drift}{perplexity}{exams}", e.step, e.loss)
 }

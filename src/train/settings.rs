@@ -10,7 +10,7 @@ use crate::objectives::Choice;
 use crate::objectives::kl::KlPenaltyOptions;
 use crate::objectives::mrpo::Blend;
 use crate::objectives::ref_weights::Rule;
-use crate::optim::{self, Decay, Hyper, Schedule};
+use crate::optim::{self, Decay, Hyper, Schedule, Warmup};
 use crate::rewards::RewardSpec;
 
 /// A run, completely: what the command line and the recipe come down to.
@@ -53,7 +53,7 @@ pub struct Settings {
     pub hyper: Hyper,
     pub learning_rate: f64,
     pub decay: Decay,
-    pub warmup_ratio: f64,
+    pub warmup: Warmup,
     pub num_train_epochs: f64,
     /// Overrides the epochs.
     pub max_steps: Option<u64>,
@@ -77,6 +77,8 @@ pub struct Settings {
     pub profile_steps: Option<(u64, u64)>,
     pub eval_steps: Option<u64>,
     pub save_steps: Option<u64>,
+    /// So many of the newest checkpoints stay.
+    pub save_total_limit: Option<usize>,
     /// Write the trained model; without it a run leaves its logs.
     pub keep_model: bool,
     /// What the checkpoints hold.
@@ -91,7 +93,7 @@ pub struct Settings {
 impl Settings {
     /// The learning rate over a run of this length.
     pub fn schedule(&self, max_steps: u64) -> Schedule {
-        Schedule::new(self.learning_rate, self.decay, self.warmup_ratio, max_steps)
+        Schedule::new(self.learning_rate, self.decay, self.warmup, max_steps)
     }
 
     /// How steps run their examples: with log-probabilities of what the policy wrote at their own temperature.

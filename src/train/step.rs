@@ -53,7 +53,7 @@ impl Sampled {
         }));
         let mut stats = Stats { offsets: vec![0], longest: longest as f64, ..Stats::default() };
         for sequence in examples.iter().flat_map(|example| &example.sequences) {
-            let len = sequence.ids.len() - sequence.first;
+            let len = sequence.targets();
             stats.offsets.push(stats.offsets[stats.lens.len()] + len);
             stats.lens.push(len as f64);
         }
@@ -130,7 +130,7 @@ fn shape(needs: &Needs, host: &data::Batch, rows: &Rows, at: Range<usize>) -> St
     let starts = host.examples.iter().map(|sequences| sequences.start);
     let mut stats = Stats {
         prior: examples.iter().zip(starts).filter_map(|(example, start)| Some(start + example.prior?)).collect(),
-        lens: examples.iter().flat_map(|e| &e.sequences).map(|s| (s.ids.len() - s.first) as f64).collect(),
+        lens: examples.iter().flat_map(|e| &e.sequences).map(|s| s.targets() as f64).collect(),
         pairs: pairs.map(|sequences| (sequences.start, sequences.start + 1)).collect(),
         labels: if needs.labels { labels.collect() } else { Vec::new() },
         margins: if needs.margins { margins.map(|e| e.margin.unwrap_or(0.0)).collect() } else { Vec::new() },
@@ -164,6 +164,9 @@ fn stats(needs: &Needs, host: &data::Batch, seen: &Seen, rows: &Rows, at: Range<
         let tokens = |scored: &[&Scored]| scored.iter().flat_map(|s| &s.tokens).flat_map(|t| exact(t)).collect();
         stats.ref_token_logps.extend(refs().map(tokens));
     }
+    if needs.entropy {
+        stats.entropy = exact(&seen.entropy);
+    }
     if needs.ln_sum_p2 {
         stats.ln_sum_p2 = exact(&seen.ln_sum_p2);
     }
@@ -193,11 +196,6 @@ pub fn check_needs(name: &str, needs: &Needs, online: bool) -> Result<()> {
     if online && !needs.rewards && !needs.pairs {
         let detail = format!("{name} learns from the data's completions, not from the policy's own; drop it");
         return Err(Error::option("--reward", detail));
-    }
-    if needs.entropy {
-        let detail =
-            format!("{name} as it is set up here needs the entropy of every token, which training does not compute");
-        return Err(Error::option("--top-entropy-quantile", detail));
     }
     Ok(())
 }
@@ -433,6 +431,7 @@ fn append(all: &mut Stats, next: Stats) {
     all.returns.extend(next.returns);
     all.values.extend(next.values);
     all.old_values.extend(next.old_values);
+    all.entropy.extend(next.entropy);
     all.ln_sum_p2.extend(next.ln_sum_p2);
     join(&mut all.token_kl, next.token_kl);
     (all.ref_weights, all.state) = (next.ref_weights, next.state);

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Init, Lora};
 use crate::objectives::kl::{Estimator, KlPenalty};
 use crate::objectives::{Choice, Needs, Objective, Params, find, mrpo};
-use crate::optim;
+use crate::optim::{self, Warmup};
 use crate::references::Reference;
 use crate::rewards::Rewards;
 
@@ -291,13 +291,15 @@ impl Task {
             let stand_in = |example: &Example| stand_in(example, rollouts, needs.answers, needs.pairs);
             train.examples.iter().map(stand_in).collect()
         });
-        let likelihood = needs.rewards.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
+        let pairs = eval.as_ref().is_none_or(|eval| eval.form == Form::Pairs);
+        let silent = needs.rewards || settings.rollouts.is_some() && needs.pairs && !pairs;
+        let likelihood = silent.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
         let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
         let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
         let known = exam::metrics(&exams, settings.kl_samples > 0, !settings.gold.is_empty());
         settings.stop_when.iter().try_for_each(|stop| stop.check(&known))?;
         let references = task_references(settings, objective.as_ref(), &tokenizer, &train, eval.as_ref())?;
-        let anchor = settings.anchor.as_deref().map(Reference::open).transpose()?;
+        let anchor = super::references::anchor(settings, eval.is_some())?;
         if let Some(checkpoint) = anchor.as_ref().and_then(Reference::checkpoint) {
             check_anchor(checkpoint, &tokenizer, eval.as_ref())?;
         }
@@ -441,7 +443,10 @@ impl Task {
             "max_grad_norm": settings.hyper.max_grad_norm,
             "learning_rate": settings.learning_rate,
             "lr_scheduler_type": format!("{:?}", settings.decay).to_lowercase(),
-            "warmup_ratio": settings.warmup_ratio,
+            "warmup_ratio": match settings.warmup {
+                Warmup::Share(share) => json!(share),
+                Warmup::Steps(steps) => json!(format!("{steps} steps")),
+            },
             "max_steps": self.max_steps,
             "batch_size": settings.batch_size,
             "micro_batch_tokens": settings.packing.budget,

@@ -8,7 +8,7 @@ use std::path::Path;
 use cuvee::checkpoint::Weights;
 use cuvee::data::{self, Example, Extent, Sequence, Sharing};
 use cuvee::device::{Arena, DType, Dry, Ledger};
-use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Options, load};
+use cuvee::model::{Acts, Batch, Checkpoint, Keep, Model, Moments, Options, load};
 use cuvee::ops::Backend;
 use libtest_mimic::Failed;
 
@@ -60,7 +60,8 @@ impl<B: Backend> Bench<B> {
         let options = Options::train_all(extent.longest);
         let mut arena = Arena::new(&device, &plan(checkpoint, &extent))?;
         let mut model = Model::new(&mut arena, spec, naming, options);
-        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything).with_ln_sum_p2(&mut arena);
+        let acts = Acts::new(&mut arena, spec, &extent, Keep::Everything)
+            .with_moments(&mut arena, Moments { ln_sum_p2: true, ..Moments::default() });
         let mut batch = Batch::new(&mut arena, &extent);
         load(&device, checkpoint, &Weights::open(&checkpoint.dir)?, &mut model)?;
         batch.load(&device, host)?;
@@ -96,7 +97,8 @@ fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
     let mut arena = Dry::arena(DType::F32);
     let options = Options::train_all(extent.longest);
     Model::new(&mut arena, &checkpoint.spec, checkpoint.architecture.naming, options);
-    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything).with_ln_sum_p2(&mut arena);
+    Acts::new(&mut arena, &checkpoint.spec, extent, Keep::Everything)
+        .with_moments(&mut arena, Moments { ln_sum_p2: true, ..Moments::default() });
     Batch::new(&mut arena, extent);
     arena.ledger()
 }
@@ -104,7 +106,7 @@ fn plan(checkpoint: &Checkpoint, extent: &Extent) -> Ledger {
 /// Log-probabilities and gradients of a folder's model on the device.
 pub fn check_folder<B: Backend>(device: B, checkpoint: &Checkpoint, expected: &Expected) -> Result<(), Failed> {
     let example = |(row, ids): (usize, &Vec<u32>)| {
-        let sequences = vec![Sequence { ids: ids.clone(), first: 1 }];
+        let sequences = vec![Sequence::new(ids.clone(), 1)];
         Example { row, sequences, ..Example::default() }
     };
     let examples: Vec<Example> = expected.rows.iter().enumerate().map(example).collect();

@@ -92,7 +92,7 @@ pub fn scored_at<B: Backend>(
     rollout: &Rollout,
 ) -> Vec<f64> {
     let prompt = requests[rollout.prompt].prompt;
-    let sequences = vec![Sequence { ids: [prompt, &rollout.ids].concat(), first: prompt.len() }];
+    let sequences = vec![Sequence::new([prompt, &rollout.ids].concat(), prompt.len())];
     let batch = data::Batch::new(&[Example { sequences, ..Example::default() }], Sharing::On);
     rig.forward(&data::Batch { temperature, ..batch })
 }

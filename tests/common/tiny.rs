@@ -95,7 +95,7 @@ impl Size {
             let id = |at: usize| (random.u64(at as u64) % self.vocab() as u64) as u32;
             let sequence = |(i, len): (usize, &usize)| {
                 let own = (0..*len).map(|t| id(1000 * (i + 1) + t));
-                Sequence { ids: (0..prompt).map(id).chain(own).collect(), first: prompt }
+                Sequence::new((0..prompt).map(id).chain(own).collect(), prompt)
             };
             Example { row, sequences: completions.iter().enumerate().map(sequence).collect(), ..Example::default() }
         };

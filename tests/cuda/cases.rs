@@ -43,7 +43,11 @@ struct OnCuda<'a> {
 impl<'a> OnCuda<'a> {
     fn new(cuda: &'a Cuda) -> Self {
         let first = env::var("CUVEE_EMULATOR_SEED").is_ok_and(|seed| seed == "0");
-        let all = Mode::current() == Mode::Real || Mode::current() == Mode::Plain && first;
+        let all = match Mode::current() {
+            Mode::Plain => first,
+            Mode::Real => env::var("CUVEE_CUDA_REAL").is_ok_and(|how| how != "watched"),
+            Mode::Race | Mode::Asan => false,
+        };
         Self { cuda, all, most_flops: if all { MOST_FLOPS } else { MOST_FLOPS_WATCHED } }
     }
 

@@ -7,7 +7,7 @@
 //! | `race::CASE` | missing barriers, shared memory that nobody wrote |
 //! | `asan::CASE` | accesses out of bounds or not aligned, undefined arithmetic |
 //! | `MODE::emulator::BUG` | whether the emulator finds a planted bug |
-//! | `real::CASE` | the same on this machine's GPU, with `CUVEE_CUDA_REAL=1` |
+//! | `real::CASE` | the same on this machine's GPU, with `CUVEE_CUDA_REAL=1`; `=watched`: under compute-sanitizer, with smaller cases |
 //!
 //! One case in one mode: `cargo test --release --test cuda -- race::rms_norm`. With `CUVEE_CUDA_MUTATE=rms_norm` (`all`)
 //! instead: deletes each barrier of that kernel file in turn and shows which case notices (`.ci/mutate-kernels`).
@@ -31,7 +31,7 @@ use std::fmt;
 use std::panic;
 use std::process::ExitCode;
 
-use cuvee::device::{Cuda, DType, cuda};
+use cuvee::device::{Cuda, DType, Device, cuda};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use child::Outcome;
@@ -111,6 +111,9 @@ impl Case {
                 let defaults = cuda::Options::new(0, *storage);
                 let options = cuda::Options { workspace_bytes, batch_invariant, ..defaults };
                 let device = Cuda::open(&options).unwrap_or_else(|e| panic!("{e}"));
+                if !batch_invariant && !device.arithmetic().ends_with("cublaslt") {
+                    child::ignore("cuBLASLt was not found; CUVEE_CUDA_LIBS names its folder");
+                }
                 run(&device);
                 device.synchronize().unwrap_or_else(|e| panic!("{e}"));
             }

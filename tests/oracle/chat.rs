@@ -1,11 +1,11 @@
 //! Chat templates: what transformers renders, and the tokens and masks that TRL trains on. `tests/data/chat/make.py`
-//! makes both files.
+//! makes the files.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cuvee::data::{Dataset, EncodeOptions, Message, Overflow, Tokenizer};
+use cuvee::data::{Dataset, EncodeOptions, Message, Overflow, Skip, Tokenizer};
 use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 
@@ -28,7 +28,10 @@ pub fn trials(root: &Path) -> Vec<Trial> {
         let (dir, model) = (dir.clone(), model.clone());
         Trial::test(format!("chat::tokens::{}", string(&case["name"])), move || check_tokens(&dir, &model, &case))
     });
-    rendered.chain(tokens).collect()
+    let assistants = read("assistants.json");
+    let trials: Vec<Trial> = rendered.chain(tokens).collect();
+    let assistants = Trial::test("chat::assistants", move || check_assistants(&dir, &model, &assistants));
+    trials.into_iter().chain([assistants]).collect()
 }
 
 fn string(value: &Value) -> String {
@@ -91,7 +94,7 @@ fn check_tokens(dir: &Path, model: &Path, case: &Value) -> Result<(), Failed> {
     let data = Dataset::load(
         &path,
         &tokenizer,
-        &EncodeOptions { max_length, on_overflow: Overflow::Truncate, prompts: false },
+        &EncodeOptions { max_length, on_overflow: Overflow::Truncate, ..EncodeOptions::default() },
     )?;
     let mut ours = data.examples.iter();
     for theirs in case["trl"].as_array().ok_or("no trl")? {
@@ -113,4 +116,28 @@ fn check_tokens(dir: &Path, model: &Path, case: &Value) -> Result<(), Failed> {
         }
     }
     if ours.next().is_some() { Err("a row that TRL drops is here".into()) } else { Ok(()) }
+}
+
+/// Of conversations, what the template marks as the assistant's.
+fn check_assistants(dir: &Path, model: &Path, cases: &[Value]) -> Result<(), Failed> {
+    let (_folder, tokenizer) = tokenizer(dir, model, "marked.jinja")?;
+    let options = EncodeOptions { assistant_only: true, ..EncodeOptions::default() };
+    for case in cases {
+        let file = tempfile::Builder::new().suffix(".jsonl").tempfile()?;
+        fs::write(file.path(), serde_json::json!({"messages": case["messages"]}).to_string())?;
+        let dataset = Dataset::load(file.path(), &tokenizer, &options)?;
+        let (ids, mask): (Vec<u32>, Vec<usize>) =
+            (serde_json::from_value(case["ids"].clone())?, serde_json::from_value(case["mask"].clone())?);
+        let scored: Vec<usize> = (0..ids.len()).filter(|t| mask[*t] == 1).collect();
+        let Some(last) = scored.last() else {
+            assert_eq!(dataset.skipped, [(0, Skip::NoAssistant)]);
+            continue;
+        };
+        let [example] = &dataset.examples[..] else { return Err(format!("{case}: skipped").into()) };
+        let sequence = &example.sequences[0];
+        // Behind what is scored nothing is run.
+        assert_eq!((&sequence.ids[..], sequence.targets()), (&ids[..=*last], scored.len()), "{case}");
+        assert_eq!(sequence.scored().collect::<Vec<_>>(), scored, "{case}");
+    }
+    Ok(())
 }

@@ -163,7 +163,7 @@ fn trl_pairs(file: &Value) -> Result<Vec<Example>, Failed> {
     let pairs = file["pairs"].as_array().ok_or("no pairs")?;
     let example = |(row, pair): (usize, &Value)| {
         let prompt = ids(pair, "prompt");
-        let sequence = |key| Sequence { ids: [&prompt[..], &ids(pair, key), &[2]].concat(), first: prompt.len() };
+        let sequence = |key| Sequence::new([&prompt[..], &ids(pair, key), &[2]].concat(), prompt.len());
         Example { row, sequences: vec![sequence("chosen"), sequence("rejected")], ..Example::default() }
     };
     Ok(pairs.iter().enumerate().map(example).collect())
@@ -281,7 +281,7 @@ fn real_model(dir: &Path, case: &Value) -> Result<(), Failed> {
             return Err(format!("{text:?}: ids {ours:?}, expected {ids:?}").into());
         }
     }
-    let example = Example { sequences: vec![Sequence { ids, first: 1 }], ..Example::default() };
+    let example = Example { sequences: vec![Sequence::new(ids, 1)], ..Example::default() };
     let mut bench = Bench::new(Cpu::new(2)?, &checkpoint, &data::Batch::new([&example], Sharing::On))?;
     let (ours, theirs) = (bench.forward()?, numbers("logps"));
     if ours.len() != theirs.len() {

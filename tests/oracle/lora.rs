@@ -54,7 +54,7 @@ fn host(root: &Path) -> Result<data::Batch, Failed> {
     let ids = ids.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")) as u32);
     let ids: Vec<u32> = ids.collect();
     let example = |(row, ids): (usize, &[u32])| {
-        let sequences = vec![Sequence { ids: ids.to_vec(), first: 1 }];
+        let sequences = vec![Sequence::new(ids.to_vec(), 1)];
         Example { row, sequences, ..Example::default() }
     };
     let examples: Vec<Example> = ids.chunks(COLUMNS).enumerate().map(example).collect();

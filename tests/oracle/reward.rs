@@ -32,7 +32,7 @@ fn check(folder: &Path, tokenizer: &Path) -> Result<(), Failed> {
     let rows: Vec<Value> = serde_json::from_slice(&fs::read(folder.join("scores.json"))?)?;
     let example = |(row, value): (usize, &Value)| {
         let ids: Vec<u32> = serde_json::from_value(value["ids"].clone())?;
-        Ok(Example { row, sequences: vec![Sequence { ids, first: 1 }], ..Example::default() })
+        Ok(Example { row, sequences: vec![Sequence::new(ids, 1)], ..Example::default() })
     };
     let examples: Vec<Example> = rows.iter().enumerate().map(example).collect::<Result<_, Failed>>()?;
     let (checkpoint, device) = (Checkpoint::open_reward(folder)?, Cpu::new(2)?);

@@ -496,7 +496,7 @@ fn checkpoints_that_cannot_be_continued() {
         let name = format!("run/checkpoint-2/{file}");
         let whole = w.read(&name);
         w.write(&name, &whole[..whole.len() / 2]);
-        w.fails(1, &auto, &[&name, part]);
+        w.fails(1, &auto, &[&name, part, "delete run/checkpoint-2 to go on from run/checkpoint-1"]);
         w.fails(1, &at("run/checkpoint-2"), &[&name, part]);
         w.write(&name, whole);
     }

@@ -167,7 +167,7 @@ const PACKING: Packing = Packing::new(40);
 fn examples() -> Vec<Example> {
     let sequence = |prompt: usize, from: usize, len: usize| {
         let ids = (0..prompt).chain(from..from + len).map(|i| (i * 37 % 2048) as u32).collect();
-        Sequence { ids, first: prompt }
+        Sequence::new(ids, prompt)
     };
     let pair = |row: usize| Example {
         row,

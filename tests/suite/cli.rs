@@ -458,7 +458,7 @@ fn greedy_tokens_are_the_likeliest_that_scoring_knows() {
     let packing = Packing::new(2048);
     for done in 0..ids.len() {
         let context = [&prompt[..], &ids[..done]].concat();
-        let with = |token: u32| Sequence { ids: [&context[..], &[token]].concat(), first: context.len() };
+        let with = |token: u32| Sequence::new([&context[..], &[token]].concat(), context.len());
         let candidates = (0..checkpoint.spec.vocab as u32)
             .map(|token| Example { sequences: vec![with(token)], ..Example::default() });
         let candidates: Vec<Example> = candidates.collect();
@@ -795,6 +795,41 @@ fn sft_logs_no_rewards() {
     w.ok(&format!("{TRAIN} --model model --output-dir run").replace("sigmoid --beta 0.1", "sft"));
     let expected = "step epoch loss grad_norm lost_updates learning_rate step_time tokens num_tokens";
     w.lines("run/metrics.jsonl").iter().for_each(|line| assert_eq!(keys(line).join(" "), expected));
+}
+
+/// As TRL has them; the recipe that a run leaves behind says it.
+#[test]
+fn a_learning_rate_that_is_not_given_is_the_objectives() {
+    let w = Workspace::with_reviews(4);
+    for (objective, rate) in [("sft", 2e-5), ("reward", 1e-4), ("sigmoid --beta 0.1", 1e-6)] {
+        let flags = "--model model --dataset train.jsonl --max-length 40 --max-steps 1 --lr-scheduler-type constant";
+        w.ok(&format!("train {flags} --objective {objective} --output-dir run"));
+        assert_eq!(w.column("run/metrics.jsonl", "learning_rate"), [rate]);
+        assert!(
+            w.text("run/recipe.toml").contains(&format!("learning_rate = {rate}")),
+            "{}",
+            w.text("run/recipe.toml")
+        );
+        std::fs::remove_dir_all(w.path("run")).unwrap();
+    }
+}
+
+/// The shipped model was made for 256 positions.
+#[test]
+fn texts_beyond_what_the_model_was_made_for_are_counted() {
+    let w = Workspace::with_reviews(4);
+    let long = "a dull film ".repeat(200);
+    w.write_lines("long.jsonl", &[json!({"text": long}), json!({"text": "short"})]);
+    let part = "1 of 2 have more tokens than the 256 that model was made for";
+    let logps = w.ok("logps --model model --dataset long.jsonl --out logps.jsonl").stderr;
+    assert!(logps.contains(part), "{logps}");
+    let trained =
+        w.ok("train --objective sft --model model --dataset long.jsonl --max-steps 1 --output-dir run").stderr;
+    assert!(trained.contains(part), "{trained}");
+    w.write_lines("prompts.jsonl", &[json!({"prompt": "a film ".repeat(200)})]);
+    let said = w.ok("generate --model model --prompts prompts.jsonl --out texts.jsonl --max-new-tokens 2").stderr;
+    assert!(said.contains("1 of 1 have more tokens"), "{said}");
+    assert!(!w.ok("logps --model model --dataset train.jsonl --out short.jsonl").stderr.contains("made for"));
 }
 
 /// What training writes is a model like any other, with the same tokens.

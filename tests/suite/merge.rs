@@ -271,6 +271,22 @@ fn models_that_do_not_fit_are_named() {
     save(&w, "more", &llama, &[&NAMES[..], &["extra"]].concat(), &[2, 3], 1.0);
     save(&w, "tied", &json!({"model_type": "llama", "tie_word_embeddings": true}), &NAMES, &[2, 3], 1.0);
     save(&w, "nan", &llama, &NAMES, &[2, 3], f32::NAN);
+    let with = |key: &str, value: serde_json::Value| {
+        let mut config = llama.clone();
+        config[key] = value;
+        config
+    };
+    save(&w, "silu", &with("hidden_act", "silu".into()), &NAMES, &[2, 3], 1.0);
+    save(&w, "gelu", &with("hidden_act", "gelu".into()), &NAMES, &[2, 3], 1.0);
+    w.fails(
+        1,
+        "merge --method linear --model silu=1 --model gelu=1 --output-dir out",
+        &["hidden_act", "different activations"],
+    );
+    save(&w, "near", &with("rope_theta", 10000.into()), &NAMES, &[2, 3], 1.0);
+    save(&w, "far", &with("rope_theta", 500000.into()), &NAMES, &[2, 3], 1.0);
+    let told = w.ok("merge --method linear --model near=1 --model far=1 --dry-run").stderr;
+    assert!(told.contains("near and far differ in rope_theta (10000 and 500000): the merged model has"), "{told}");
     std::fs::create_dir(w.path("taken")).unwrap();
     let cases = [
         ("other", "out", "different architectures"),

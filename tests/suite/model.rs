@@ -214,7 +214,7 @@ fn a_token_reaches_exactly_the_window_behind_it() {
     const MOVED: usize = 25;
     let sequence = |moved: u32| {
         let ids = (0..LEN).map(|t| ((t * 89 + 3) % 523) as u32 + if t == MOVED { moved } else { 0 }).collect();
-        HostBatch::new(&[Example { sequences: vec![Sequence { ids, first: 1 }], ..Example::default() }], Sharing::On)
+        HostBatch::new(&[Example { sequences: vec![Sequence::new(ids, 1)], ..Example::default() }], Sharing::On)
     };
     for window in [Some(1), Some(2), Some(19), Some(64), Some(70), Some(LEN), None] {
         let changes = json!({"num_hidden_layers": 1, "sliding_window": window});
@@ -290,9 +290,7 @@ fn alone(examples: &[Example]) -> Vec<Example> {
 /// Sequences that fill more than one tile of the head's rows.
 fn filler(size: Size) -> Vec<Example> {
     let ids = |i: usize| (0..37).map(|t| ((i * 31 + t * 7) % size.vocab()) as u32).collect();
-    (0..30)
-        .map(|i| Example { row: i, sequences: vec![Sequence { ids: ids(i), first: 1 }], ..Example::default() })
-        .collect()
+    (0..30).map(|i| Example { row: i, sequences: vec![Sequence::new(ids(i), 1)], ..Example::default() }).collect()
 }
 
 #[test]

@@ -131,6 +131,30 @@ fn samples_are_trained_on_at_the_temperature_they_were_drawn_at() {
     train(&w, "greedy", "--objective grao --rollout-temperature 0");
 }
 
+/// What such a run is for stands where people look: reward, distance and length, not a loss without a scale.
+#[test]
+fn a_run_on_samples_reports_its_reward() {
+    let w = workspace();
+    let evaluated = "--eval-dataset heldout.jsonl --eval-steps 2 --kl-samples 8 --max-new-tokens 6";
+    let done =
+        w.ok(&format!("{TRAIN} --max-steps 4 --num-generations 4 --output-dir run --objective grpo {evaluated}"));
+    for row in ["reward  ", "KL from the reference", "completion length", "loss on given answers"] {
+        assert!(done.stdout.contains(row), "{row:?} is not in\n{}", done.stdout);
+    }
+    assert!(!done.stdout.contains("training loss"), "{}", done.stdout);
+    assert!(done.stderr.contains("step 2: reward "), "{}", done.stderr);
+    let curves = w.text("run/curves.svg");
+    assert!(["reward", "KL from the reference", "length of completions"].iter().all(|title| curves.contains(title)));
+
+    // Held-out completions are no pairs: nothing can be said of them but how likely they are.
+    let texts: Vec<_> = w.lines("heldout.jsonl");
+    let texts: Vec<Value> =
+        texts.iter().map(|row| serde_json::json!({"prompt": row["prompt"], "completion": row["chosen"]})).collect();
+    w.write_lines("answers.jsonl", &texts);
+    w.ok(&format!("{TRAIN} --max-steps 2 --num-generations 4 --output-dir pairs --objective sigmoid --beta 0.1 --eval-dataset answers.jsonl"));
+    assert!(w.column("pairs/evaluations.jsonl", "eval_loss").iter().all(|loss| *loss > 1.0));
+}
+
 #[test]
 fn rewards_rise() {
     let w = workspace();
@@ -215,6 +239,29 @@ fn completions_that_are_cut_teach_nothing_where_that_is_asked_for() {
     w.fails(2, &format!("{plain} --mask-truncated-completions"), &["--mask-truncated-completions", "--reward"]);
 }
 
+/// Of all tokens of a step, whatever micro-batches it is cut into.
+#[test]
+fn only_tokens_of_high_entropy_teach_where_that_is_asked_for() {
+    let w = workspace();
+    let run = |run: &str, flags: &str| {
+        train(&w, run, &format!("--objective grpo --num-iterations 2 {flags}"));
+        steps(&w, run)
+    };
+    let (all, some) = (run("all", ""), run("some", "--top-entropy-quantile 0.2"));
+    assert!(all.iter().all(|line| !line.contains_key("entropy")), "{:?}", all[0]);
+    assert!(some.iter().all(|line| (0.0..8.4).contains(&number(line, "entropy"))), "{:?}", some[0]);
+    // The same policy and samples, fewer tokens that teach.
+    let norm = |lines: &[Line]| number(&lines[0], "grad_norm");
+    assert!(0.0 < norm(&some) && norm(&some) < norm(&all), "{} of {}", norm(&some), norm(&all));
+    let cut = run("cut", "--top-entropy-quantile 0.2 --micro-batch-tokens 64");
+    for (whole, cut) in some.iter().zip(&cut) {
+        for key in ["entropy", "grad_norm", "loss"] {
+            let (whole, cut) = (number(whole, key), number(cut, key));
+            assert!((whole - cut).abs() <= 1e-4 * whole.abs().max(1e-2), "{key}: {whole}, in pieces {cut}");
+        }
+    }
+}
+
 /// Two epochs of four steps: the reference writes two completions of each of 16 prompts, and each is one side of a pair once.
 #[test]
 fn exploring_is_against_what_the_reference_wrote() {
@@ -250,7 +297,6 @@ fn what_cannot_be_sampled_or_rewarded_is_refused() {
     let plain = "train --model model --dataset train.jsonl --max-steps 2 --output-dir x --objective";
     w.fails(1, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
     w.fails(1, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
-    w.fails(1, &format!("{plain} grpo --reward rules.toml --top-entropy-quantile 0.2"), &["--top-entropy-quantile"]);
     w.fails(1, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
     w.fails(1, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
     let xpo = format!("{plain} xpo --beta 0.1");

@@ -181,6 +181,12 @@ fn a_reference_that_moves_follows_the_policy_and_resumes() {
     w.ok(&format!("{line} 1 --ref-mixup 0.5 --resume-from-checkpoint auto --output-dir resumed"));
     assert_same("resumed", &results(&w.path("soft")), &results(&w.path("resumed")));
     assert!(w.cache_file().is_none(), "it cannot be scored beforehand");
+
+    // Evaluations compare with what it started as: it has just become the policy.
+    w.ok(&format!("{line} 1 --eval-dataset train.jsonl --output-dir told"));
+    let margins = w.column("told/evaluations.jsonl", "eval_margin");
+    assert!(margins[0] == 0.0 && margins[1] != 0.0, "{margins:?}");
+    assert_same("told", &results(&w.path("hard")), &results(&w.path("told")));
     w.fails(
         2,
         &format!("{line} 1 --ref-model model --ref-model model --output-dir x"),
@@ -314,4 +320,9 @@ fn compare_tabulates_and_goes_on() {
     assert_eq!(json["cells"].as_array().unwrap().len(), 6);
     w.fails(1, &format!("{line} --arms nobody"), &["--arms: there is no arm \"nobody\"", "model, other, geometric"]);
     w.fails(2, &format!("{line} --ref-mean harmonic"), &["--ref-mean: is what compare decides"]);
+    w.fails(2, &format!("{line} --save-steps 2"), &["--save-steps: is what compare decides"]);
+    // When a recipe's own run is saved is none of its business.
+    w.write("one.toml", "save_steps = 2\nstop_at_step = 1\n");
+    let recipe = line.replace("compare --objective", "compare one.toml --objective");
+    w.fails(1, &format!("{recipe} --arms nobody"), &["--arms: there is no arm"]);
 }

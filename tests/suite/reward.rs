@@ -102,7 +102,7 @@ fn a_sequence_has_the_same_score_in_any_company() {
 fn what_pads_changes_no_score() {
     let tiny = tiny::with(Size::Tiny, "llama", classifier(1));
     let [padded, plain] = [&[1, 2, 3, 9, 9][..], &[1, 2, 3]].map(|ids| {
-        let sequences = vec![cuvee::data::Sequence { ids: ids.to_vec(), first: 1 }];
+        let sequences = vec![cuvee::data::Sequence::new(ids.to_vec(), 1)];
         Example { sequences, ..Example::default() }
     });
     let of = |example: &Example, pad: Option<u32>| {

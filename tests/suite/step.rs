@@ -30,7 +30,7 @@ const SCHEDULE: Schedule = Schedule { peak: 1.0, decay: Decay::Constant, warmup_
 fn pairs() -> Vec<Example> {
     let pair = |row: usize| {
         let ids = |from: usize, len: usize| (from..from + len).map(|i| (i * 7 % 11) as u32);
-        let sequence = |from, len| Sequence { ids: ids(row, 3).chain(ids(from, len)).collect(), first: 3 };
+        let sequence = |from, len| Sequence::new(ids(row, 3).chain(ids(from, len)).collect(), 3);
         Example { row, sequences: vec![sequence(row + 1, 2 + row), sequence(row + 5, 4)], ..Example::default() }
     };
     (0..4).map(pair).collect()

@@ -3,8 +3,8 @@
 
 use cuvee::checkpoint::{SaveDtype, save_safetensors};
 use cuvee::data::{Batch as HostBatch, Example, Extent, Sequence, Sharing, Temperature};
-use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Reference};
-use cuvee::model::{Acts, Init, Keep, KlActs, KlTerm, RefHeads, init_random, sources};
+use cuvee::device::{Arena, Cpu, DType, Dry, Kind, Reference, Tensor};
+use cuvee::model::{Acts, Init, Keep, KlActs, KlTerm, Moments, RefHeads, init_random, sources};
 use cuvee::ops::Backend;
 use half::bf16;
 use serde_json::json;
@@ -153,7 +153,7 @@ fn of_a_reference_the_head_is_read_and_nothing_else() {
             acts.load(&cpu, 0, &rows).unwrap();
             let (mut model, mut policy_acts, mut batch) = policy.build(&mut arena, &one, Keep::Nothing, &|_| false);
             init_random(&cpu, &mut model, SEED).unwrap();
-            let sequences = vec![Sequence { ids: vec![3, 5], first: 1 }];
+            let sequences = vec![Sequence::new(vec![3, 5], 1)];
             batch.load(&cpu, &HostBatch::new(&[Example { sequences, ..Example::default() }], Sharing::On)).unwrap();
             model.forward(&cpu, &batch, &mut policy_acts).unwrap();
             model.token_kl(&cpu, &batch, &policy_acts, &heads, &mut acts).unwrap();
@@ -197,20 +197,28 @@ fn a_reference_takes_its_head_and_its_hidden_rows() {
     assert!((12 * TARGETS..12 * TARGETS + 3 * 256).contains(&numbers), "{numbers}");
 }
 
-// ---- ln sum p^2 --------------------------------------------------------------------------------------------------------
+// ---- entropy, ln sum p^2 -----------------------------------------------------------------------------------------------
 
-/// Where it is asked for; it costs a number a target, and changes no log-probability.
+const BOTH: Moments = Moments { entropy: true, ln_sum_p2: true };
+
+/// Where they are asked for; each costs a number a target, and changes no log-probability.
 #[test]
 fn the_concentration_of_a_distribution_comes_with_the_forward_pass() {
     let host = host(Size::Small);
     let (size, targets) = (host.extent(), host.targets.len());
     for tiny in tiny::all(Size::Small) {
-        let expected = with_ln_sum_p2(Reference, &tiny, &host, targets);
-        let found = with_ln_sum_p2(Cpu::new(2).unwrap(), &tiny, &host, targets);
-        let least = -(Size::Small.vocab() as f64).ln();
-        for (found, expected) in found[1].iter().zip(&expected[1]) {
-            assert!((found - expected).abs() < 1e-3, "{}: {found}, expected {expected}", tiny.name);
-            assert!((least..=0.0).contains(expected), "{}: {expected}", tiny.name);
+        let expected = with_moments(Reference, &tiny, &host, targets);
+        let found = with_moments(Cpu::new(2).unwrap(), &tiny, &host, targets);
+        let most = (Size::Small.vocab() as f64).ln();
+        for t in 0..targets {
+            let ([_, entropy, ln_sum_p2], name) = (expected.each_ref().map(|of| of[t]), &tiny.name);
+            assert!((found[1][t] - entropy).abs() < 1e-3, "{name}: {}, expected {entropy}", found[1][t]);
+            assert!((found[2][t] - ln_sum_p2).abs() < 1e-3, "{name}: {}, expected {ln_sum_p2}", found[2][t]);
+            // By Jensen the two bound each other.
+            assert!(
+                (0.0..=most).contains(&entropy) && (-entropy..=0.0).contains(&ln_sum_p2),
+                "{name}: {entropy}, {ln_sum_p2}"
+            );
         }
         let plain = tiny::Rig::new(Cpu::new(2).unwrap(), &tiny, &size, Keep::Nothing).forward(&host);
         assert!(plain == found[0], "{}: other log-probabilities", tiny.name);
@@ -218,18 +226,19 @@ fn the_concentration_of_a_distribution_comes_with_the_forward_pass() {
         let [without, with] = [false, true].map(|with| {
             Dry::measure(DType::Bf16, |arena| {
                 let acts = Acts::new(arena, spec, &size, Keep::Nothing);
-                if with { acts.with_ln_sum_p2(arena) } else { acts }
+                if with { acts.with_moments(arena, BOTH) } else { acts }
             })
         });
-        assert_eq!(with.total() - without.total(), Arena::<Dry>::bytes_of(DType::F32, targets, 1));
+        assert_eq!(with.total() - without.total(), 2 * Arena::<Dry>::bytes_of(DType::F32, targets, 1));
     }
 }
 
-/// Log-probabilities and `ln_sum_p2` of every target.
-fn with_ln_sum_p2<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch, targets: usize) -> [Vec<f64>; 2] {
+/// Log-probabilities, entropies and `ln_sum_p2` of every target.
+fn with_moments<B: Backend>(device: B, tiny: &Tiny, host: &HostBatch, targets: usize) -> [Vec<f64>; 3] {
     let mut rig = tiny::Rig::new(device, tiny, &host.extent(), Keep::Nothing);
-    let mut arena = Arena::with_bytes(&rig.device, Arena::<B>::bytes_of(DType::F32, targets, 1)).unwrap();
-    rig.acts = rig.acts.with_ln_sum_p2(&mut arena);
+    let mut arena = Arena::with_bytes(&rig.device, 2 * Arena::<B>::bytes_of(DType::F32, targets, 1)).unwrap();
+    rig.acts = rig.acts.with_moments(&mut arena, BOTH);
     let logps = rig.forward(host);
-    [logps, read(&rig.device, rig.acts.top.ln_sum_p2.as_ref().unwrap())]
+    let moment = |of: &Option<Tensor<B>>| read(&rig.device, of.as_ref().unwrap());
+    [logps, moment(&rig.acts.top.entropy), moment(&rig.acts.top.ln_sum_p2)]
 }

@@ -195,7 +195,11 @@ impl<'a> Report<'a> {
     fn remark(&self) -> String {
         let (seeds, time) = (self.plan.recipe.seeds, self.seconds.iter().flatten().sum::<f64>());
         let runs = self.seconds.iter().flatten().count();
-        format!("± is the standard deviation over {seeds} seed(s). {runs} jobs took {} of processes.", duration(time))
+        let spread = match seeds {
+            1 => "One seed says nothing of the spread between seeds.".to_string(),
+            seeds => format!("± is the standard deviation over {seeds} seeds."),
+        };
+        format!("{spread} {runs} jobs took {} of processes.", duration(time))
     }
 
     /// All arms, in as many figures as there must be for each to have a colour of its own.

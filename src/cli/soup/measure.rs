@@ -108,7 +108,7 @@ impl Job for &MeasureArgs {
         let rollouts = self.complete(device, &policy, &tokenizer, &prompts)?;
         let example = |rollout: &Rollout| {
             let prompt = &plain[rollout.prompt].ids;
-            let sequence = Sequence { ids: [prompt, &rollout.ids[..]].concat(), first: prompt.len() };
+            let sequence = Sequence::new([prompt, &rollout.ids[..]].concat(), prompt.len());
             Example { row: rollout.prompt, sequences: vec![sequence], ..Example::default() }
         };
         let examples: Vec<Example> = rollouts.iter().map(example).collect();

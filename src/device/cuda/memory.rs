@@ -132,7 +132,7 @@ impl CudaSpan {
         let start = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| no_memory(bytes, e))?;
         let block = Arc::new(Block { start, context: context.clone() });
         // SAFETY: the whole of what was just allocated.
-        unsafe { result::memset_d8_async(start, 0, bytes, context.stream) }.map_err(failed("memory"))?;
+        unsafe { result::memset_d8_async(start, 0, bytes.max(1), context.stream) }.map_err(failed("memory"))?;
         Ok(Self { block, start: 0, len: bytes })
     }
 

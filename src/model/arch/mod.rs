@@ -19,7 +19,7 @@ use crate::checkpoint::Weights;
 use crate::checkpoint::hf::RewardModel;
 use crate::checkpoint::json::read_json;
 use crate::checkpoint::peft::{self, AdapterConfig, AdapterFile};
-use crate::data::{Read, Tokenizer};
+use crate::data::{Dataset, Example, Read, Tokenizer};
 use crate::device::{DType, Dry};
 use crate::error::{Error, Result};
 use crate::model::{Adapter, Head, Model, Options, Role, Spec};
@@ -241,6 +241,37 @@ impl Checkpoint {
     /// The adapter that has the head of this reward model.
     pub fn adapter_head(&self) -> Option<&AdapterFile> {
         self.adapters.iter().map(|adapter| adapter.file.as_ref()).find(|file| file.head().is_some())
+    }
+
+    /// Positions that it was made for: learned ones, or as far as it was trained, where `config.json` says so.
+    pub fn positions(&self) -> Option<usize> {
+        let stated = || {
+            let config = read_json(&self.dir.join("config.json")).ok()?;
+            config.get("max_position_embeddings")?.as_u64().map(|positions| positions as usize)
+        };
+        self.spec.most_positions().or_else(stated)
+    }
+
+    /// Says where texts go on beyond these: rotations do, and the model has never seen them.
+    pub fn beyond(&self, what: &str, lens: impl IntoIterator<Item = usize>) -> Option<String> {
+        let positions = self.positions()?;
+        let (mut all, mut beyond, mut longest) = (0, 0, 0);
+        for len in lens {
+            (all, beyond, longest) = (all + 1, beyond + usize::from(len > positions), longest.max(len));
+        }
+        (beyond > 0).then(|| {
+            format!(
+                "{what}: {beyond} of {all} have more tokens than the {positions} that {} was made for (max_position_embeddings), up to \
+                 {longest}: what it says of them is worth little",
+                self.dir.display()
+            )
+        })
+    }
+
+    /// The same of a data set's rows.
+    pub fn beyond_rows(&self, dataset: &Dataset) -> Option<String> {
+        let longest = |example: &Example| example.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+        self.beyond(&dataset.path.display().to_string(), dataset.examples.iter().map(longest))
     }
 
     /// The model without memory, for names and shapes.

@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_is_in_no_list_and_counts_in_means_over_completions() {
-        let sequence = |len: u32| Sequence { ids: (0..=len).collect(), first: 1 };
+        let sequence = |len: u32| Sequence::new((0..=len).collect(), 1);
         let example =
             |lens: &[u32]| Example { sequences: lens.iter().map(|len| sequence(*len)).collect(), ..Example::default() };
         let examples = vec![example(&[1, 3, 2]), example(&[3, 3]), example(&[3, 1])];

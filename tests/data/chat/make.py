@@ -1,4 +1,4 @@
-"""Makes renderings.json and tokens.json: what transformers 5.23 and TRL 1.16 make of the conversations below with the
+"""Makes renderings.json, tokens.json and assistants.json: what transformers 5.23 and TRL 1.16 make of the conversations below with the
 templates in this folder and the tokenizer of assets/review-llama-656k.
 
     python tests/data/chat/make.py
@@ -125,6 +125,16 @@ def tokens(tokenizer):
     return out
 
 
+def assistants(tokenizer):
+    """The tokens of the assistant's turns, as SFTTrainer's assistant_only_loss has them from transformers."""
+    tokenizer.chat_template = open(os.path.join(HERE, "marked.jinja"), encoding="utf-8").read()
+    out = []
+    for messages, _ in CONVERSATIONS:
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        out.append({"messages": messages, "ids": made["input_ids"], "mask": made["assistant_masks"]})
+    return out
+
+
 def write(name, value):
     with open(os.path.join(HERE, name), "w", encoding="utf-8") as file:
         file.write("[\n" + ",\n".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n]\n")
@@ -134,3 +144,4 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     write("renderings.json", renderings(tokenizer))
     write("tokens.json", tokens(tokenizer))
+    write("assistants.json", assistants(tokenizer))
