@@ -54,9 +54,6 @@ __device__ __forceinline__ unsigned pack2(float low, float high) {
 #endif
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return {bf16_bits(x)}; }
 
-// What a store and a load make of a number: sums that go on with it see what memory holds.
-template <class T> __device__ __forceinline__ float rounded(float x) { return wide(narrow<T>(x)); }
-
 // ---- memory ----------------------------------------------------------------------------------------------------------
 
 // Sixteen bytes, the widest load there is.
@@ -105,11 +102,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = WARP / 2; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = WARP / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, step));
   return x;
 }
 

@@ -423,7 +423,7 @@ pub struct OptimArgs {
     #[arg(long, value_name = "F", default_value = "0", value_parser = zero_to_one)]
     pub warmup_ratio: f64,
     /// The same as a number of steps
-    #[arg(long, value_name = "N", value_parser = count, conflicts_with = "warmup_ratio")]
+    #[arg(long, value_name = "N", value_parser = count)]
     pub warmup_steps: Option<usize>,
     /// Decoupled weight decay, per unit of learning rate
     #[arg(long, value_name = "F", default_value = "0", value_parser = zero_or_more)]
@@ -1129,13 +1129,14 @@ impl TrainArgs {
 }
 
 impl RunArgs {
-    /// TRL's, of its trainer for this objective.
-    pub fn default_learning_rate(&self) -> f64 {
-        match &self.loss.objective[..] {
+    /// The one that is given, or TRL's of its trainer for this objective.
+    pub fn learning_rate(&self) -> f64 {
+        let default = match &self.loss.objective[..] {
             [name] if name == "sft" || name == "dft" => 2e-5,
             [name] if name == "reward" => 1e-4,
             _ => 1e-6,
-        }
+        };
+        self.optim.learning_rate.unwrap_or(default)
     }
 
     /// What no single flag can know.
@@ -1156,6 +1157,9 @@ impl RunArgs {
         for option in ["temperature", "top_p"] {
             let why = "say how many samples to print (completions that are trained on have --rollout-temperature, --rollout-top-p)";
             needs(flags, option, "samples", why)?;
+        }
+        if self.optim.warmup_steps.is_some() && self.optim.warmup_ratio > 0.0 {
+            return Err(Error::option("--warmup-steps", "says the same as --warmup-ratio; give one of them"));
         }
         self.engine.check()?;
         self.refs.check(flags)?;

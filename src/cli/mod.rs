@@ -143,7 +143,8 @@ fn encode(max_length: Option<usize>, on_overflow: args::OnOverflow) -> crate::da
 /// Parses a command line (program name first) and the recipe it may name.
 pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     let mut argv = dashes_for_underscores(argv);
-    let command = recipe::TAKEN_BY.iter().fold(Cli::command(), |c, name| c.mut_subcommand(name, recipe::accept));
+    let command = footers_flow(Cli::command());
+    let command = recipe::TAKEN_BY.iter().fold(command, |c, name| c.mut_subcommand(name, recipe::accept));
     let mut matches = command.clone().try_get_matches_from(&argv)?;
 
     if let Some((name, flags)) = matches.subcommand()
@@ -168,8 +169,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
     let mut cli = Cli::from_arg_matches(&matches)?;
     if let Command::Train(args) = &mut cli.command {
         // The recipe that the run leaves behind says what it was.
-        let rate = args.run.default_learning_rate();
-        args.run.optim.learning_rate.get_or_insert(rate);
+        args.run.optim.learning_rate = Some(args.run.learning_rate());
     }
     match &cli.command {
         Command::Train(args) => args.run.check(flags)?,
@@ -192,6 +192,28 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, Failure> {
         | Command::Watch(_) => {}
     }
     Ok(cli)
+}
+
+/// Lets clap alone break the lines of what stands below the options, of every subcommand.
+fn footers_flow(command: clap::Command) -> clap::Command {
+    let footer = command.get_after_help().map(|text| paragraphs(&text.to_string()));
+    let command = footer.into_iter().fold(command, |command, footer| command.after_help(footer));
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_string()).collect();
+    names.into_iter().fold(command, |command, name| command.mut_subcommand(name, footers_flow))
+}
+
+/// Joins the lines of paragraphs, which is what stands at the margin; examples and lists are indented.
+fn paragraphs(text: &str) -> String {
+    let mut out = String::new();
+    let mut before = "";
+    for line in text.lines() {
+        let of_text = |line: &str| line.starts_with(|c: char| !c.is_whitespace());
+        let goes_on = of_text(before) && of_text(line) && !before.ends_with(':');
+        out += if goes_on { " " } else { "\n" };
+        out += line;
+        before = line;
+    }
+    out.trim_start_matches('\n').to_string()
 }
 
 /// `--max_steps=a_b` means `--max-steps=a_b`: TRL spells flags so. Values and what follows a bare `--` stay.
@@ -321,6 +343,19 @@ mod tests {
             EngineArgs { threads: None, device: Device::Auto, no_amx: false, batch_invariant: false }
         );
         assert!(args.run.refs.ref_model.is_empty());
+    }
+
+    #[test]
+    fn footers_are_paragraphs() {
+        assert_eq!(paragraphs("a b\nc\n\nList:\n  x\n  y\nd\ne"), "a b c\n\nList:\n  x\n  y\nd e");
+        let help = |name: &str| {
+            let line = ["cuvee", name, "--help"].map(OsString::from);
+            match parse(line).unwrap_err() {
+                Failure::Clap(help) => help.to_string(),
+                Failure::Error(error) => panic!("{error}"),
+            }
+        };
+        assert!(help("merge").lines().all(|line| line.trim_end() != "tensor, merged in f32 and"), "{}", help("merge"));
     }
 
     #[test]
@@ -522,7 +557,7 @@ mod tests {
         warmup_ratio = 0.1\n weight_decay = 1\n adam_beta1 = 0.8\n adam_beta2 = 0.95\n adam_epsilon = 1e-6
         max_grad_norm = 0\n num_train_epochs = 2.5\n max_steps = 100\n stop_at_step = 50\n seed = 9223372036854775807
         resume_from_checkpoint = 'c'\n per_device_train_batch_size = 3\n gradient_accumulation_steps = 2
-        max_length = 77\n on_overflow = 'truncate'\n assistant_only_loss = true\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n samples = 3
+        max_length = 77\n on_overflow = 'truncate'\n assistant_only_loss = true\n no_shuffle = true\n eval_steps = 5\n save_steps = 6\n save_total_limit = 3\n samples = 3
         max_new_tokens = 7\n temperature = 0\n top_p = 1\n init = 'random'\n dtype = 'bf16'\n recompute = true
         micro_batch_tokens = 512\n no_prefix_sharing = true\n threads = 2\n device = 'cuda:1'\n cache_dir = 'cache'
         ref_model = ['r1', '../r2']\n profile_steps = '5..8'\n ref_mean = 'harmonic'\n ref_weights = '0.25,0.75'
@@ -546,7 +581,7 @@ mod tests {
  rollback = 'beta'";
 
     /// The flags that contradict some of those.
-    const MOVING: &str = "ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";
+    const MOVING: &str = "warmup_steps = 3\n ref_sync_steps = 5\n ref_mixup = 0.5\n lora_start = 'l'";
 
     /// Every flag of train, none at its default.
     fn everything() -> String {

@@ -109,12 +109,9 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             stochastic_rounding: run.optim.stochastic_rounding,
             seed: run.schedule.seed,
         },
-        learning_rate: run.optim.learning_rate.unwrap_or_else(|| run.default_learning_rate()),
+        learning_rate: run.learning_rate(),
         decay: decay(run.optim.lr_scheduler_type),
-        warmup: match run.optim.warmup_steps {
-            Some(steps) => Warmup::Steps(steps as u64),
-            None => Warmup::Share(run.optim.warmup_ratio),
-        },
+        warmup: warmup(run),
         num_train_epochs: run.schedule.num_train_epochs,
         max_steps: run.schedule.max_steps,
         stop_at_step: run.schedule.stop_at_step.map(Pause::of),
@@ -148,6 +145,10 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
         rollouts: run.rollouts.rollouts(),
         recipe: String::new(),
     })
+}
+
+fn warmup(run: &RunArgs) -> Warmup {
+    run.optim.warmup_steps.map_or(Warmup::Share(run.optim.warmup_ratio), |steps| Warmup::Steps(steps as u64))
 }
 
 /// Rows may be prompts alone where the policy writes what follows.

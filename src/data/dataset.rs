@@ -582,19 +582,18 @@ mod tests {
         let sequences = |template: &str, options: EncodeOptions| {
             chat(template, &rows(&["a", "b", "a", "bd"]), options).unwrap().examples.remove(0).sequences
         };
-        let (unscored, ids) = (vec![6..10], vec![6, 3, 7, 5, 4, 1, 6, 3, 7, 5, 4, 6, 1]);
-        let expected = Sequence { ids, first: 4, unscored };
+        let but = |range: Range<usize>, ids: &[u32]| Sequence { unscored: [range].to_vec(), ..sequence(ids, 4) };
+        let expected = but(6..10, &[6, 3, 7, 5, 4, 1, 6, 3, 7, 5, 4, 6, 1]);
         assert_eq!((expected.targets(), expected.scored().collect::<Vec<_>>()), (5, vec![4, 5, 10, 11, 12]));
-        assert_eq!(sequences(TEMPLATE, only), [expected.clone()]);
+        assert_eq!(sequences(TEMPLATE, only), std::slice::from_ref(&expected));
         // By its marks, and without the blank that a template writes behind EOS.
         let marked = TEMPLATE.replace(
             "'c' + m.content + eos_token }}",
             "'c' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}",
         );
-        assert_eq!(sequences(&marked, only), [expected.clone()]);
+        assert_eq!(sequences(&marked, only), [expected]);
         let blank = TEMPLATE.replace("+ eos_token", "+ eos_token + ' '");
-        let ids = vec![6, 3, 7, 5, 4, 1, 7, 6, 3, 7, 5, 4, 6, 1];
-        assert_eq!(sequences(&blank, only), [Sequence { ids, first: 4, unscored: vec![6..11] }]);
+        assert_eq!(sequences(&blank, only), [but(6..11, &[6, 3, 7, 5, 4, 1, 7, 6, 3, 7, 5, 4, 6, 1])]);
         // Cut within what is not scored.
         let cut = EncodeOptions { max_length: Some(8), on_overflow: Overflow::Truncate, ..only };
         assert_eq!(sequences(TEMPLATE, cut), [sequence(&[6, 3, 7, 5, 4, 1], 4)]);

@@ -237,15 +237,20 @@ impl RowEncoder<'_> {
         if !chat.marks() {
             let says = |at: &usize| messages[*at].get("role").is_some_and(|role| role == "assistant");
             let turn = |at: usize| {
-                let before = chat.render(&messages[..at], variables, true)?;
                 let after = chat.render(&messages[..=at], variables, false)?;
+                let before = match chat.render(&messages[..at], variables, true) {
+                    // Templates are not made for conversations of no message.
+                    before if at == 0 => before.ok().filter(|before| after.starts_with(before)).unwrap_or_default(),
+                    before => before?,
+                };
                 match whole.starts_with(&after) && after.starts_with(&before) {
                     true => Ok(before.len()..self.turn_end(&after)),
                     false => Err(Error::option(
                         "--assistant-only-loss",
                         format!(
-                            "the chat template writes message {} otherwise when others follow, and marks nothing: what the assistant \
-                         says cannot be told from the rest; put {{% generation %}} and {{% endgeneration %}} around it in the template",
+                            "the chat template writes message {} otherwise when others follow, and marks nothing: what the \
+                             assistant says cannot be told from the rest; put {{% generation %}} and {{% endgeneration %}} around it \
+                             in the template",
                             at + 1
                         ),
                     )),

@@ -99,20 +99,21 @@ impl Report {
     fn table(&self, out: &mut String) {
         let (Some(before), Some(after)) = (self.evaluations.first(), self.evaluations.last()) else { return };
         let rows = number(after, "eval_rows").unwrap_or(0.0);
-        let _ = writeln!(out, "{:<24}{:>14}{:>14}", format!("{rows} held-out rows"), "before", "after");
+        let width = if self.online() { 20 } else { 14 };
+        let _ = writeln!(out, "{:<24}{:>width$}{:>width$}", format!("{rows} held-out rows"), "before", "after");
         for (label, key, factor, decimals, unit) in if self.online() { ONLINE } else { TABLE } {
             let error =
                 |line| number(line, &format!("{key}_stderr")).map_or(String::new(), |e| format!(" ± {e:.decimals$}"));
             let cell =
                 |line| number(line, key).map(|value| format!("{:.decimals$}{}{unit}", factor * value, error(line)));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {
-                let _ = writeln!(out, "{label:<24}{before:>14}{after:>14}");
+                let _ = writeln!(out, "{label:<24}{before:>width$}{after:>width$}");
             }
         }
         for (name, metric) in &self.tasks {
             let cell = |line| number(line, &format!("eval_{name}/{metric}")).map(|value| format!("{value:.4}"));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {
-                let _ = writeln!(out, "{:<24}{before:>14}{after:>14}", format!("{name} {metric}"));
+                let _ = writeln!(out, "{:<24}{before:>width$}{after:>width$}", format!("{name} {metric}"));
             }
         }
         out.push('\n');

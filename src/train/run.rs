@@ -65,8 +65,7 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     machine::release_freed();
     let workload = Workload::new(&task, settings);
     let (blueprint, mut plan) = (workload.blueprint(settings), workload.plan(settings)?);
-    task.datasets().iter().flat_map(|d| d.report()).for_each(say);
-    task.datasets().iter().filter_map(|dataset| task.checkpoint.beyond_rows(dataset)).for_each(say);
+    tell_of_data(settings, &task);
     let course = task.course(settings)?;
     if !task.references.is_empty() {
         let cannot = |e| Error::option("--cache-dir", format!("{}: {e}", settings.cache_dir.display()));
@@ -91,10 +90,8 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
     for (k, (checkpoint, init)) in task.compared().into_iter().enumerate() {
         policy.heads.as_mut().expect("built for them").fill(device, k, checkpoint, init)?;
     }
-    first_weights(device, settings, &task, &mut policy, start.from.as_deref()).map_err(|e| match &start.from {
-        Some(dir) => damaged(e, &settings.output_dir, dir),
-        None => e,
-    })?;
+    first_weights(device, settings, &task, &mut policy, start.from.as_deref())
+        .map_err(|e| damaged(e, &settings.output_dir, start.from.as_deref()))?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
     let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
     let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
@@ -229,7 +226,7 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
         _ => None,
     };
     let state = match &from {
-        Some(dir) => read_state(dir, course).map_err(|e| damaged(e, output, dir))?,
+        Some(dir) => read_state(dir, course).map_err(|e| damaged(e, output, Some(dir)))?,
         None => RunState {
             step: 0,
             num_tokens: 0,
@@ -256,7 +253,8 @@ fn open_output(settings: &Settings, course: &Map<String, Value>, objective: &dyn
 }
 
 /// Where the newest checkpoint cannot be read, an older one may be there.
-fn damaged(error: Error, output: &Path, dir: &Path) -> Error {
+fn damaged(error: Error, output: &Path, dir: Option<&Path>) -> Error {
+    let Some(dir) = dir else { return error };
     let older = checkpoints(output).unwrap_or_default().into_iter().map(|(_, path)| path);
     match (error, older.rev().skip_while(|path| path != dir).nth(1)) {
         (Error::File { path, detail }, Some(older)) => {
@@ -268,6 +266,17 @@ fn damaged(error: Error, output: &Path, dir: &Path) -> Error {
             Error::File { path, detail }
         }
         (error, _) => error,
+    }
+}
+
+/// What users should know of the rows before a run.
+fn tell_of_data(settings: &Settings, task: &Task) {
+    for dataset in task.datasets() {
+        dataset.report().into_iter().chain(task.checkpoint.beyond_rows(dataset)).for_each(say);
+    }
+    let file = |path: &Path| path.canonicalize().ok();
+    if settings.eval_dataset.as_deref().and_then(file).is_some_and(|eval| Some(eval) == file(&settings.dataset)) {
+        say("warning: --eval-dataset is the file that is trained on: what it says is no proof");
     }
 }
 

@@ -136,8 +136,9 @@ fn samples_are_trained_on_at_the_temperature_they_were_drawn_at() {
 fn a_run_on_samples_reports_its_reward() {
     let w = workspace();
     let evaluated = "--eval-dataset heldout.jsonl --eval-steps 2 --kl-samples 8 --max-new-tokens 6";
-    let done =
-        w.ok(&format!("{TRAIN} --max-steps 4 --num-generations 4 --output-dir run --objective grpo {evaluated}"));
+    let done = w.ok(&format!(
+        "{TRAIN} --max-steps 4 --num-generations 4 --output-dir run --objective grpo --beta 0.05 {evaluated}"
+    ));
     for row in ["reward  ", "KL from the reference", "completion length", "loss on given answers"] {
         assert!(done.stdout.contains(row), "{row:?} is not in\n{}", done.stdout);
     }

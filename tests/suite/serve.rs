@@ -505,7 +505,7 @@ fn read_some(mut stream: TcpStream, status: &str) {
 
 #[test]
 fn a_full_queue_says_so() {
-    let server = Server::start(&["--max-running", "1", "--max-queue", "1"]);
+    let server = Server::start(&["--max-running", "1", "--max-queue", "1", "--max-context", "2048"]);
     let long = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "ignore_eos": true});
     let runs = server.post_stream("/v1/completions", &long);
     wait_for("one runs", || server.metric("cuvee_running") == 1.0);
@@ -558,7 +558,7 @@ fn sixty_four_clients_get_what_each_gets_alone() {
 
 #[test]
 fn it_finishes_what_runs_when_asked_to_stop() {
-    let mut server = Server::start(&[]);
+    let mut server = Server::start(&["--max-context", "2048"]);
     let asked = json!({"prompt": "The film", "max_tokens": 300, "stream": true, "ignore_eos": true});
     let client = server.post_stream("/v1/completions", &asked);
     wait_for("it runs", || server.metric("cuvee_running") > 0.0);
@@ -571,7 +571,7 @@ fn it_finishes_what_runs_when_asked_to_stop() {
 
 #[test]
 fn a_killed_server_leaves_whole_lines_and_starts_again() {
-    let mut server = Server::start(&["--audit-log", "audit.jsonl"]);
+    let mut server = Server::start(&["--audit-log", "audit.jsonl", "--max-context", "2048"]);
     server.complete(json!({"prompt": "A", "max_tokens": 2})).ok();
     let asked = json!({"prompt": "The film", "max_tokens": 2000, "stream": true, "ignore_eos": true});
     let mut client = server.post_stream("/v1/completions", &asked);

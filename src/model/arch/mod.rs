@@ -302,7 +302,16 @@ impl Checkpoint {
     /// Either kind.
     fn read(dir: &Path) -> Result<Self> {
         if !dir.is_dir() {
-            return Err(Error::file(dir, "there is no such folder; a model is a folder with config.json in it"));
+            // `owner/name` is what a model of the hub is called.
+            let hub = dir.is_relative() && dir.components().count() == 2;
+            let name = dir.display();
+            let download = if hub {
+                format!("; `hf download {name} --local-dir DIR` fetches one of the hub")
+            } else {
+                String::new()
+            };
+            let detail = format!("there is no such folder; a model is a folder with config.json in it{download}");
+            return Err(Error::file(dir, detail));
         }
         let config = dir.join("config.json");
         if peft::is_adapter(dir) {
