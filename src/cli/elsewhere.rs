@@ -6,7 +6,8 @@ use crate::error::Error;
 
 const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["lr"], "give --learning-rate"),
-    (&["bf16", "fp16", "tf32", "torch-dtype"], "give --dtype bf16"),
+    (&["bf16", "fp16", "tf32"], "give --dtype bf16"),
+    (&["torch-dtype"], "give --dtype"),
     (&["use-peft", "lora", "peft"], "--lora-rank N trains an adapter"),
     (&["lora-dropout"], "adapters have no dropout here; leave it out"),
     (&["optim"], "give --optimizer"),

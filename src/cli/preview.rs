@@ -18,6 +18,7 @@ pub fn run(args: &PreviewArgs) -> Result<()> {
     let limits = super::encode(args.limits.max_length, args.limits.on_overflow);
     let encode = EncodeOptions { prompts: true, assistant_only: args.assistant_only_loss, ..limits };
     let dataset = Dataset::load(&args.dataset, &tokenizer, &encode)?;
+    dataset.check_assistant_only()?;
     let palette = Palette { on: colored(args.color, |name| std::env::var(name).ok(), std::io::stdout().is_terminal()) };
     for row in rows(args, &dataset)? {
         let text = match (dataset.examples.iter().find(|example| example.row == row), args.json) {

@@ -71,7 +71,7 @@ pub struct ServeArgs {
     /// Seconds that answers may take to end once the server is asked to stop
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = positive, help_heading = "Network")]
     pub drain: f64,
-    /// Tokens of a prompt and its completion, at most [default: 2048, or the model's learned positions]
+    /// Tokens of a prompt and its completion, at most [default: 2048, or what the model was made for]
     #[arg(long, value_name = "N", value_parser = count, help_heading = "Limits")]
     pub max_context: Option<usize>,
     /// New tokens of one completion, at most [default: --max-context]

@@ -39,7 +39,8 @@ pub struct ChatTemplate {
     /// `bos_token`, `eos_token`, ..: what a template may put around turns.
     special_tokens: Map<String, Value>,
     reads_clock: bool,
-    marks: bool,
+    /// Names of templates that mark what the assistant says.
+    marks: Vec<String>,
 }
 
 impl ChatTemplate {
@@ -83,10 +84,10 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         environment.add_function(MARK, mark);
         let reads_clock = templates.iter().any(|(_, source)| source.contains("strftime_now"));
-        let mut marks = false;
+        let mut marks = Vec::new();
         for (name, source) in templates {
             let source = prepared(&source);
-            marks |= source.contains(MARK);
+            marks.extend(source.contains(MARK).then(|| name.clone()));
             environment
                 .add_template_owned(name, source)
                 .map_err(|e| format!("the chat template cannot be read: {}", describe(&e)))
@@ -114,12 +115,8 @@ impl ChatTemplate {
         Ok(self.marked(messages, variables, generation_prompt)?.0)
     }
 
-    /// Whether it marks what the assistant says.
-    pub fn marks(&self) -> bool {
-        self.marks
-    }
-
-    /// [`render`](Self::render), and the bytes of it that are between the template's `{% generation %}` marks.
+    /// [`render`](Self::render), and the bytes of it that are between the template's `{% generation %}` marks; `None` where it has
+    /// no marks.
     ///
     /// # Errors
     /// As `render`.
@@ -128,7 +125,7 @@ impl ChatTemplate {
         messages: &[Message],
         variables: &Map<String, Value>,
         generation_prompt: bool,
-    ) -> Result<(String, Vec<Range<usize>>)> {
+    ) -> Result<(String, Option<Vec<Range<usize>>>)> {
         let messages: Vec<Value> = messages.iter().map(|message| Value::Object(with_reasoning(message))).collect();
         let mut context = self.special_tokens.clone();
         context.extend([("tools".to_string(), Value::Null), ("documents".to_string(), Value::Null)]);
@@ -148,7 +145,8 @@ impl ChatTemplate {
         let text = catch_unwind(AssertUnwindSafe(run)).map_err(|_| "the template engine panics on it").at(&self.path)?;
         let Written { text, marks } = text.map_err(|e| failure(&e)).at(&self.path)?;
         let spans = marks.chunks_exact(2).map(|ends| ends[0]..ends[1]).filter(|span| !span.is_empty());
-        Ok((String::from_utf8(text).expect("a template writes text"), spans.collect()))
+        let spans = self.marks.iter().any(|marked| marked == name).then(|| spans.collect());
+        Ok((String::from_utf8(text).expect("a template writes text"), spans))
     }
 }
 

@@ -137,13 +137,6 @@ impl Dataset {
             return Err(Error::file(path, detail));
         }
         let conversational = placed.iter().any(|(_, row)| row.has_messages());
-        if options.assistant_only && !(conversational && form == Form::Text) {
-            let detail = format!(
-                "{} has {form}, of which the completion alone is scored anyway, or no messages; it is for a column \"messages\"",
-                path.display()
-            );
-            return Err(Error::option("--assistant-only-loss", detail));
-        }
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
         let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
         let encoded: Vec<_> = placed.par_iter().map(|(_, row)| encoder.encode(row)).collect();
@@ -204,6 +197,19 @@ impl Dataset {
             });
         }
         self.examples.push(Example { row, sequences, label: source.label, margin: source.margin, prior: None });
+    }
+
+    /// Fails where [`EncodeOptions::assistant_only`] says nothing about these rows.
+    pub fn check_assistant_only(&self) -> Result<()> {
+        if !self.options.assistant_only || self.conversational && self.form == Form::Text {
+            return Ok(());
+        }
+        let detail = format!(
+            "says nothing about {}, whose rows are {}: of messages without a prompt it chooses what is scored",
+            self.path.display(),
+            self.form
+        );
+        Err(Error::option("--assistant-only-loss", detail))
     }
 
     /// Where a row lies in the file.
@@ -306,6 +312,9 @@ impl Dataset {
             // The lengths first, so that no two lists of sequences give the same bytes.
             let header = [sequence.ids.len() as u64, sequence.first as u64];
             hasher.update(bytemuck::cast_slice(&header)).update(bytemuck::cast_slice(&sequence.ids));
+            if !sequence.unscored.is_empty() {
+                hasher.update(&(sequence.unscored.len() as u64).to_le_bytes());
+            }
             for range in &sequence.unscored {
                 hasher.update(bytemuck::cast_slice(&[range.start as u64, range.end as u64]));
             }
@@ -600,7 +609,8 @@ mod tests {
 
         assert_eq!(chat(TEMPLATE, &rows(&["a"]), only).unwrap().skipped, [(0, Skip::NoAssistant)]);
         let none = EncodeOptions { max_length: Some(4), on_overflow: Overflow::Truncate, ..only };
-        assert_eq!(chat(TEMPLATE, &rows(&["a", "b"]), none).unwrap().skipped, [(0, Skip::NoAssistant)]);
+        let filled = Skip::PromptFillsMaxLength { tokens: 6, max_length: 4 };
+        assert_eq!(chat(TEMPLATE, &rows(&["a", "b"]), none).unwrap().skipped, [(0, filled)]);
         let fails = |template: &str, row: Value, part: &str| {
             let message = chat(template, &[row], only).unwrap_err().to_string();
             assert!(message.contains(part), "{message:?} lacks {part:?}");
@@ -608,7 +618,16 @@ mod tests {
         let last = "{% for m in messages %}{{ m.content }}{{ eos_token if loop.last }}{% endfor %}";
         fails(last, json!({"messages": turns(&["a", "b", "a", "b"])}), "message 2 otherwise when others follow");
         let pair = json!({"prompt": turns(&["a"]), "chosen": answer("b"), "rejected": answer("d")});
-        fails(TEMPLATE, pair, "--assistant-only-loss: ");
+        let refused = chat(TEMPLATE, &[pair], only).unwrap().check_assistant_only().unwrap_err().to_string();
+        assert!(refused.starts_with("--assistant-only-loss: says nothing about"), "{refused}");
+        assert!(chat(TEMPLATE, &rows(&["a", "b"]), only).unwrap().check_assistant_only().is_ok());
+        // What is left to learn does not end a turn.
+        let open = TEMPLATE.replace(
+            "m.content + eos_token }}",
+            "'' }}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}",
+        );
+        assert_eq!(chat(&open, &rows(&["a", "b"]), only).unwrap().lints, [(0, Lint::NoStop)]);
+        assert_eq!(chat(TEMPLATE, &rows(&["a", "b", "a"]), only).unwrap().lints, []);
         let of = |options| chat(TEMPLATE, &rows(&["a", "b", "a", "b"]), options).unwrap().fingerprint();
         assert_ne!(of(only), of(EncodeOptions::default()));
     }

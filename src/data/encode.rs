@@ -233,33 +233,42 @@ impl RowEncoder<'_> {
 
     /// A conversation of which the assistant's turns are scored.
     fn assistants(&self, chat: &ChatTemplate, messages: &[Message], variables: &Map<String, Value>) -> Result<Texts> {
-        let (whole, mut spans) = chat.marked(messages, variables, false)?;
-        if !chat.marks() {
-            let says = |at: &usize| messages[*at].get("role").is_some_and(|role| role == "assistant");
-            let turn = |at: usize| {
-                let after = chat.render(&messages[..=at], variables, false)?;
-                let before = match chat.render(&messages[..at], variables, true) {
-                    // Templates are not made for conversations of no message.
-                    before if at == 0 => before.ok().filter(|before| after.starts_with(before)).unwrap_or_default(),
-                    before => before?,
-                };
-                match whole.starts_with(&after) && after.starts_with(&before) {
-                    true => Ok(before.len()..self.turn_end(&after)),
-                    false => Err(Error::option(
-                        "--assistant-only-loss",
-                        format!(
-                            "the chat template writes message {} otherwise when others follow, and marks nothing: what the \
-                             assistant says cannot be told from the rest; put {{% generation %}} and {{% endgeneration %}} around it \
-                             in the template",
-                            at + 1
-                        ),
-                    )),
-                }
-            };
-            spans = (0..messages.len()).filter(says).map(turn).collect::<Result<_>>()?;
-        }
+        let (whole, marked) = chat.marked(messages, variables, false)?;
+        let spans = marked.map_or_else(|| self.turns(chat, messages, variables, &whole), Ok)?;
         let lints = if messages.iter().any(lint::empty_turn) { vec![Lint::EmptyTurn] } else { Vec::new() };
         Ok(Texts { prompt: None, wholes: vec![whole], add_special_tokens: false, lints, spans: Some(spans) })
+    }
+
+    /// What each turn of the assistant adds to the text of those before it.
+    fn turns(
+        &self,
+        chat: &ChatTemplate,
+        messages: &[Message],
+        variables: &Map<String, Value>,
+        whole: &str,
+    ) -> Result<Vec<Range<usize>>> {
+        let says = |at: &usize| messages[*at].get("role").is_some_and(|role| role == "assistant");
+        let turn = |at: usize| {
+            let after = chat.render(&messages[..=at], variables, false)?;
+            let before = match chat.render(&messages[..at], variables, true) {
+                // Templates are not made for conversations of no message.
+                before if at == 0 => before.ok().filter(|before| after.starts_with(before)).unwrap_or_default(),
+                before => before?,
+            };
+            match whole.starts_with(&after) && after.starts_with(&before) {
+                true => Ok(before.len()..self.turn_end(&after)),
+                false => Err(Error::option(
+                    "--assistant-only-loss",
+                    format!(
+                        "the chat template writes message {} otherwise when others follow, and marks nothing: what the \
+                             assistant says cannot be told from the rest; put {{% generation %}} and {{% endgeneration %}} around it \
+                             in the template",
+                        at + 1
+                    ),
+                )),
+            }
+        };
+        (0..messages.len()).filter(says).map(turn).collect()
     }
 
     /// Where the text's last turn ends: behind the token at which generation stops, whatever blanks the template writes next.
@@ -295,15 +304,23 @@ impl RowEncoder<'_> {
             lints.push(Lint::DoubledBos);
         }
         // Texts end with EOS if there is one.
-        if !add_special_tokens && !sequences.iter().all(|ids| lint::stops(ids, self.tokenizer)) {
+        let goes_on = |ids: &[u32]| !lint::stops(ids, self.tokenizer);
+        if !add_special_tokens && spans.is_none() && sequences.iter().any(|ids| goes_on(ids)) {
             lints.push(Lint::NoStop);
         }
         let mut fitted = fit(sequences, first, empty, self.options);
-        if let (Ok((sequences, _)), Some(spans)) = (&mut fitted, spans) {
+        if let (Ok((sequences, cut)), Some(spans)) = (&mut fitted, spans) {
             let scored = self.tokenizer.covered(&wholes[0], &spans)?;
-            match leave_out(&mut sequences[0], &scored) {
-                true => {}
-                false => return Ok(Err(Skip::NoAssistant)),
+            if !leave_out(&mut sequences[0], &scored) {
+                let (tokens, max_length) = (scored.len(), self.options.max_length.unwrap_or(scored.len()));
+                let beyond = *cut && scored.contains(&true);
+                return Ok(Err(match beyond {
+                    true => Skip::PromptFillsMaxLength { tokens, max_length },
+                    false => Skip::NoAssistant,
+                }));
+            }
+            if !*cut && goes_on(&sequences[0].ids) {
+                lints.push(Lint::NoStop);
             }
         }
         Ok(fitted.map(|(sequences, cut)| Encoded { sequences, parting, prompt_rest, cut, lints }))

@@ -29,7 +29,8 @@ pub fn mismatched(examples: &[&Example], previous: Option<&Sequence>, max_length
             (Some(previous), 1) => previous,
             (_, len) => at(order[(place + len - 1) % len]),
         };
-        let Sequence { ids, first, .. } = &mut mismatched[example].sequences[sequence];
+        let Sequence { ids, first, unscored } = &mut mismatched[example].sequences[sequence];
+        unscored.clear();
         ids.truncate(*first);
         ids.extend_from_slice(&source.ids[source.first..]);
         ids.truncate(max_length.unwrap_or(usize::MAX));

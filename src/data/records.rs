@@ -1,10 +1,12 @@
 //! Objects of a file, however it lists them: JSON lines, one JSON array, Parquet or CSV.
 
 use std::io::{ErrorKind, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use parquet::record::Field;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
@@ -165,10 +167,12 @@ fn array(bytes: &[u8], path: &Path) -> Result<Vec<Object>> {
 /// All row groups, each by one thread.
 fn parquet(bytes: Vec<u8>) -> Result<Vec<Object>, ParquetError> {
     let reader = SerializedFileReader::new(bytes::Bytes::from(bytes))?;
-    let groups: Vec<Vec<Object>> = (0..reader.num_row_groups())
-        .into_par_iter()
-        .map(|group| row_group(&reader, group))
-        .collect::<Result<_, _>>()?;
+    let group = |group| {
+        // The reader panics on some values, dates beyond its calendar for one.
+        let read = catch_unwind(AssertUnwindSafe(|| row_group(&reader, group)));
+        read.unwrap_or_else(|_| Err(ParquetError::General("a value that its reader cannot hold".into())))
+    };
+    let groups: Vec<Vec<Object>> = (0..reader.num_row_groups()).into_par_iter().map(group).collect::<Result<_, _>>()?;
     Ok(groups.into_iter().flatten().collect())
 }
 
@@ -177,11 +181,19 @@ fn row_group<R: ChunkReader + 'static>(
     group: usize,
 ) -> Result<Vec<Object>, ParquetError> {
     let group = reader.get_row_group(group)?;
-    let object = |row: Result<parquet::record::Row, ParquetError>| match row?.to_json_value() {
-        Value::Object(row) => Ok(row.into_iter().map(|(column, value)| (column, without_nulls(value))).collect()),
-        _ => unreachable!("a row has columns"),
+    let object = |row: Result<parquet::record::Row, ParquetError>| {
+        let columns = row?.into_columns().into_iter();
+        Ok(columns.map(|(column, field)| (column, value(field))).collect())
     };
     group.get_row_iter(None)?.map(object).collect()
+}
+
+/// Bytes are text where they can be; an image is null.
+fn value(field: Field) -> Value {
+    match field {
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).map_or(Value::Null, Value::from),
+        other => without_nulls(other.to_json_value()),
+    }
 }
 
 /// A column of structs gives every row every key that any row has, null where it had none: a message without `tool_calls` would
@@ -200,6 +212,7 @@ fn without_nulls(value: Value) -> Value {
 fn parquet_error(error: ParquetError) -> String {
     let what = error.to_string();
     match error {
+        ParquetError::NYI(_) => format!("is Parquet of a kind that is not read ({what})"),
         ParquetError::General(what) if what.starts_with("Disabled feature") => {
             format!(
                 "is Parquet that is compressed in a way that is not read ({what}); write it with snappy, gzip or zstd"
@@ -216,36 +229,29 @@ fn delimiter(path: &Path) -> Option<u8> {
     [(".csv", b','), (".tsv", b'\t')].into_iter().find(|(end, _)| name.ends_with(end)).map(|(_, delimiter)| delimiter)
 }
 
-/// The first line names the columns. A column whose cells are all numbers or booleans holds such, an empty cell of it null; the
-/// cells of others are text.
+/// Columns that are no text; an empty cell of theirs is null.
+const NUMBERS: [&str; 2] = ["label", "margin"];
+
+/// The first line names the columns.
 fn csv(bytes: &[u8], delimiter: u8) -> Result<Vec<Object>, String> {
     let broken = |e: csv::Error| format!("is no table of one line of names and then rows: {e}");
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(bytes);
     let names = reader.headers().map_err(broken)?.clone();
     let rows: Vec<csv::StringRecord> = reader.records().collect::<Result<_, _>>().map_err(broken)?;
-    let plain: Vec<bool> = (0..names.len())
-        .map(|column| {
-            let mut cells = rows.iter().map(|row| &row[column]).filter(|cell| !cell.is_empty()).peekable();
-            cells.peek().is_some() && cells.all(|cell| number_or_bool(cell).is_some())
-        })
-        .collect();
-    let cell = |(cell, plain): (&str, bool)| match plain {
-        true => number_or_bool(cell).unwrap_or(Value::Null),
-        false => Value::from(cell),
+    let cell = |(name, cell): (&str, &str)| {
+        let value = if NUMBERS.contains(&name) { number_or_bool(cell) } else { Value::from(cell) };
+        (name.to_string(), value)
     };
-    let row = |row: &csv::StringRecord| {
-        let values = row.iter().zip(plain.iter().copied()).map(cell);
-        names.iter().map(String::from).zip(values).collect()
-    };
-    Ok(rows.iter().map(row).collect())
+    Ok(rows.iter().map(|row| names.iter().zip(row).map(cell).collect()).collect())
 }
 
-/// As pandas writes them, too.
-fn number_or_bool(cell: &str) -> Option<Value> {
+/// As pandas writes them, too. What is neither is left for the reader of the row to refuse.
+fn number_or_bool(cell: &str) -> Value {
     match cell {
-        "True" => Some(true.into()),
-        "False" => Some(false.into()),
-        _ => serde_json::from_str(cell).ok().filter(|value: &Value| value.is_number() || value.is_boolean()),
+        "" => Value::Null,
+        "True" => true.into(),
+        "False" => false.into(),
+        _ => serde_json::from_str(cell).unwrap_or(Value::from(cell)),
     }
 }
 
@@ -293,6 +299,8 @@ mod tests {
         let read = |name: &str| read_objects(&Path::new(DATA).join(name));
         fails(read("pairs-lz4.parquet"), "write it with snappy, gzip or zstd");
         fails(read("empty.parquet"), "has no rows");
+        fails(read("dates.parquet"), "a value that its reader cannot hold");
+        assert_eq!(values(read("bytes.parquet").unwrap()), [json!({"text": "grün", "image": null})]);
         let whole = std::fs::read(Path::new(DATA).join("pairs-snappy.parquet")).unwrap();
         for len in [4, 12, 100, whole.len() / 2, whole.len() - 1] {
             fails(named("rows.parquet", &whole[..len]), "the Parquet data is damaged");
@@ -331,11 +339,11 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_text_have_typed_columns() {
-        let table = "prompt,completion,label,note\n\"Is it, \"\"good\"\"?\",7,True,\nb,\"two\nlines\",False,1\n";
+    fn tables_hold_text_but_for_labels_and_margins() {
+        let table = "prompt,completion,label,margin\n\"Is it, \"\"good\"\"?\",7,True,\nb,\"two\nlines\",False,1\n";
         let expected = [
-            json!({"prompt": "Is it, \"good\"?", "completion": "7", "label": true, "note": null}),
-            json!({"prompt": "b", "completion": "two\nlines", "label": false, "note": 1}),
+            json!({"prompt": "Is it, \"good\"?", "completion": "7", "label": true, "margin": null}),
+            json!({"prompt": "b", "completion": "two\nlines", "label": false, "margin": 1}),
         ];
         let rows = named("rows.csv", table).unwrap();
         assert_eq!(rows[1].0, Place::Record(2));

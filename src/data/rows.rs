@@ -226,6 +226,9 @@ fn text(column: &str, text: Content, is_text: bool) -> Result<Parts, String> {
         false if is_text => {
             Err(format!("column {column:?} is a list of messages, expected a string; call it \"messages\""))
         }
+        false if matches!(&text, Content::Text(text) if text.starts_with('[')) => Err(format!(
+            "column {column:?} is a list written as text, expected a list of messages; JSON lines and Parquet have such"
+        )),
         false => Err(format!("column {column:?} is a string, expected a list of messages; call it \"text\"")),
     }
 }

@@ -27,6 +27,10 @@ const FAMILY: &[(&str, &str)] = &[
 ];
 /// Of these what is not said is compared too.
 const MUST_SAY: &[&str] = &["model_type", "tie_word_embeddings"];
+/// Names of one function.
+const GELU_TANH: &[&str] = &["gelu_new", "gelu_pytorch_tanh"];
+/// Keys of which null says something, too.
+const OR_NONE: &[&str] = &["sliding_window", "rope_scaling"];
 /// Keys that models of one family differ by: the merged model has the base's.
 const TUNED: &[&str] = &[
     "rope_theta",
@@ -117,7 +121,8 @@ fn same_family(first: &Model, other: &Model) -> Result<()> {
     for (key, means) in FAMILY {
         // What a config does not say is the default of its model type.
         let (a, b) = (&first.config[key], &other.config[key]);
-        if a != b && (MUST_SAY.contains(key) || !a.is_null() && !b.is_null()) {
+        let same_tanh = [a, b].iter().all(|name| name.as_str().is_some_and(|name| GELU_TANH.contains(&name)));
+        if a != b && !same_tanh && (MUST_SAY.contains(key) || !a.is_null() && !b.is_null()) {
             let detail =
                 format!("{key} is {b}, {} has {a}: models of different {means} cannot be merged", first.name());
             return Err(Error::file(other.path.join("config.json"), detail));
@@ -130,7 +135,7 @@ fn same_family(first: &Model, other: &Model) -> Result<()> {
 pub fn compare_configs(first: &Model, other: &Model) -> Option<String> {
     let differs = |key: &&&str| {
         let (a, b) = (&first.config[**key], &other.config[**key]);
-        !a.is_null() && !b.is_null() && a != b
+        a != b && (OR_NONE.contains(*key) || !a.is_null() && !b.is_null())
     };
     let shown: Vec<String> = TUNED
         .iter()

@@ -30,7 +30,7 @@ struct Item {
 struct Choice {
     path: std::path::PathBuf,
     delimiter: String,
-    /// With the line of each.
+    /// With the place of each.
     items: Vec<(Place, Item)>,
 }
 

@@ -26,7 +26,7 @@ pub(super) const NAME: &str = "perplexity";
 
 struct Perplexity {
     path: PathBuf,
-    /// With the line of each.
+    /// With the place of each.
     texts: Vec<(Place, String)>,
 }
 

@@ -85,9 +85,7 @@ pub fn evaluate<B: Backend>(
     let _range = range(c"evaluate");
     let stats = pass.look(device, policy, done)?;
     let outcome = pass.objective.evaluate(&stats, &Totals::of(&stats));
-    // What follows the policy is in no table.
-    let moving = stats.ref_logps.first().map(Vec::as_slice);
-    Ok(Measured { loss: outcome.loss, summary: Summary::of(&stats, anchor.or(moving)), metrics: outcome.metrics })
+    Ok(Measured { loss: outcome.loss, summary: Summary::of(&stats, anchor), metrics: outcome.metrics })
 }
 
 impl Evaluation {

@@ -102,8 +102,10 @@ impl Report {
         let width = if self.online() { 20 } else { 14 };
         let _ = writeln!(out, "{:<24}{:>width$}{:>width$}", format!("{rows} held-out rows"), "before", "after");
         for (label, key, factor, decimals, unit) in if self.online() { ONLINE } else { TABLE } {
-            let error =
-                |line| number(line, &format!("{key}_stderr")).map_or(String::new(), |e| format!(" ± {e:.decimals$}"));
+            let error = |line| {
+                number(line, &format!("{key}_stderr"))
+                    .map_or(String::new(), |e| format!(" ± {:.decimals$}", factor * e))
+            };
             let cell =
                 |line| number(line, key).map(|value| format!("{:.decimals$}{}{unit}", factor * value, error(line)));
             if let (Some(before), Some(after)) = (cell(before), cell(after)) {

@@ -257,7 +257,7 @@ fn damaged(error: Error, output: &Path, dir: Option<&Path>) -> Error {
     let Some(dir) = dir else { return error };
     let older = checkpoints(output).unwrap_or_default().into_iter().map(|(_, path)| path);
     match (error, older.rev().skip_while(|path| path != dir).nth(1)) {
-        (Error::File { path, detail }, Some(older)) => {
+        (Error::File { path, detail }, Some(older)) if path.starts_with(dir) => {
             let detail = format!(
                 "{detail}; delete {} to go on from {}, or name a checkpoint: --resume-from-checkpoint DIR",
                 dir.display(),
@@ -545,7 +545,10 @@ impl<B: Backend> Session<'_, B> {
                 |step: u64| self.settings.save_steps.is_some_and(|every| step > 0 && step.is_multiple_of(every));
             if let Some(old) = before.filter(|old| *old != step && !regular(*old)) {
                 let dir = checkpoint_path(&self.settings.output_dir, old);
-                std::fs::remove_dir_all(&dir).at(&dir)?;
+                // --save-total-limit may have been first.
+                if dir.exists() {
+                    std::fs::remove_dir_all(&dir).at(&dir)?;
+                }
             }
         }
         let Some(why) = finding.alarm else { return Ok(false) };
@@ -722,7 +725,9 @@ impl<B: Backend> Session<'_, B> {
         })?;
         self.saved = Some(self.state.step);
         if let Some(limit) = self.settings.save_total_limit {
-            keep_newest(&self.settings.output_dir, limit, self.state.watch.best.as_ref().map(|best| best.step))?;
+            let goes_back = self.settings.alarm.action != OnAlarm::Warn;
+            let best = self.state.watch.best.as_ref().filter(|_| goes_back).map(|best| best.step);
+            keep_newest(&self.settings.output_dir, limit, best)?;
         }
         Ok(path)
     }

@@ -273,6 +273,7 @@ impl Task {
         let tokenizer = Tokenizer::load(&settings.model)?;
         let load = |path| load_dataset(path, &tokenizer, settings, objective.as_ref(), &checkpoint);
         let mut train = load(&settings.dataset)?;
+        train.check_assistant_only()?;
         let needs = objective.needs();
         keep_part(&mut train, settings.skip, settings.take)?;
         if let Some(limit) = settings.limit {

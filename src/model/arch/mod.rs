@@ -13,7 +13,7 @@ mod stored;
 
 pub use stored::Stored;
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::checkpoint::Weights;
 use crate::checkpoint::hf::RewardModel;
@@ -303,7 +303,8 @@ impl Checkpoint {
     fn read(dir: &Path) -> Result<Self> {
         if !dir.is_dir() {
             // `owner/name` is what a model of the hub is called.
-            let hub = dir.is_relative() && dir.components().count() == 2;
+            let parts: Vec<Component> = dir.components().collect();
+            let hub = matches!(parts[..], [Component::Normal(_), Component::Normal(_)]);
             let name = dir.display();
             let download = if hub {
                 format!("; `hf download {name} --local-dir DIR` fetches one of the hub")

@@ -27,5 +27,10 @@ chats = [
 write("chats-zstd", chats, compression="zstd")
 write("chats-gzip", chats, compression="gzip", use_dictionary=False, data_page_version="2.0")
 (here / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+# Text as bytes, an image, and a date that no calendar has.
+raw = pyarrow.table({"text": pyarrow.array([b"gr\xc3\xbcn"]), "image": pyarrow.array([b"\xff\xd8"])})
+pyarrow.parquet.write_table(raw, here / "bytes.parquet")
+dates = pyarrow.table({"text": ["a"], "at": pyarrow.array([2**63 - 1], pyarrow.timestamp("ms"))})
+pyarrow.parquet.write_table(dates, here / "dates.parquet")
 no_text = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
 pyarrow.parquet.write_table(no_text, here / "empty.parquet")
