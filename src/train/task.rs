@@ -275,10 +275,7 @@ impl Task {
         let mut train = load(&settings.dataset)?;
         train.check_assistant_only()?;
         let needs = objective.needs();
-        keep_part(&mut train, settings.skip, settings.take)?;
-        if let Some(limit) = settings.limit {
-            keep_some(&mut train, limit, settings.seed)?;
-        }
+        keep(&mut train, settings)?;
         if !needs.pairs && !needs.labels || settings.rollouts.is_some() {
             // What an objective never reads is not trained on. Held-out pairs stay: accuracy needs both sides.
             train.examples.iter_mut().for_each(|example| example.sequences.truncate(1));
@@ -292,8 +289,8 @@ impl Task {
             let stand_in = |example: &Example| stand_in(example, rollouts, needs.answers, needs.pairs);
             train.examples.iter().map(stand_in).collect()
         });
-        let pairs = eval.as_ref().is_none_or(|eval| eval.form == Form::Pairs);
-        let silent = needs.rewards || settings.rollouts.is_some() && needs.pairs && !pairs;
+        let of_pairs = |eval: &Dataset| rollouts.is_none() || !needs.pairs || eval.form == Form::Pairs;
+        let silent = needs.rewards || !eval.as_ref().is_none_or(of_pairs);
         let likelihood = silent.then(|| Choice::one("sft", Params::default()).build()).transpose()?;
         let exam = |(name, path): &(String, PathBuf)| Exam::open(name, path, &tokenizer, &checkpoint);
         let exams: Vec<Exam> = settings.eval_tasks.iter().map(exam).collect::<Result<_>>()?;
@@ -579,6 +576,12 @@ fn load_dataset(
     check_vocabulary(checkpoint, [&dataset])?;
     check_positions(checkpoint, [&dataset])?;
     Ok(dataset)
+}
+
+/// Of the training rows those that are asked for.
+fn keep(train: &mut Dataset, settings: &Settings) -> Result<()> {
+    keep_part(train, settings.skip, settings.take)?;
+    settings.limit.map_or(Ok(()), |limit| keep_some(train, limit, settings.seed))
 }
 
 /// Leaves out the first `skip` rows of the file, and those after the `take` that follow. Rows that were dropped count.
