@@ -410,7 +410,7 @@ fn few<K: FewRows>(
         let place = |row: usize| Place { tile: [row, col], rows: [0, m], cols: [0, n], stride: n };
         let (data, width) = (data.from(col * K::COLS * by_width), K::COLS.min(n - col * K::COLS));
         for first_k in (0..k).step_by(piece) {
-            let (depth, first) = (piece.min(k - first_k), first_k == 0);
+            let (depth, first, last) = (piece.min(k - first_k), first_k == 0, first_k + piece >= k);
             let data = data.from(first_k * by_depth);
             let packed = &mut packed_b[..K::panel_b(depth)];
             let pieces = pack_columns(kernel, Panel { data, by_depth, by_width, depth, width }, packed);
@@ -425,13 +425,11 @@ fn few<K: FewRows>(
                         place(row).with::<K>(c, true, |c| kernel.take(rows, c, sums));
                     }
                     kernel.multiply(rows, depth, a, b, sums);
+                    if last {
+                        place(row).with::<K>(c, false, |c| kernel.give(rows, sums, c));
+                    }
                 }
             }
-        }
-        for (row, sums) in sums.chunks_exact_mut(tile_len).enumerate() {
-            let sums = Sums { start: sums.as_mut_ptr(), stride: K::COLS, fresh: false };
-            // SAFETY: as above.
-            place(row).with::<K>(c, false, |c| unsafe { kernel.give(place(row).height::<K>(), sums, c) });
         }
     };
     team.for_each(m * n * k < SERIAL_WORK, tiles[1].div_ceil(width), |task| {

@@ -83,6 +83,50 @@ pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Elements whose terms wait in the first-level cache: a loop that only makes terms and loops that only add become vectors, one
+/// that does both does not.
+const RUN: usize = 16 * LANES;
+
+/// Sums of the `terms` of element after element of slices of equal length, in lane order.
+#[inline(always)]
+pub fn sum_terms<const N: usize, const S: usize>(x: [&[f32]; N], terms: impl Fn([f32; N]) -> [f32; S]) -> [f32; S] {
+    let (mut lanes, mut waiting) = ([[0.0f32; LANES]; S], [[0.0f32; RUN]; S]);
+    let len = x[0].len();
+    for start in (0..len).step_by(RUN) {
+        let run = RUN.min(len - start);
+        let x = x.map(|x| &x[start..][..run]);
+        for i in 0..run {
+            let terms = terms(x.map(|x| x[i]));
+            for s in 0..S {
+                waiting[s][i] = terms[s];
+            }
+        }
+        for (lanes, waiting) in lanes.iter_mut().zip(&waiting) {
+            let (vectors, tail) = waiting[..run].as_chunks::<LANES>();
+            for x in vectors {
+                for i in 0..LANES {
+                    lanes[i] += x[i];
+                }
+            }
+            lanes.iter_mut().zip(tail).for_each(|(lane, x)| *lane += x);
+        }
+    }
+    lanes.map(sum_lanes)
+}
+
+/// The largest of `first` and `x`, NaN passed over.
+#[inline(always)]
+pub fn largest(first: f32, x: &[f32]) -> f32 {
+    let mut top = [first; LANES];
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    for x in vectors {
+        for i in 0..LANES {
+            top[i] = if x[i] > top[i] { x[i] } else { top[i] };
+        }
+    }
+    top.iter().chain(tail).fold(first, |top, x| top.max(*x))
+}
+
 /// Sum of `a[i] * b[i]` in lane order.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -145,8 +189,9 @@ pub unsafe fn transpose_between(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn transpose_avx2([rows, cols]: [usize; 2], from: *const f32, to: *mut f32, strides: [usize; 2]) {
-    for i in (0..rows).step_by(8) {
-        for j in (0..cols).step_by(8) {
+    // A row of the result as a whole: its lines may be far away.
+    for j in (0..cols).step_by(8) {
+        for i in (0..rows).step_by(8) {
             // SAFETY: promised by the caller.
             unsafe { transpose_square(from.add(i * strides[0] + j), to.add(j * strides[1] + i), strides) };
         }
@@ -352,6 +397,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn terms_are_added_in_lane_order() {
+        for len in [0, 1, 15, 17, 255, 256, 300, 1000] {
+            let x: Vec<f32> = (0..len).map(|i| (i as f32 * 0.37).sin()).collect();
+            let mut expected = [[0.0f32; LANES]; 2];
+            for (i, x) in x.iter().enumerate() {
+                expected[0][i % LANES] += x * x;
+                expected[1][i % LANES] += x + x;
+            }
+            assert_eq!(sum_terms([&x, &x], |[x, y]| [x * y, x + y]), expected.map(sum_lanes), "length {len}");
+            assert_eq!(largest(0.5, &x), x.iter().fold(0.5_f32, |top, x| top.max(*x)), "length {len}");
+        }
+        assert_eq!(largest(-1.0, &[f32::NAN; 40]), -1.0);
+        assert!(sum_terms([&[1.0, f32::NAN]], |[x]| [x])[0].is_nan());
     }
 
     #[test]

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, LayerNorm, STATS};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::ops::simd::{LANES, add, dispatched, sum_lanes};
+use crate::ops::simd::{add, dispatched, sum_terms};
 
 const ROWS_PER_TASK: usize = 32;
 /// Columns of one task of the weights' gradients; each column is summed over rows in order.
@@ -70,16 +70,10 @@ impl LayerNorm for Cpu {
 dispatched! {
     /// The variance is summed from centred values: `mean(x^2) - mean^2` cancels where the mean is large.
     fn forward_row(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [f32], stats: &mut [f32]) {
-        let mut lanes = [0.0f32; LANES];
-        for x in x.chunks(LANES) {
-            lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane += x);
-        }
-        let mean = sum_lanes(lanes) / x.len() as f32;
-        let mut lanes = [0.0f32; LANES];
-        for x in x.chunks(LANES) {
-            lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = (x - mean).mul_add(x - mean, *lane));
-        }
-        let rstd = 1.0 / (sum_lanes(lanes) / x.len() as f32 + eps).sqrt();
+        let [sum] = sum_terms([x], |x| x);
+        let mean = sum / x.len() as f32;
+        let [squares] = sum_terms([x], |[x]| [(x - mean) * (x - mean)]);
+        let rstd = 1.0 / (squares / x.len() as f32 + eps).sqrt();
         for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
             *y = (x - mean) * rstd * w + b;
         }
@@ -90,15 +84,8 @@ dispatched! {
 dispatched! {
     fn backward_row(dy: &[f32], x: &[f32], w: &[f32], stats: &[f32], dx: &mut [f32]) {
         let (mean, rstd) = (stats[0], stats[1]);
-        let (mut plain, mut along) = ([0.0f32; LANES], [0.0f32; LANES]);
-        for ((dy, x), w) in dy.chunks(LANES).zip(x.chunks(LANES)).zip(w.chunks(LANES)) {
-            let lanes = plain.iter_mut().zip(&mut along);
-            for ((((plain, along), dy), x), w) in lanes.zip(dy).zip(x).zip(w) {
-                *plain += dy * w;
-                *along += dy * w * ((x - mean) * rstd);
-            }
-        }
-        let (mean_d, mean_dn) = (sum_lanes(plain) / x.len() as f32, sum_lanes(along) / x.len() as f32);
+        let [plain, along] = sum_terms([dy, x, w], |[dy, x, w]| [dy * w, dy * w * ((x - mean) * rstd)]);
+        let (mean_d, mean_dn) = (plain / x.len() as f32, along / x.len() as f32);
         for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
             *dx += rstd * (dy * w - mean_d - (x - mean) * rstd * mean_dn);
         }

@@ -5,7 +5,7 @@ use crate::device::{Cpu, View};
 use crate::error::Result;
 use crate::ops::gemm::Numbers;
 use crate::ops::logits::{ROWS_PER_TASK, tiles};
-use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
+use crate::ops::simd::{dispatched, exp, exp_of_negative, largest, sum_terms};
 
 /// Differences below this have no weight: e^x is 0 long before. Keeps 0 * -inf, which is no number, out of sums of p ln p.
 const LOWEST: f32 = -1e4;
@@ -127,31 +127,18 @@ struct Sums {
 dispatched! {
     /// Folds a tile's logits of one row into its running maximum and sums.
     fn accumulate(logits: &[f32], max: &mut f32, sums: &mut Sums) {
-        let mut top = [*max; LANES];
-        let [mut lanes, mut weighted, mut squares] = [[0.0f32; LANES]; 3];
-        let body = logits.chunks_exact(LANES);
-        let tail = body.remainder();
-        for chunk in body.clone() {
-            for (top, l) in top.iter_mut().zip(chunk) {
-                *top = top.max(*l);
-            }
-        }
-        let new = top.iter().chain(tail).fold(*max, |m, l| m.max(*l));
-        for chunk in body.chain([tail]) {
-            let sums = lanes.iter_mut().zip(&mut weighted).zip(&mut squares);
-            for (((lane, weighted), square), l) in sums.zip(chunk) {
-                let e = exp(l - new);
-                *lane += e;
-                *weighted += e * (l - new).max(LOWEST);
-                *square = e.mul_add(e, *square);
-            }
-        }
+        let new = largest(*max, logits);
+        let [exps, weighted, squares] = sum_terms([logits], |[l]| {
+            let below = l - new;
+            let e = exp_of_negative(below);
+            [e, e * if below > LOWEST { below } else { LOWEST }, e * e]
+        });
         let shrink = exp(*max - new);
         let moved = sums.weighted + sums.exp * (*max - new).max(LOWEST);
         *sums = Sums {
-            exp: sums.exp * shrink + sum_lanes(lanes),
-            weighted: moved * shrink + sum_lanes(weighted),
-            squares: sums.squares * (shrink * shrink) + sum_lanes(squares),
+            exp: sums.exp * shrink + exps,
+            weighted: moved * shrink + weighted,
+            squares: sums.squares * (shrink * shrink) + squares,
         };
         *max = new;
     }

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use super::{Backward, Forward, RmsNorm};
 use crate::device::Cpu;
 use crate::error::Result;
-use crate::ops::simd::{LANES, dispatched, dot, sum_lanes};
+use crate::ops::simd::{dispatched, dot, sum_terms};
 
 const ROWS_PER_TASK: usize = 32;
 /// Columns of one task of the weight gradient; each column is summed over rows in order.
@@ -67,13 +67,8 @@ dispatched! {
 
 dispatched! {
     fn backward_row(dy: &[f32], x: &[f32], w: &[f32], rstd: f32, dx: &mut [f32]) {
-        let mut lanes = [0.0f32; LANES];
-        for ((dy, x), w) in dy.chunks(LANES).zip(x.chunks(LANES)).zip(w.chunks(LANES)) {
-            for (((lane, dy), x), w) in lanes.iter_mut().zip(dy).zip(x).zip(w) {
-                *lane += dy * w * x;
-            }
-        }
-        let mean = sum_lanes(lanes) / x.len() as f32;
+        let [sum] = sum_terms([dy, x, w], |[dy, x, w]| [dy * w * x]);
+        let mean = sum / x.len() as f32;
         let scale = rstd * rstd * mean;
         for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
             *dx += rstd * (dy * w - x * scale);

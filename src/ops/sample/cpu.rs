@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::{Args, BANNED, INFINITE, NOT_A_NUMBER, ODDS, Row, Sample, UNIT_BITS, certain, odds};
 use crate::device::{Cpu, Isa, Scratch};
 use crate::error::Result;
-use crate::ops::simd::{LANES, dispatched, exp_of_negative};
+use crate::ops::simd::{LANES, dispatched, exp_of_negative, largest};
 
 thread_local! {
     /// The weights of one row; grown to the vocabulary and kept.
@@ -82,14 +82,7 @@ dispatched! {
 
 dispatched! {
     fn highest(logits: &[f32]) -> f32 {
-        let mut top = [f32::NEG_INFINITY; LANES];
-        let (vectors, tail) = logits.as_chunks::<LANES>();
-        for l in vectors {
-            for i in 0..LANES {
-                top[i] = if l[i] > top[i] { l[i] } else { top[i] };
-            }
-        }
-        top.iter().chain(tail).fold(f32::NEG_INFINITY, |top, l| top.max(*l))
+        largest(f32::NEG_INFINITY, logits)
     }
 }
 
@@ -108,20 +101,15 @@ fn mass(weight: f32) -> u64 {
 dispatched! {
     /// What the weights above `least` hold, and those of it if they are `tied` in.
     fn held(least: f32, tied: bool, weights: &[f32]) -> u64 {
+        // Sums cannot pass u64: so they need no check, with which they would be no vectors.
+        assert!(weights.len() < 1 << (u64::BITS - UNIT_BITS), "more tokens than weights can be told apart for");
+        let least = if tied { least } else { least.next_up() };
         let of = |w: f32| {
-            let kept = w > least || (tied && w == least);
-            let units = if kept { w.min(1.0) * (1u64 << UNIT_BITS) as f32 } else { 0.0 };
+            let units = if w >= least { w.min(1.0) * (1u64 << UNIT_BITS) as f32 } else { 0.0 };
             // SAFETY: what is kept is a number from 0 to 1. As `mass`, in a way that vectors can do.
             unsafe { units.to_int_unchecked::<i64>() as u64 }
         };
-        let mut lanes = [0u64; LANES];
-        let (vectors, tail) = weights.as_chunks::<LANES>();
-        for w in vectors {
-            for i in 0..LANES {
-                lanes[i] += of(w[i]);
-            }
-        }
-        lanes.into_iter().chain(tail.iter().map(|w| of(*w))).sum()
+        weights.iter().fold(0, |held, w| held.wrapping_add(of(*w)))
     }
 }
 

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::ops::gemm::Numbers;
 use crate::ops::logits::{ROWS_PER_TASK, tiles};
 use crate::ops::logprob_head::{TILE_ROWS, TILE_VOCAB};
-use crate::ops::simd::{LANES, dispatched, exp, sum_lanes};
+use crate::ops::simd::{dispatched, exp, exp_of_negative, largest, sum_terms};
 
 impl TokenKl for Cpu {
     fn token_kl(&self, a: Forward<Self>) -> Result<()> {
@@ -122,20 +122,6 @@ impl Sums {
     }
 }
 
-/// The largest of `first` and `values`, NaN passed over.
-#[inline(always)]
-fn largest(values: &[f32], first: f32) -> f32 {
-    let mut top = [first; LANES];
-    let body = values.chunks_exact(LANES);
-    let tail = body.remainder();
-    for chunk in body.chain([tail]) {
-        for (top, x) in top.iter_mut().zip(chunk) {
-            *top = top.max(*x);
-        }
-    }
-    top.into_iter().fold(first, f32::max)
-}
-
 /// What is subtracted in exponents: the maximum, or 0 where all is -inf.
 #[inline(always)]
 fn base_of(max: f32) -> f32 {
@@ -151,25 +137,17 @@ fn weighted(p: f32, x: f32) -> f32 {
 dispatched! {
     /// Folds a tile's logits of one row into the running sums.
     fn accumulate(policy: &[f32], reference: &[f32], sums: &mut Sums) {
-        let (p_max, q_max) = (largest(policy, sums.policy.max), largest(reference, sums.reference.max));
+        let (p_max, q_max) = (largest(sums.policy.max, policy), largest(sums.reference.max, reference));
         let (p_base, q_base) = (base_of(p_max), base_of(q_max));
-        let [mut p, mut q, mut both] = [[0.0f32; LANES]; 3];
-        let (l, m) = (policy.chunks_exact(LANES), reference.chunks_exact(LANES));
-        let tails = (l.remainder(), m.remainder());
-        for (l, m) in l.zip(m).chain([tails]) {
-            let lanes = p.iter_mut().zip(&mut q).zip(&mut both);
-            for (((p, q), both), (l, m)) in lanes.zip(l.iter().zip(m)) {
-                let e = exp(*l - p_base);
-                *p += e;
-                *q += exp(*m - q_base);
-                *both += weighted(e, *l - *m);
-            }
-        }
+        let [p, q, both] = sum_terms([policy, reference], |[l, m]| {
+            let e = exp_of_negative(l - p_base);
+            [e, exp_of_negative(m - q_base), weighted(e, l - m)]
+        });
         let (p_shrink, q_shrink) = (exp(sums.policy.max - p_base), exp(sums.reference.max - q_base));
         *sums = Sums {
-            policy: Softmax { max: p_max, sum: sums.policy.sum * p_shrink + sum_lanes(p) },
-            reference: Softmax { max: q_max, sum: sums.reference.sum * q_shrink + sum_lanes(q) },
-            weighted: weighted(p_shrink, sums.weighted) + sum_lanes(both),
+            policy: Softmax { max: p_max, sum: sums.policy.sum * p_shrink + p },
+            reference: Softmax { max: q_max, sum: sums.reference.sum * q_shrink + q },
+            weighted: weighted(p_shrink, sums.weighted) + both,
         };
     }
 }
