@@ -1,10 +1,10 @@
 """Completions of SmolLM2-135M-Instruct by cuvee and by transformers' generate, in turns: tokens a second.
 
-    python benches/peers/rollout_smollm2.py CUVEE MODEL_DIR [--prompts 16] [--samples 8] [--new-tokens 64] [--rounds 3]
+    python benches/peers/rollout_smollm2.py CUVEE MODEL_DIR [--prompts 16] [--samples 8] [--new-tokens 64] [--rounds 3] [--their-dtype auto]
 
 Both complete the same prompts as often, from the whole distribution at temperature 1, in f32 with 2 threads; no completion ends
 before its length, so that both generate the same number of tokens. transformers has the prompts in one batch, padded on the
-left. Its time is that of `generate`, cuvee's the one that it reports: neither has the loading of the model in it.
+left, and computes in f32, or with `--their-dtype auto` as it does unless told otherwise: in the file's type. Its time is that of `generate`, cuvee's the one that it reports: neither has the loading of the model in it.
 `--rows 1 8 32 128` measures cuvee alone instead, with so many completions at a time.
 
 Needs torch and transformers 5.23 (CPU wheels are enough).
@@ -54,6 +54,7 @@ def main():
     for name, default in [("prompts", 16), ("samples", 8), ("new-tokens", 64), ("rounds", 3)]:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=int, nargs="*")
+    parser.add_argument("--their-dtype", choices=["float32", "auto"], default="float32")
     a = parser.parse_args()
     torch.set_num_threads(THREADS)
     texts = [f"{opening} {subject}" for subject in SUBJECTS for opening in OPENINGS][:a.prompts]
@@ -67,7 +68,7 @@ def main():
                 print(f"{rows:4} at a time: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s", flush=True)
             return
         tokenizer = AutoTokenizer.from_pretrained(a.model, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=a.their_dtype).eval()
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         for turn in range(a.rounds):
             (n, cuvee_s), (m, their_s) = ours(a.cuvee, a.model, folder, a), theirs(model, batch, a)

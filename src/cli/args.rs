@@ -534,9 +534,9 @@ pub struct SamplingArgs {
     /// Print N completions before and after training; prompts are --eval-dataset's; 0 = none
     #[arg(long, value_name = "N", default_value = "0", value_parser = zero_or_count)]
     pub samples: usize,
-    /// Length limit of a sample, in tokens
-    #[arg(long, value_name = "N", default_value = "48", value_parser = count)]
-    pub max_new_tokens: usize,
+    /// Length limit of a sample, in tokens [default: --max-completion-length of a run on samples, else 48]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub max_new_tokens: Option<usize>,
     /// Randomness of a sample; 0 = always the likeliest token
     #[arg(long, value_name = "F", default_value = "0.8", value_parser = zero_or_more)]
     pub temperature: f64,

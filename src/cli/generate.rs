@@ -15,6 +15,7 @@ use crate::model::{Checkpoint, Init, Model, Options};
 use crate::ops::Backend;
 use crate::progress::{Progress, say};
 use crate::rollout::{Done, Engine, Request, Rollout, Sampling, before_stop, max_running, plan};
+use crate::tasks::text_of;
 use crate::train::Host;
 
 /// Streams of random numbers that each prompt of a file has to itself.
@@ -156,7 +157,7 @@ impl Job for &GenerateArgs {
 }
 
 fn line(args: &GenerateArgs, tokenizer: &Tokenizer, prompt: &Prompt, rollout: &Rollout) -> Result<Value> {
-    let text = tokenizer.decode(&rollout.ids)?;
+    let text = text_of(tokenizer, &prompt.ids, &rollout.ids)?;
     Ok(json!({
         "row": rollout.prompt,
         "sample": rollout.sample,

@@ -342,7 +342,7 @@ mod tests {
                 save_total_limit: None
             }
         );
-        assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: 48, temperature: 0.8, top_p: 0.95 });
+        assert_eq!(*sampling, SamplingArgs { samples: 0, max_new_tokens: None, temperature: 0.8, top_p: 0.95 });
         assert_eq!((args.run.init, args.run.dtype, args.run.recompute), (Init::Checkpoint, Dtype::F32, false));
         assert_eq!(
             args.run.engine,

@@ -14,7 +14,7 @@ use crate::error::{At, Result};
 use crate::model::Init;
 use crate::ops::Backend;
 use crate::optim::{Decay, Hyper, Warmup};
-use crate::train::{Outcome, Pause, Resume, Samples, Settings};
+use crate::train::{Outcome, Pause, Resume, Rollouts, Samples, Settings};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let run = &args.run;
@@ -70,8 +70,12 @@ fn settings(args: &TrainArgs, gpu: bool) -> Result<Settings> {
     Ok(settings)
 }
 
+/// Tokens of a sample that is only looked at.
+const LONGEST_SAMPLE: usize = 48;
+
 /// What `train` and `plan` share.
 pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
+    let rollouts = run.rollouts.rollouts();
     Ok(Settings {
         model: run.model.clone(),
         init: match run.init {
@@ -136,15 +140,16 @@ pub fn from_run(run: &RunArgs, gpu: bool) -> Result<Settings> {
             args::Dtype::F32 => SaveDtype::F32,
             args::Dtype::Bf16 => SaveDtype::Bf16,
         },
-        samples: Samples {
-            count: run.sampling.samples,
-            max_new_tokens: run.sampling.max_new_tokens,
-            temperature: run.sampling.temperature,
-            top_p: run.sampling.top_p,
-        },
-        rollouts: run.rollouts.rollouts(),
+        samples: samples(run, rollouts.as_ref()),
+        rollouts,
         recipe: String::new(),
     })
+}
+
+fn samples(run: &RunArgs, rollouts: Option<&Rollouts>) -> Samples {
+    let args::SamplingArgs { samples: count, max_new_tokens, temperature, top_p } = run.sampling;
+    let longest = rollouts.map_or(LONGEST_SAMPLE, |rollouts| rollouts.max_new_tokens);
+    Samples { count, max_new_tokens: max_new_tokens.unwrap_or(longest), temperature, top_p }
 }
 
 fn warmup(run: &RunArgs) -> Warmup {

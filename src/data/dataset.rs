@@ -138,7 +138,7 @@ impl Dataset {
         }
         let conversational = placed.iter().any(|(_, row)| row.has_messages());
         let chat = conversational.then(|| tokenizer.chat_template()).transpose()?;
-        let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options };
+        let encoder = RowEncoder { tokenizer, chat: chat.as_deref(), options };
         let encoded: Vec<_> = placed.par_iter().map(|(_, row)| encoder.encode(row)).collect();
         let mut dataset = Self {
             path: path.to_path_buf(),

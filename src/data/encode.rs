@@ -105,7 +105,7 @@ pub struct EncodeOptions {
 /// No token is left to score, or none comes before it.
 pub fn encode_row(tokenizer: &Tokenizer, row: &Row) -> Result<Sequence> {
     let chat = row.has_messages().then(|| tokenizer.chat_template()).transpose()?;
-    let encoder = RowEncoder { tokenizer, chat: chat.as_ref(), options: &EncodeOptions::default() };
+    let encoder = RowEncoder { tokenizer, chat: chat.as_deref(), options: &EncodeOptions::default() };
     match encoder.encode(row)? {
         Ok(encoded) => Ok(encoded.sequences.into_iter().next().expect("a row has a completion")),
         Err(skip) => {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 use tokenizers::models::ModelWrapper;
@@ -23,6 +24,8 @@ pub struct Tokenizer {
     stops: Vec<u32>,
     /// `bos_token`, `eos_token`, .. with their texts, for the chat template.
     special_tokens: Map<String, Value>,
+    /// Read when it is first asked for.
+    template: OnceLock<Arc<ChatTemplate>>,
 }
 
 /// A token as a reader may see it.
@@ -61,7 +64,7 @@ impl Tokenizer {
         let pad = configs.text("pad").and_then(|(_, text)| encoder.token_to_id(text));
         let stops = configs.stops(eos.as_ref().map(|(id, _)| *id));
         let special_tokens = configs.special_tokens(&encoder);
-        Ok(Self { encoder, path, bos, eos, pad, stops, special_tokens })
+        Ok(Self { encoder, path, bos, eos, pad, stops, special_tokens, template: OnceLock::new() })
     }
 
     /// The ids of `text` with the special tokens around it that transformers' `tokenizer(text)` adds.
@@ -116,14 +119,26 @@ impl Tokenizer {
     ///
     /// # Errors
     /// The folder has none, or one that cannot be used.
-    pub fn chat_template(&self) -> Result<ChatTemplate> {
+    pub fn chat_template(&self) -> Result<Arc<ChatTemplate>> {
+        if let Some(template) = self.template.get() {
+            return Ok(template.clone());
+        }
         let dir = self.path.parent().unwrap_or(Path::new("."));
-        ChatTemplate::load(dir, self.special_tokens.clone())?.ok_or_else(|| {
+        let template = ChatTemplate::load(dir, self.special_tokens.clone())?.ok_or_else(|| {
             let detail = "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it \
                           cannot read messages; take the template of the model's instruct version, or write the \
                           conversation as text";
             Error::file(dir, detail)
-        })
+        })?;
+        Ok(self.template.get_or_init(|| Arc::new(template)).clone())
+    }
+
+    /// How many of the tokens of a conversation come before the one that ends its last turn, whatever blanks the template writes
+    /// next; all, where it ends without.
+    pub fn without_end(&self, ids: &[u32]) -> usize {
+        let end = ids.iter().rposition(|id| self.stops.contains(id));
+        let blank = |end: &usize| self.decode_all(&ids[end + 1..]).is_ok_and(|rest| rest.trim().is_empty());
+        end.filter(blank).unwrap_or(ids.len())
     }
 
     /// The begin-of-text token.

@@ -89,11 +89,11 @@ impl ByGroup {
     }
 }
 
-/// `[S]` sums over rewards; NaN where all are.
+/// `[S]` sums over rewards; NaN where all are that have a weight: one without is measured, not maximised.
 pub fn weighted(rewards: &[Vec<f64>], weights: &[f64]) -> Vec<f64> {
     let sequences = rewards.first().map_or(0, Vec::len);
     let sum = |s: usize| {
-        let said = || rewards.iter().zip(weights).filter(|(of, _)| !of[s].is_nan());
+        let said = || rewards.iter().zip(weights).filter(|(of, weight)| !of[s].is_nan() && **weight != 0.0);
         if said().next().is_none() { f64::NAN } else { said().map(|(of, weight)| weight * of[s]).sum() }
     };
     (0..sequences).map(sum).collect()
@@ -168,7 +168,7 @@ pub(super) fn mean(values: &[f64]) -> f64 {
 }
 
 /// The sample's standard deviation (over n - 1) of what is not NaN; NaN of fewer than two.
-pub(super) fn deviation(values: &[f64]) -> f64 {
+pub fn deviation(values: &[f64]) -> f64 {
     let mean = mean(values);
     let known = values.iter().filter(|x| !x.is_nan());
     let (sum, count) = known.fold((0.0, 0.0), |(sum, count), x| (sum + (x - mean).powi(2), count + 1.0));

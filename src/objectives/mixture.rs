@@ -105,8 +105,20 @@ pub fn build(choice: &Choice, leaf: Wrap) -> Result<Box<dyn Objective>> {
         return Ok(terms.remove(0).objective);
     }
     let refs = terms.iter().map(|term| term.objective.needs()).reduce(Needs::union).expect("there are terms").refs;
-    if terms.iter().filter(|term| term.objective.needs().rewards).count() > 1 {
-        return Err(Error::option("--objective", "two of them learn from rewards; train towards one such at a time"));
+    match terms.iter().filter(|term| term.objective.needs().rewards).count() {
+        0 => {}
+        2.. => {
+            return Err(Error::option(
+                "--objective",
+                "two of them learn from rewards; train towards one such at a time",
+            ));
+        }
+        // The others would be shown its samples, good and bad, as if they were the data's.
+        1 => {
+            let detail = "one of them learns from rewards of what the policy writes, the others from the data's completions; train \
+                          towards one after the other";
+            return Err(Error::option("--objective", detail));
+        }
     }
     let name = terms.iter().map(|term| term.objective.name()).collect::<Vec<_>>().join(" + ");
     if refs.is_empty() {

@@ -200,8 +200,12 @@ impl Objective for Ppo {
         let (kl, mean_kl) = self.kl(rollouts);
         let mut rewards: Vec<f64> = kl.iter().map(|kl| -beta * kl).collect();
         for (s, reward) in weighted(&rollouts.rewards, &rollouts.reward_weights).into_iter().enumerate() {
-            let tokens = rollouts.offsets[s]..rollouts.offsets[s + 1];
-            if let Some(last) = rewards[tokens].last_mut().filter(|_| !reward.is_nan()) {
+            let tokens = &mut rewards[rollouts.offsets[s]..rollouts.offsets[s + 1]];
+            // A completion of which no reward says anything teaches nothing, and counts in no mean.
+            if reward.is_nan() {
+                tokens.fill(f64::NAN);
+            }
+            if let Some(last) = tokens.last_mut() {
                 *last += reward;
             }
         }
@@ -213,8 +217,10 @@ impl Objective for Ppo {
             generalised(&rewards[tokens.clone()], &rollouts.values[tokens], self.gamma, self.lambda)
         };
         let mut token_advantages: Vec<f64> = rollouts.offsets.windows(2).flat_map(of_sequence).collect();
-        let returns = token_advantages.iter().zip(&rollouts.values).map(|(a, value)| a + value).collect();
+        let or_nothing = |x: f64| if x.is_nan() { 0.0 } else { x };
+        let returns = token_advantages.iter().zip(&rollouts.values).map(|(a, value)| or_nothing(*a) + value).collect();
         whiten(&mut token_advantages, false);
+        token_advantages.iter_mut().for_each(|a| *a = or_nothing(*a));
         let mut metrics: Vec<Metric> = Vec::new();
         let mut state = Vec::new();
         if self.beta > 0.0 {

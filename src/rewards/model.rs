@@ -141,7 +141,7 @@ impl Member {
                 let text = tokenizer.chat_template()?.render(&messages, &Map::new(), false)?;
                 let mut ids = tokenizer.encode_plain(&text)?;
                 if !sample.finished {
-                    ids.pop_if(|last| tokenizer.stops().contains(last));
+                    ids.truncate(tokenizer.without_end(&ids));
                 }
                 ids
             }

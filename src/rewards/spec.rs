@@ -190,10 +190,11 @@ impl Rewards {
         self.rewards.iter().find(reads).map(|reward| reward.name.as_str())
     }
 
-    /// What a sample is worth: the sum of `weights` times what each reward says of it, those left out that say nothing; NaN
-    /// where none says anything.
+    /// What a sample is worth: the sum of `weights` times what each reward says of it, those left out that say nothing or have no
+    /// weight; NaN where none says anything.
     pub fn sum(&self, said: impl IntoIterator<Item = f64>) -> f64 {
-        let weighed = said.into_iter().zip(&self.rewards).filter(|(said, _)| !said.is_nan());
+        let weighed = said.into_iter().zip(&self.rewards);
+        let weighed = weighed.filter(|(said, reward)| !said.is_nan() && reward.weight != 0.0);
         weighed.map(|(said, reward)| said * reward.weight).reduce(|a, b| a + b).unwrap_or(f64::NAN)
     }
 

@@ -407,13 +407,18 @@ fn likeliest<B: Backend>(
     Ok(best.into_iter().map(|(id, logit)| (id, logit * scale - sum[0])).collect())
 }
 
+/// Tokens that are decoded again beside as many as a stop string has bytes.
+const WITHIN: usize = 16;
+
 /// Whether a completion ends with the last of these tokens, and why.
 fn finish(tokenizer: Option<&Tokenizer>, request: &Request, ids: &[u32]) -> Result<Option<Finish>> {
     if ids.last().is_some_and(|last| request.eos.contains(last)) {
         return Ok(Some(Finish::Eos));
     }
     if let (Some(tokenizer), false) = (tokenizer, request.stop.is_empty()) {
-        let text = tokenizer.decode_all(ids)?;
+        // What came before has none. A token is a byte at least, but for those within a character.
+        let longest = request.stop.iter().map(String::len).max().unwrap_or(0);
+        let text = tokenizer.decode_all(&ids[ids.len().saturating_sub(longest + WITHIN)..])?;
         if request.stop.iter().any(|stop| !stop.is_empty() && text.contains(stop.as_str())) {
             return Ok(Some(Finish::Stop));
         }

@@ -18,6 +18,16 @@ pub struct Text {
 }
 
 impl Text {
+    /// Of what comes after tokens that are known: the first `read` of the ids that it is given.
+    pub fn after(read: usize) -> Self {
+        Self { read, ..Self::default() }
+    }
+
+    /// Everything so far, stop strings included.
+    pub fn whole(&self) -> &str {
+        &self.text
+    }
+
     /// The piece that the newest of `ids` completes, often nothing.
     pub fn grow(&mut self, tokenizer: &Tokenizer, ids: &[u32], stop: &[String]) -> Result<String> {
         self.decode(tokenizer, ids, false)?;
@@ -97,6 +107,30 @@ mod tests {
         let ids = tokenizer.encode_plain("\u{1f600}").unwrap();
         assert!(ids.len() > 1, "the character has several tokens");
         assert!(pieces(&ids[..ids.len() - 1], &[]).concat().ends_with(char::REPLACEMENT_CHARACTER));
+    }
+
+    /// As Llama's first tokenizers write them: a text's first blank belongs to no word.
+    #[test]
+    fn a_text_goes_on_behind_its_prompt_with_a_blank() {
+        let dir = tempfile::tempdir().unwrap();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0, "\u{2581}was": 1, "\u{2581}good": 2, ".": 3}},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+        });
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let ids = [1, 2, 1, 3];
+        let mut alone = Text::default();
+        assert_eq!(alone.end(&tokenizer, &ids[1..], &[]).unwrap(), "good was.");
+        let mut behind = Text::after(1);
+        let mut grown: String = (2..4).map(|end| behind.grow(&tokenizer, &ids[..end], &[]).unwrap()).collect();
+        grown += &behind.end(&tokenizer, &ids, &[]).unwrap();
+        assert_eq!((&*grown, behind.whole()), (" good was.", " good was."));
     }
 
     #[test]

@@ -10,6 +10,9 @@ use crate::data::Tokenizer;
 use crate::error::Result;
 use crate::rollout::{Finish, Scores, Text, before_stop};
 
+/// Tokens of a prompt beside which a completion is decoded.
+const BEFORE: usize = 4;
+
 /// A token as answers tell it.
 struct Told {
     id: u32,
@@ -20,7 +23,10 @@ struct Told {
 
 /// One completion.
 struct Choice {
+    /// The last tokens of the prompt, as many as `before`, and the completion's: its first blank is one only behind them. None of a
+    /// conversation's, where an answer begins with a word.
     ids: Vec<u32>,
+    before: usize,
     text: Text,
     /// What was not sent yet, or all of it where nothing is streamed.
     piece: String,
@@ -49,8 +55,13 @@ impl Answer {
         let choice = |at: usize| {
             let prompt = &wanted.prompts[at / wanted.n];
             let piece = if wanted.echo { prompt.text.clone() } else { String::new() };
-            let (ids, text, told) = (Vec::new(), Text::default(), Vec::new());
-            Choice { ids, text, piece, told, offset: 0, finish: None, begun: false }
+            let before = match wanted.shape {
+                Shape::Completion => BEFORE.min(prompt.ids.len()),
+                Shape::Chat => 0,
+            };
+            let ids = prompt.ids[prompt.ids.len() - before..].to_vec();
+            let (text, told) = (Text::after(before), Vec::new());
+            Choice { ids, before, text, piece, told, offset: 0, finish: None, begun: false }
         };
         let choices = (0..wanted.prompts.len() * wanted.n).map(choice).collect();
         Self { tokenizer, head, provenance, choices, wanted }
@@ -118,7 +129,7 @@ impl Answer {
 
     /// Completion tokens so far.
     pub fn tokens(&self) -> usize {
-        self.choices.iter().map(|choice| choice.ids.len()).sum()
+        self.choices.iter().map(|choice| choice.ids.len() - choice.before).sum()
     }
 
     pub fn prompt_tokens(&self) -> usize {
@@ -131,10 +142,7 @@ impl Answer {
 
     /// Of each completion.
     pub fn texts(&self) -> Vec<String> {
-        let text = |choice: &Choice| {
-            let text = self.tokenizer.decode(&choice.ids).unwrap_or_default();
-            before_stop(&text, &self.wanted.stop).to_string()
-        };
+        let text = |choice: &Choice| before_stop(choice.text.whole(), &self.wanted.stop).to_string();
         self.choices.iter().map(text).collect()
     }
 

@@ -32,7 +32,7 @@ use crate::data::{ChatTemplate, Tokenizer};
 pub struct App {
     pub tokenizer: Arc<Tokenizer>,
     /// Or why there is none.
-    pub template: Result<ChatTemplate, String>,
+    pub template: Result<Arc<ChatTemplate>, String>,
     pub soups: Soups,
     pub most: Most,
     pub most_body: usize,
@@ -226,6 +226,8 @@ impl App {
                 // Without a new token the prompt would not run.
                 max_new_tokens: wanted.max_new_tokens.max(1),
                 sampling: wanted.sampling,
+                // Equal prompts are drawn for apart, unless a seed asks for what each gets alone.
+                first_sample: if wanted.seeded { 0 } else { (number * wanted.n) as u64 },
                 eos: if wanted.ignore_eos { Vec::new() } else { self.tokenizer.stops().to_vec() },
                 stop: wanted.stop.clone(),
                 blend: wanted.blend.clone(),

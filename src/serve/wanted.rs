@@ -1,6 +1,8 @@
 //! What a request wants: OpenAI's fields of completions and chats, vLLM's of sampling (`top_k`, `min_p`,
 //! `repetition_penalty`, `ignore_eos`) and `soup`.
 
+use std::sync::Arc;
+
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
@@ -51,6 +53,8 @@ pub struct Wanted {
     pub n: usize,
     pub max_new_tokens: usize,
     pub sampling: Sampling,
+    /// The request named the seed.
+    pub seeded: bool,
     pub stop: Vec<String>,
     /// No end-of-text token ends a completion.
     pub ignore_eos: bool,
@@ -69,7 +73,7 @@ pub struct Wanted {
 pub struct Reader<'a> {
     pub tokenizer: &'a Tokenizer,
     /// The model's chat template, or why there is none.
-    pub template: &'a Result<ChatTemplate, String>,
+    pub template: &'a Result<Arc<ChatTemplate>, String>,
     pub soups: &'a Soups,
     pub most: Most,
     /// Of a request that names no seed.
@@ -137,13 +141,14 @@ impl Reader<'_> {
         let all = fields.0.get("top_k") == Some(&json!(-1));
         let top_k = if all { fields.take("top_k").map(|_| 0) } else { fields.count("top_k", [0, 1 << 31])? };
         let least = f64::MIN_POSITIVE;
+        let seed = fields.seed()?;
         let sampling = Sampling {
             temperature: fields.number("temperature", [0.0, 100.0])?.unwrap_or(1.0),
             top_k: top_k.unwrap_or(0),
             top_p: fields.number("top_p", [least, 1.0])?.unwrap_or(1.0),
             min_p: fields.number("min_p", [0.0, 1.0])?.unwrap_or(0.0),
             repetition_penalty: fields.number("repetition_penalty", [1e-3, 1e3])?.unwrap_or(1.0),
-            seed: fields.seed()?.unwrap_or(self.seed),
+            seed: seed.unwrap_or(self.seed),
         };
         Ok(Wanted {
             shape,
@@ -152,6 +157,7 @@ impl Reader<'_> {
             n: fields.count("n", [1, self.most.completions as u64])?.unwrap_or(1),
             max_new_tokens: 0,
             sampling,
+            seeded: seed.is_some(),
             stop: fields.strings("stop", STOPS[0], STOPS[1])?,
             ignore_eos: fields.switch("ignore_eos")?,
             logprobs: None,

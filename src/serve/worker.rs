@@ -19,6 +19,8 @@ pub struct Job {
     pub samples: usize,
     pub max_new_tokens: usize,
     pub sampling: Sampling,
+    /// Where its streams of random numbers begin.
+    pub first_sample: u64,
     pub eos: Vec<u32>,
     pub stop: Vec<String>,
     pub blend: Vec<f32>,
@@ -36,6 +38,7 @@ impl Ask for Job {
     fn request(&self) -> Request<'_> {
         Request {
             samples: self.samples,
+            first_sample: self.first_sample,
             eos: &self.eos,
             stop: &self.stop,
             blend: &self.blend,

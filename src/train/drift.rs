@@ -20,6 +20,7 @@ use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency};
 use crate::rollout::{Engine, Request, Rollout, Sampling};
 use crate::scaling::on_length;
+use crate::tasks::text_of;
 
 /// Samples that are decoded together: their keys and values should not take more than training does.
 pub const TOGETHER: usize = 32;
@@ -187,19 +188,30 @@ impl<'a, B: Backend> Drift<'a, B> {
         metrics
     }
 
-    /// The data's own completions, made by `make` of a row, a prompt and a completion: one for each sample, of the examples with its
-    /// prompt in turn.
-    pub fn answers(&self, make: impl Fn(&Row, (&[u32], &[u32])) -> Result<Written>) -> Result<Vec<Written>> {
-        let examples = || self.task.eval.iter().flat_map(|eval| &eval.examples);
+    /// The data's own completions, with the tokens that end them: one for each sample, of the examples with its prompt in turn. None
+    /// where the rows are prompts alone.
+    pub fn answers(&self) -> Result<Vec<Written>> {
         let mut answers = Vec::new();
-        for prompt in &self.prompts {
+        for prompt in self.prompts.iter().filter(|prompt| self.answer(prompt.row).is_some()) {
+            let examples = self.task.eval.iter().flat_map(|eval| &eval.examples);
             let split = |example: &'a Example| example.sequences[0].ids.split_at(example.sequences[0].first);
-            let own = examples().filter(|example| split(example).0 == prompt.ids);
+            let own = examples.filter(|example| split(example).0 == prompt.ids);
             for example in own.collect::<Vec<_>>().into_iter().cycle().take(prompt.samples) {
-                answers.push(make(&self.rows[example.row], split(example))?);
+                let (ids, row) = (split(example).1.to_vec(), example.row);
+                let text = written_text(self.task, prompt.ids, &ids, true)?;
+                let (source, answer) = (prompt_of(&self.rows[row])?, Some(text.clone()));
+                answers.push(Written { source, prompt: prompt.ids.to_vec(), row, ids, text, finished: true, answer });
             }
         }
         Ok(answers)
+    }
+
+    /// The tokens of a row's own completion, if it has one.
+    fn answer(&self, row: usize) -> Option<&[u32]> {
+        let alone = matches!(self.rows[row].parts, Parts::Prompt { .. });
+        let mut examples = self.task.eval.iter().flat_map(|eval| &eval.examples).filter(|_| !alone);
+        let own = &examples.find(|example| example.row == row)?.sequences[0];
+        Some(&own.ids[own.first..])
     }
 
     fn sample(&self, device: &B, policy: &Policy<B>, done: &mut dyn FnMut(usize)) -> Result<Vec<Rollout>> {
@@ -215,8 +227,9 @@ impl<'a, B: Backend> Drift<'a, B> {
             let Prompt { ids: prompt, row, .. } = self.prompts[sample.prompt];
             let (ids, finished) = (sample.ids.clone(), sample.finished());
             let text = written_text(self.task, prompt, &ids, finished)?;
+            let answer = self.answer(row).map(|own| written_text(self.task, prompt, own, true)).transpose()?;
             let (source, prompt) = (prompt_of(&self.rows[row])?, prompt.to_vec());
-            Ok(Written { source, prompt, row, ids, text, finished, answer: None })
+            Ok(Written { source, prompt, row, ids, text, finished, answer })
         };
         self.samples.iter().map(written).collect()
     }
@@ -225,14 +238,6 @@ impl<'a, B: Backend> Drift<'a, B> {
         let Prompt { ids, row, .. } = self.prompts[sample.prompt];
         let sequence = Sequence::new([ids, &sample.ids].concat(), ids.len());
         Example { row, sequences: vec![sequence], ..Example::default() }
-    }
-
-    /// What a completion adds to its prompt: a token's text may depend on what comes before.
-    fn text(&self, sample: &Rollout) -> Result<String> {
-        let prompt = self.prompts[sample.prompt].ids;
-        let decode = |ids: &[u32]| self.task.tokenizer.decode(ids);
-        let (start, whole) = (decode(prompt)?, decode(&[prompt, &sample.ids].concat())?);
-        whole.strip_prefix(&start).map_or_else(|| decode(&sample.ids), |text| Ok(text.to_string()))
     }
 
     /// The samples as another tokenizer and its chat template write them.
@@ -245,7 +250,7 @@ impl<'a, B: Backend> Drift<'a, B> {
                 let detail = "measures completions of prompts, and these rows are whole texts, which a reference with another tokenizer cannot be asked about";
                 return Err(Error::option("--kl-samples", detail));
             };
-            let text = self.text(sample)?;
+            let text = text_of(&self.task.tokenizer, self.prompts[sample.prompt].ids, &sample.ids)?;
             let completion = match prompt {
                 Content::Text(_) => Content::Text(text),
                 Content::Messages(_) => Content::Messages(vec![answer(text)]),
@@ -253,9 +258,10 @@ impl<'a, B: Backend> Drift<'a, B> {
             let parts = Parts::Completion { prompt: prompt.clone(), completion };
             let row = Row { parts, variables: variables.clone(), label: None, margin: None };
             let mut sequence = encode_row(tokenizer, &row)?;
-            if !sample.finished() && sequence.ids.len() > sequence.first + 1 {
+            if !sample.finished() {
                 // The text goes on; no end was sampled.
-                sequence.ids.pop_if(|last| tokenizer.stops().contains(last));
+                let kept = tokenizer.without_end(&sequence.ids).max(sequence.first + 1);
+                sequence.ids.truncate(kept);
             }
             Ok(Example { row: at, sequences: vec![sequence], ..Example::default() })
         };

@@ -55,6 +55,7 @@ pub struct Evaluation {
     pub step: u64,
     pub epoch: f64,
     pub rows: usize,
+    /// NaN where the rows are prompts alone.
     pub loss: f64,
     pub summary: Summary,
     pub metrics: Vec<(String, f64)>,
@@ -71,6 +72,14 @@ pub struct Measured {
     pub loss: f64,
     pub summary: Summary,
     pub metrics: Vec<Metric>,
+}
+
+impl Measured {
+    /// Of prompts alone: there are no completions whose likelihood would say anything.
+    pub fn nothing() -> Self {
+        let summary = Summary { accuracy: None, margin: None, perplexity: None };
+        Self { loss: f64::NAN, summary, metrics: Vec::new() }
+    }
 }
 
 /// Runs the policy over held-out rows in order and compares it with `anchor`, `[sequences]`; `done` is told how many are finished. Fails, naming rows, where a

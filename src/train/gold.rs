@@ -2,16 +2,14 @@
 //! `--kl-samples` measures the distance.
 
 use super::drift::{Drift, Estimate};
-use super::online::{Written, prompt_of, written_text};
-use super::task::Task;
-use crate::data::{Packing, Row};
+use super::online::Written;
+use crate::data::Packing;
 use crate::error::{Error, Result};
 use crate::objectives::Metric;
 use crate::ops::Backend;
 use crate::rewards::{Jury, Rewards, Sample};
 
 pub struct Gold<'a> {
-    task: &'a Task,
     rewards: &'a Rewards,
     jury: Jury<'a>,
     /// Of the data's own completions of the prompts, one for each sample.
@@ -19,8 +17,8 @@ pub struct Gold<'a> {
 }
 
 impl<'a> Gold<'a> {
-    pub fn new<B: Backend>(device: &'a B, task: &'a Task, rewards: &'a Rewards, packing: Packing) -> Self {
-        Self { task, rewards, jury: Jury::new(device, rewards, packing), answers: None }
+    pub fn new<B: Backend>(device: &'a B, rewards: &'a Rewards, packing: Packing) -> Self {
+        Self { rewards, jury: Jury::new(device, rewards, packing), answers: None }
     }
 
     /// Of what was sampled last: for each sample, and as metrics of an evaluation. A completion wins over the data's own by
@@ -29,7 +27,7 @@ impl<'a> Gold<'a> {
         let written = drift.written()?;
         let (gold, by_reward) = self.judge(&written)?;
         if self.answers.is_none() {
-            self.answers = Some(self.judge(&drift.answers(|row, ids| self.answer(row, ids))?)?.0);
+            self.answers = Some(self.judge(&drift.answers()?)?.0);
         }
         let known = |x: &f64| (!x.is_nan()).then_some(*x);
         let golds: Vec<f64> = gold.iter().filter_map(known).collect();
@@ -63,12 +61,5 @@ impl<'a> Gold<'a> {
         let rewards = self.jury.score(&samples)?;
         let total = (0..written.len()).map(|s| self.rewards.sum(rewards.iter().map(|said| said[s]))).collect();
         Ok((total, rewards))
-    }
-
-    /// A completion of the data, with the token that ends it.
-    fn answer(&self, row: &Row, (prompt, ids): (&[u32], &[u32])) -> Result<Written> {
-        let text = written_text(self.task, prompt, ids, true)?;
-        let (source, prompt, ids) = (prompt_of(row)?, prompt.to_vec(), ids.to_vec());
-        Ok(Written { source, prompt, row: 0, ids, text, finished: true, answer: None })
     }
 }

@@ -24,12 +24,13 @@ use crate::checkpoint::run_dir::LineLog;
 use crate::data::{Content, Example, Extent, Packing, Parts, Row, Sequence, read_rows};
 use crate::device::range;
 use crate::error::{Error, Result};
-use crate::objectives::advantages::weighted;
+use crate::objectives::advantages::{deviation, weighted};
 use crate::objectives::{Metric, Stats};
 use crate::ops::Backend;
 use crate::references::{Detail, Fresh, Residency, Scored};
 use crate::rewards::{Jury, Rewards, Sample};
 use crate::rollout::{Engine, Request, Sampling};
+use crate::tasks::text_of;
 
 /// What was sampled, one line a completion.
 pub const ROLLOUTS: &str = "rollouts.jsonl";
@@ -128,12 +129,12 @@ impl<'a, B: Backend> Online<'a, B> {
         task: &'a Task,
         settings: &'a Settings,
         rollouts: &'a Rollouts,
-        log: LineLog,
+        (residency, log): (Residency, LineLog),
     ) -> Result<Self> {
         let largest = largest(settings.packing, &task.stand_ins, settings.batch_size);
         let others = task.sampled_by.iter().filter(|reference| !reference.is_policy);
         let asked = others.map(|reference: &'a FreshReference| reference.asked(largest)).collect();
-        let fresh = Fresh::new(device, asked, settings.training(), Residency::Streamed)?;
+        let fresh = Fresh::new(device, asked, settings.training(), residency)?;
         let rewards = task.rewards.as_ref().expect("opened with the task");
         let jury = Jury::new(device, rewards, settings.packing);
         let rows = read_rows(&task.train.path)?.1;
@@ -313,19 +314,15 @@ impl<'a, B: Backend> Online<'a, B> {
         let mean = |of: &dyn Fn(usize) -> f64| {
             let known = samples.iter().map(|s| of(*s)).filter(|x| !x.is_nan());
             let (sum, count) = known.fold((0.0, 0.0_f64), |(sum, count), x| (sum + x, count + 1.0));
-            sum / count.max(1.0)
+            sum / count
         };
-        let size = self.rollouts.samples;
-        let spread = |group: &[usize]| {
-            let mean = group.iter().map(|s| total[*s]).sum::<f64>() / size as f64;
-            (group.iter().map(|s| (total[*s] - mean).powi(2)).sum::<f64>() / (size as f64 - 1.0).max(1.0)).sqrt()
-        };
-        let spreads: Vec<f64> = samples.chunks(size).map(spread).collect();
-        let prompts = spreads.len().max(1) as f64;
+        let groups: Vec<Vec<f64>> = samples.chunks(self.rollouts.samples).map(|group| known(total, group)).collect();
+        let prompts = groups.len().max(1) as f64;
+        let tied = groups.iter().filter(|group| group.windows(2).all(|pair| pair[0] == pair[1])).count();
         let mut metrics: Vec<Metric> = vec![
             ("reward".into(), mean(&|s| total[s])),
-            ("reward_std".into(), spreads.iter().sum::<f64>() / prompts),
-            ("frac_reward_zero_std".into(), spreads.iter().filter(|std| **std == 0.0).count() as f64 / prompts),
+            ("reward_std".into(), groups.iter().map(|group| deviation(group)).sum::<f64>() / prompts),
+            ("frac_reward_zero_std".into(), tied as f64 / prompts),
             ("completions/mean_length".into(), mean(&|s| written[s].ids.len() as f64)),
             ("completions/clipped_ratio".into(), mean(&|s| f64::from(u8::from(!written[s].finished)))),
             ("completions/distinct_1".into(), distinct(samples, written, 1)),
@@ -336,6 +333,8 @@ impl<'a, B: Backend> Online<'a, B> {
         }
         let spreads = self.jury.spreads().map(|(name, spread)| (format!("rewards/{name}/spread").into(), spread));
         metrics.extend(spreads);
+        // Of what nothing was said there is no mean.
+        metrics.retain(|(_, value)| !value.is_nan());
         metrics
     }
 
@@ -381,11 +380,13 @@ pub fn prompt_of(row: &Row) -> Result<Content> {
 
 /// What a completion adds to its prompt, without the token that ends it: a token's text may depend on what comes before.
 pub fn written_text(task: &Task, prompt: &[u32], ids: &[u32], finished: bool) -> Result<String> {
-    let decode = |ids: &[u32]| task.tokenizer.decode(ids);
     let ends = finished && ids.last().is_some_and(|last| task.tokenizer.stops().contains(last));
-    let ids = &ids[..ids.len() - usize::from(ends)];
-    let (start, whole) = (decode(prompt)?, decode(&[prompt, ids].concat())?);
-    whole.strip_prefix(&start).map_or_else(|| decode(ids), |text| Ok(text.to_string()))
+    text_of(&task.tokenizer, prompt, &ids[..ids.len() - usize::from(ends)])
+}
+
+/// What was said of these completions, where anything was.
+fn known(total: &[f64], of: &[usize]) -> Vec<f64> {
+    of.iter().map(|s| total[*s]).filter(|x| !x.is_nan()).collect()
 }
 
 /// Of the runs of n tokens in these completions, how many are not seen before (Li et al., arXiv:1510.03055): a policy that has found

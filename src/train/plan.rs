@@ -385,7 +385,7 @@ impl<'a> Workload<'a> {
                 resident_bytes += if reference.tokenizer.is_some() { 0 } else { ledger.total() };
             }
         }
-        self.rollout_phases(settings, (run, working), &phase, &mut phases);
+        resident_bytes += self.rollout_phases(settings, (run, working), &phase, &mut phases);
         phases.push(phase("save", working + tensor, &[run]));
         let mut plan = Plan {
             phases,
@@ -406,19 +406,19 @@ impl<'a> Workload<'a> {
     }
 
     /// Those of completions that are judged by a gold reward, and of those that are trained on: written by the policy, judged, scored
-    /// by references.
+    /// by references. Returns what those take while they stay in memory.
     fn rollout_phases(
         &self,
         settings: &Settings,
         (run, working): (Ledger, usize),
         phase: &dyn Fn(&'static str, usize, &[Ledger]) -> Phase,
         phases: &mut Vec<Phase>,
-    ) {
+    ) -> usize {
         let judged = self.fresh.as_ref().and_then(|fresh| Some((fresh.gold?, fresh.largest(settings.packing))));
         if let Some((gold, largest)) = judged {
             judging(gold, settings.keeps(), &largest, phase("reward", working, &[run]), phases);
         }
-        let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return };
+        let (Some(work), Some(rollouts)) = (&self.rollouts, &settings.rollouts) else { return 0 };
         let (storage, rank) = (settings.keeps(), self.blueprint(settings).rank());
         let requests = vec![online::request(settings, rollouts, work.prompt); settings.batch_size];
         let decoding = rollout::plan(storage, &self.checkpoint.spec, rank, &requests, rollout::MAX_RUNNING);
@@ -426,9 +426,13 @@ impl<'a> Workload<'a> {
         phases.push(phase("rollout", working.max(host), &[run, decoding]));
         let largest = online::largest(settings.packing, work.stand_ins, settings.batch_size);
         judging(work.rewards, storage, &largest, phase("reward", working, &[run]), phases);
-        for reference in work.references.iter().filter(|reference| !reference.is_policy) {
-            phases.push(phase("ask", working, &[run, reference.asked(largest).plan(storage)]));
-        }
+        let others = work.references.iter().filter(|reference| !reference.is_policy);
+        let asked = others.map(|reference| {
+            let ledger = reference.asked(largest).plan(storage);
+            phases.push(phase("ask", working, &[run, ledger]));
+            ledger.total()
+        });
+        asked.sum()
     }
 
     fn hidden_rows_bytes(&self) -> usize {

@@ -84,10 +84,14 @@ impl Report {
         self.table(&mut out);
         self.generations(&mut out);
         self.sparklines(&mut out);
-        let seconds: f64 = self.metrics.iter().filter_map(|line| number(line, "step_time")).sum();
-        let tokens: f64 = self.metrics.iter().filter_map(|line| number(line, "tokens")).sum();
-        let steps = self.metrics.len();
-        let _ = writeln!(out, "{steps} steps in {seconds:.1} s, {:.0} tokens/s", tokens / seconds.max(1e-9));
+        let sum = |name: &str| self.metrics.iter().filter_map(|line| number(line, name)).sum::<f64>();
+        let (steps, seconds, sampling) = (self.metrics.len(), sum("step_time"), sum("sampling_time"));
+        let speed = sum("tokens") / (seconds - sampling).max(1e-9);
+        let apart = match self.online() {
+            true => format!("{sampling:.1} of them sampling and judging, trained on "),
+            false => String::new(),
+        };
+        let _ = writeln!(out, "{steps} steps in {seconds:.1} s, {apart}{speed:.0} tokens/s");
         if let Some(memory) = &self.memory {
             let _ = writeln!(out, "peak memory {memory}");
         }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::alarm::{self, Lever, OnAlarm};
 use super::drift::Drift;
-use super::evaluate::{Evaluation, evaluate};
+use super::evaluate::{Evaluation, Measured, evaluate};
 use super::gold::Gold;
 use super::lineage::lineage;
 use super::metrics::{EVALUATIONS, Line, METRICS, TrainerState, read_history};
@@ -26,6 +26,7 @@ use crate::checkpoint::run_dir::{
     lock, remove_stale, set_aside_after,
 };
 use crate::checkpoint::{write_dir, write_file};
+use crate::data::Form;
 use crate::error::{At, Error, Result};
 use crate::lineage::Lineage;
 use crate::machine;
@@ -35,8 +36,9 @@ use crate::objectives::{Metric, Objective};
 use crate::ops::Backend;
 use crate::optim::Schedule;
 use crate::progress::{Progress, say};
+use crate::references::Residency;
 use crate::rollout::Engine;
-use crate::tasks;
+use crate::tasks::{self, text_of};
 
 /// Text generated before and after training, one JSON line each.
 pub const SAMPLES: &str = "samples.jsonl";
@@ -94,9 +96,9 @@ pub fn run<B: Backend>(device: &B, settings: &Settings, stop: &dyn Fn() -> bool)
         .map_err(|e| damaged(e, &settings.output_dir, start.from.as_deref()))?;
     start_optimizer(device, &task, &mut policy, start.state.step)?;
     let drift = (settings.kl_samples > 0).then(|| Drift::new(device, &task, settings, residency)).transpose()?;
-    let gold = task.gold.as_ref().map(|gold| Gold::new(device, &task, gold, settings.packing));
+    let gold = task.gold.as_ref().map(|gold| Gold::new(device, gold, settings.packing));
     let [metrics, evaluations, samples] = open_logs(&settings.output_dir, start.from.as_deref())?;
-    let online = open_online(device, settings, &task, (&mut policy, start.state.step), stop)?;
+    let online = open_online(device, settings, &task, (&mut policy, start.state.step, residency), stop)?;
     let lineage = lineage(settings, &task, course)?;
     let newest = checkpoint_path(&settings.output_dir, start.state.step);
     // A run that was to end here was perhaps killed before it did.
@@ -337,12 +339,12 @@ fn open_online<'a, B: Backend>(
     device: &'a B,
     settings: &'a Settings,
     task: &'a Task,
-    (policy, step): (&mut Policy<B>, u64),
+    (policy, step, residency): (&mut Policy<B>, u64, Residency),
     stop: &dyn Fn() -> bool,
 ) -> Result<Option<Online<'a, B>>> {
     let Some(rollouts) = &settings.rollouts else { return Ok(None) };
     let log = LineLog::resume(&settings.output_dir.join(ROLLOUTS), step)?;
-    let mut online = Online::new(device, task, settings, rollouts, log)?;
+    let mut online = Online::new(device, task, settings, rollouts, (residency, log))?;
     online.open_prior(device, policy, step, stop)?;
     Ok(Some(online))
 }
@@ -428,7 +430,8 @@ impl<B: Backend> Session<'_, B> {
     /// One optimizer step and its line; returns what the progress bar says.
     fn step(&mut self, progress: &mut Progress) -> Result<String> {
         let (number, started) = (self.state.step + 1, Instant::now());
-        let mut metrics = self.sample_batch(number, progress)?;
+        let mut metrics = self.sample_batch(number, progress).map_err(|e| self.keep(e))?;
+        let sampling_time = started.elapsed().as_secs_f64();
         let ref_weights = self.ref_weights.weights();
         let gathered = match &self.batch {
             Some(batch) => batch.gathered(),
@@ -454,6 +457,9 @@ impl<B: Backend> Session<'_, B> {
         self.state.step = number;
         self.state.num_tokens += tokens;
         metrics.extend(result.metrics);
+        if self.online.is_some() {
+            metrics.push(("sampling_time".into(), sampling_time));
+        }
         let line = Line {
             step: number,
             epoch: self.task.epoch(number),
@@ -472,7 +478,7 @@ impl<B: Backend> Session<'_, B> {
             Some(format!(" {label} {:.3}", found.1))
         });
         let shown: String = shown.collect();
-        Ok(format!("loss {:.4}{shown} {:.0} tokens/s", result.loss, result.rows as f64 / step_time))
+        Ok(format!("loss {:.4}{shown} {:.0} tokens/s", result.loss, result.rows as f64 / (step_time - sampling_time)))
     }
 
     /// Lets the policy write what step `number` trains on, where it is due; what is to be said about it.
@@ -499,10 +505,27 @@ impl<B: Backend> Session<'_, B> {
         Ok(metrics)
     }
 
-    /// A step that failed changed nothing: what came before it is worth keeping.
+    /// What fails between two steps, a judge that does not answer for example, changed nothing: the run so far is worth keeping.
+    fn keep(&mut self, error: Error) -> Error {
+        let between = self.state.step > 0 && self.state.step.is_multiple_of(self.task.iterations);
+        if between && !matches!(error, Error::Interrupted { .. }) {
+            match self.save_checkpoint() {
+                Ok(dir) => say(format_args!(
+                    "{} holds everything up to step {}; --resume-from-checkpoint auto continues",
+                    dir.display(),
+                    self.state.step
+                )),
+                Err(e) => say(format_args!("the state after step {} could not be saved: {e}", self.state.step)),
+            }
+        }
+        error
+    }
+
+    /// A step that failed changed nothing: what came before it is worth keeping. Not between two steps on the same completions, which
+    /// are in no checkpoint.
     fn keep_last_good(&mut self, error: Error) -> Error {
         let Error::NotFinite { step, what, detail } = error else { return error };
-        if self.state.step == 0 {
+        if self.state.step == 0 || !self.state.step.is_multiple_of(self.task.iterations) {
             return Error::NotFinite { step, what, detail };
         }
         let kept = match self.save_checkpoint() {
@@ -633,7 +656,10 @@ impl<B: Backend> Session<'_, B> {
         let pass = Pass { objective, rows, packing, purpose: Purpose::HeldOut, step };
         let anchor = self.panel.anchor();
         let mut done = |done| show(EVALUATING, done, held_out);
-        let mut measured = evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?;
+        let mut measured = match eval.form {
+            Form::Prompts => Measured::nothing(),
+            _ => evaluate(self.device, &mut self.policy, &pass, anchor.as_deref(), &mut done)?,
+        };
         let kl = match &mut self.drift {
             Some(drift) => {
                 let all = self.settings.kl_samples;
@@ -643,15 +669,7 @@ impl<B: Backend> Session<'_, B> {
             }
             None => Vec::new(),
         };
-        if let (Some(drift), Some(online)) = (&self.drift, &mut self.online) {
-            measured.metrics.extend(online.judge_held_out(&drift.written()?)?);
-        }
-        let mut golds = Vec::new();
-        if let (Some(drift), Some(gold)) = (&self.drift, &mut self.gold) {
-            let (gold, metrics) = gold.measure(drift)?;
-            golds = gold;
-            measured.metrics.extend(metrics);
-        }
+        let golds = self.judge(&mut measured.metrics)?;
         let metric = |name: &str| measured.metrics.iter().find(|metric| metric.0 == name).map(|metric| metric.1);
         self.seen = self.drift.as_ref().zip(kl.first()).map(|(drift, kl)| alarm::Seen {
             step,
@@ -686,6 +704,18 @@ impl<B: Backend> Session<'_, B> {
         Ok(Some(evaluation))
     }
 
+    /// What the completions are worth that the distance was measured on, as metrics; and by the gold reward, of each.
+    fn judge(&mut self, metrics: &mut Vec<Metric>) -> Result<Vec<Option<f64>>> {
+        let Some(drift) = &self.drift else { return Ok(Vec::new()) };
+        if let Some(online) = &mut self.online {
+            metrics.extend(online.judge_held_out(&drift.written()?)?);
+        }
+        let Some(gold) = &mut self.gold else { return Ok(Vec::new()) };
+        let (golds, more) = gold.measure(drift)?;
+        metrics.extend(more);
+        Ok(golds)
+    }
+
     /// One completion for each sample prompt, each from its own random stream.
     fn sample(&mut self) -> Result<()> {
         self.policy.rest();
@@ -697,7 +727,7 @@ impl<B: Backend> Session<'_, B> {
             self.samples.append(&json!({
                 "step": self.state.step,
                 "prompt": self.task.tokenizer.decode(prompt)?,
-                "completion": self.task.tokenizer.decode(&completion.ids)?,
+                "completion": text_of(&self.task.tokenizer, prompt, &completion.ids)?,
                 "finished": completion.finished(),
             }))?;
         }
@@ -801,8 +831,10 @@ fn describe(e: &Evaluation) -> String {
     let exams: String = e.exams.iter().map(exam).collect();
     let metric = |name: &str| e.metrics.iter().find(|(found, _)| found == name).map(|(_, value)| *value);
     let reward = metric("reward").map_or(String::new(), |reward| match metric("reward_stderr") {
-        Some(error) => format!("reward {reward:.3} ± {error:.3}, "),
-        None => format!("reward {reward:.3}, "),
+        Some(error) => format!("reward {reward:.3} ± {error:.3}"),
+        None => format!("reward {reward:.3}"),
     });
-    format!("step {}: {reward}held-out loss {:.4}{accuracy}{drift}{perplexity}{exams}", e.step, e.loss)
+    let loss = if e.loss.is_nan() { String::new() } else { format!(", held-out loss {:.4}", e.loss) };
+    let all = format!("{reward}{loss}{accuracy}{drift}{perplexity}{exams}");
+    format!("step {}: {}", e.step, all.strip_prefix(", ").unwrap_or(&all))
 }

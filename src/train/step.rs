@@ -306,6 +306,9 @@ impl Pass<'_> {
 
     /// All forwards, one loss, then each micro-batch's forward again with its backward.
     fn all_at_once<B: Backend>(&self, device: &B, policy: &mut Policy<B>, micros: &[Micro]) -> Result<Outcome> {
+        if micros.is_empty() {
+            return Ok(Outcome::default());
+        }
         let all = self.forward_all(device, policy, micros, &mut |_| {})?;
         let outcome = self.objective.evaluate(&all, &Totals::of(&all));
         self.check_loss(outcome.loss)?;

@@ -13,7 +13,7 @@ use super::references::{
     FreshReference, TaskReference, check_anchor, check_compared, fresh_references, moving_start, references_of_samples,
     task_references,
 };
-use super::settings::{Alarm, Pause, References, Settings};
+use super::settings::{Alarm, Pause, References, Rollouts, Settings};
 use super::step::check_needs;
 use super::tau::Tau;
 use crate::checkpoint::peft::{self, AdapterFile};
@@ -137,7 +137,9 @@ fn check_rollouts(settings: &Settings, name: &str, needs: &Needs) -> Result<()> 
         let detail = format!("{name} compares one completion of the policy with one of the reference; give 1");
         return refuse("--num-generations", detail);
     }
-    let compared = !needs.prior && needs.prior_rewards == 0 && name != "reinforce";
+    // Values, or the mean of the batch, are what a lone completion is compared with.
+    let others = !matches!(settings.objective.resolved()?.choice("baseline"), Some("batch" | "none"));
+    let compared = !needs.prior && needs.prior_rewards == 0 && !needs.values && others;
     if rollouts.samples < 2 && compared {
         return refuse("--num-generations", "one completion has nothing to be compared with; give 2 or more".into());
     }
@@ -336,7 +338,27 @@ impl Task {
         };
         let requests = sample_requests(settings, &task.prompts(settings));
         requests.iter().try_for_each(|request| request.check(&task.checkpoint.spec))?;
+        settings.rollouts.iter().try_for_each(|rollouts| task.check_room(rollouts))?;
         Ok(task)
+    }
+
+    /// Refuses prompts whose completions the model has no positions for.
+    fn check_room(&self, rollouts: &Rollouts) -> Result<()> {
+        let Some(most) = self.checkpoint.spec.most_positions() else { return Ok(()) };
+        let Some(longest) = self.train.examples.iter().max_by_key(|example| example.sequences[0].first) else {
+            return Ok(());
+        };
+        let (prompt, new) = (longest.sequences[0].first, rollouts.max_new_tokens);
+        if prompt + new <= most {
+            return Ok(());
+        }
+        let detail = format!(
+            "{new} tokens after the prompt of row {}, which has {prompt}, but the model has learned positions for {most}; \
+             {} have room",
+            longest.row + 1,
+            most.saturating_sub(prompt)
+        );
+        Err(Error::option("--max-completion-length", detail))
     }
 
     /// References whose distributions the policy's are compared with, over the whole vocabulary.

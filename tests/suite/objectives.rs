@@ -609,6 +609,17 @@ fn credit_is_by_prompt_and_holds_to_the_reference() {
     for name in ["grpo", "rloo", "reinforce"] {
         assert_eq!(credit(name, 0.0, &stats).advantages, [0.0; 4], "{name}");
     }
+    // Of the second completion alone something is known: it has two tokens, the others keep the values that they had.
+    stats.values = vec![0.5; 5];
+    let ppo = credit("ppo", 0.0, &stats);
+    assert_eq!(ppo.returns, [0.5, 6.0, 6.0, 0.5, 0.5]);
+    assert_eq!([0, 3, 4].map(|t| ppo.token_advantages[t]), [0.0; 3]);
+    // What is measured and not maximised decides nothing.
+    stats.rewards.push(vec![9.0; 4]);
+    stats.reward_weights.push(0.0);
+    for name in ["grpo", "rloo", "reinforce"] {
+        assert_eq!(credit(name, 0.0, &stats).advantages, [0.0; 4], "{name}");
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn train(w: &Workspace, run: &str, flags: &str) -> String {
 /// metrics.jsonl without times.
 fn steps(w: &Workspace, run: &str) -> Vec<Line> {
     let lines = w.lines(&format!("{run}/metrics.jsonl")).into_iter();
-    lines.map(|line| line.into_iter().filter(|(key, _)| key != "step_time").collect()).collect()
+    lines.map(|line| line.into_iter().filter(|(key, _)| !key.ends_with("_time")).collect()).collect()
 }
 
 fn number(line: &Line, key: &str) -> f64 {
@@ -76,6 +76,76 @@ fn every_objective_on_samples_trains() {
         assert!(number(&evaluations[1], "eval_reward").is_finite(), "{flags}");
         assert!(w.read(&format!("{run}/model.safetensors")) != w.read("model/model.safetensors"), "{flags}");
     }
+}
+
+/// A judge that stops answering ends the run, not what it has learnt.
+#[test]
+fn a_judge_that_fails_leaves_a_checkpoint() {
+    let w = workspace();
+    let judge = "n=0; while read -r line; do n=$((n+1)); if [ $n -gt $(cat patience) ]; then echo no; else echo '{\"reward\": '$((n % 3))'}'; fi; done\n";
+    w.write("judge", judge);
+    w.write("judge.toml", "[[reward]]\nkind = 'process'\ncommand = ['sh', 'judge']\nrestarts = 0\n");
+    w.write("patience", "32");
+    let line = TRAIN.replace("rules.toml", "judge.toml");
+    let line = format!("{line} {FOUR} --objective grpo --output-dir run");
+    let done = w.run(&line);
+    assert_eq!(done.code, Some(1), "{}", done.stderr);
+    let says = |part: &str| done.stderr.contains(part);
+    assert!(says("checkpoint-2 holds everything up to step 2; --resume-from-checkpoint auto"), "{}", done.stderr);
+    assert!(says("answered \"no\"") && w.path("run/checkpoint-2").is_dir(), "{}", done.stderr);
+    w.write("patience", "9999");
+    w.ok(&format!("{line} --resume-from-checkpoint auto"));
+    assert_eq!(steps(&w, "run").len(), 4);
+}
+
+/// Where no completion of a prompt is better than another there is nothing to learn, and nothing fails.
+#[test]
+fn a_batch_of_which_all_is_worth_the_same_is_a_step_for_every_pair_loss() {
+    let w = workspace();
+    w.write("same.toml", "[[reward]]\nkind = 'regex'\npattern = 'zzzz'\n");
+    let line = TRAIN.replace("rules.toml", "same.toml");
+    for objective in ["aot", "aot_unpaired", "kto_pair", "bco_pair --running-delta", "sigmoid"] {
+        let run = objective.split(' ').next().unwrap();
+        w.ok(&format!("{line} {FOUR} --objective {objective} --beta 0.1 --output-dir {run}"));
+        let lines = steps(&w, run);
+        assert_eq!((number(&lines[3], "pairs"), number(&lines[3], "grad_norm")), (0.0, 0.0), "{objective}");
+    }
+    // Equal rewards have no spread, though their mean is not exactly any of them.
+    w.write("same.toml", "[[reward]]\nkind = 'process'\ncommand = ['sh', 'judge']\n");
+    w.write("judge", "while read -r line; do echo '{\"reward\": 0.1}'; done\n");
+    w.ok(&format!("{line} --max-steps 1 --num-generations 8 --objective grpo --output-dir tied"));
+    assert_eq!(number(&steps(&w, "tied")[0], "frac_reward_zero_std"), 1.0);
+    // One that says nothing of a sample leaves the others their spread.
+    w.write("judge", "n=0; while read -r line; do n=$((n+1)); if [ $n = 1 ]; then r=null; else r=$((n % 2)); fi; echo '{\"reward\": '$r'}'; done\n");
+    w.ok(&format!("{line} --max-steps 1 --num-generations 8 --objective grpo --output-dir unknown"));
+    let first = &steps(&w, "unknown")[0];
+    assert!((0.5..0.6).contains(&number(first, "reward_std")), "{first:?}");
+}
+
+/// A rule that compares with the data's answer does so of held-out completions too.
+#[test]
+fn held_out_completions_are_judged_with_the_answer() {
+    let w = workspace();
+    w.write("judge", "while read -r line; do case $line in *'\"answer\":null'*) r=0;; *) r=1;; esac; echo '{\"reward\": '$r'}'; done\n");
+    w.write("judge.toml", "[[reward]]\nkind = 'process'\ncommand = ['sh', 'judge']\n");
+    let line = TRAIN.replace("rules.toml", "judge.toml");
+    let line =
+        format!("{line} --max-steps 1 --num-generations 2 --objective grpo --kl-samples 4 --gold-reward judge.toml");
+    w.ok(&format!("{line} --eval-dataset train.jsonl --output-dir run"));
+    let last = w.lines("run/evaluations.jsonl").pop().unwrap();
+    assert_eq!((number(&last, "eval_reward"), number(&last, "eval_gold")), (1.0, 1.0), "{last:?}");
+    assert_eq!(number(&last, "eval_gold_win_rate"), 0.5);
+    // Samples are as long as those that are trained on, unless told otherwise.
+    assert!((1.0..=6.0).contains(&number(&last, "eval_completions/mean_length")), "{last:?}");
+    // Prompts alone have no answers whose likelihood or worth would mean anything.
+    let prompts: Vec<String> =
+        w.lines("train.jsonl").iter().map(|row| serde_json::json!({"prompt": row["prompt"]}).to_string()).collect();
+    w.write("prompts.jsonl", prompts.join("\n"));
+    let done = w.ok(&format!("{line} --eval-dataset prompts.jsonl --output-dir alone"));
+    let last = w.lines("alone/evaluations.jsonl").pop().unwrap();
+    assert_eq!((number(&last, "eval_reward"), &last["eval_loss"]), (0.0, &Value::Null), "{last:?}");
+    assert!(!last.contains_key("eval_gold_win_rate") && last["eval_perplexity"].is_null(), "{last:?}");
+    assert!(!done.stderr.contains("NaN") && !done.stderr.contains("held-out loss"), "{}", done.stderr);
 }
 
 /// On the policy's own samples, before any update on them, ratios are 1: the first loss of GRPO is minus the mean advantage,
@@ -299,7 +369,21 @@ fn what_cannot_be_sampled_or_rewarded_is_refused() {
     w.fails(1, &format!("{plain} grpo"), &["--reward", "missing", "grpo learns from nothing else"]);
     w.fails(1, &format!("{plain} sft --reward rules.toml"), &["--reward", "sft learns from the data's completions"]);
     w.fails(1, &format!("{plain} grpo --reward nowhere.toml"), &["nowhere.toml", "no such file"]);
-    w.fails(1, &format!("{plain} grpo --reward rules.toml --num-generations 1"), &["--num-generations", "2 or more"]);
+    let alone = "--reward rules.toml --num-generations 1";
+    w.fails(1, &format!("{plain} grpo {alone}"), &["--num-generations", "2 or more"]);
+    w.fails(1, &format!("{plain} reinforce {alone}"), &["--num-generations", "2 or more"]);
+    for lone in ["ppo", "reinforce --baseline batch"] {
+        let run = lone.split(' ').next().unwrap();
+        w.ok(&format!(
+            "{} {alone} --max-completion-length 4",
+            plain.replace("--objective", &format!("--objective {lone}")).replace("dir x", &format!("dir {run}"))
+        ));
+    }
+    w.fails(
+        1,
+        &format!("{plain} grpo --objective sft --reward rules.toml"),
+        &["--objective", "one of them learns from rewards"],
+    );
     let xpo = format!("{plain} xpo --beta 0.1");
     w.fails(1, &xpo, &["--reward", "missing", "xpo learns from nothing else"]);
     w.fails(1, &format!("{xpo} --reward rules.toml"), &["--num-generations", "one of the reference; give 1"]);

@@ -315,7 +315,7 @@ fn collect_results(dir: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8
 }
 
 /// What may differ between runs that are the same: times, and how a batch was called.
-const INCIDENTAL: [&str; 3] = ["step_time", "eval_runtime", "train_batch_size"];
+const INCIDENTAL: [&str; 4] = ["step_time", "sampling_time", "eval_runtime", "train_batch_size"];
 
 fn without_incidentals(json: &str) -> Vec<u8> {
     fn strip(value: &mut Value) {

@@ -1,6 +1,6 @@
 //! `cuvee serve` as a client sees it: the real program on a free port, spoken to over plain sockets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
@@ -240,12 +240,19 @@ fn every_route_answers_as_openai_does() {
         let alone = server.complete(json!({"prompt": prompt, "max_tokens": 5, "seed": 3})).ok();
         assert_eq!(both["choices"][at]["text"].as_str().unwrap(), text(&alone));
     }
+    // Equal prompts are drawn for apart, unless a seed is named.
+    let texts = |asked: Value| {
+        let answer = server.complete(asked).ok();
+        answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].to_string()).collect::<HashSet<_>>()
+    };
+    assert_eq!(texts(json!({"prompt": ["A", "A", "A"], "max_tokens": 20})).len(), 3);
+    assert_eq!(texts(json!({"prompt": ["A", "A", "A"], "max_tokens": 20, "seed": 3})).len(), 1);
     let one = server.complete(json!({"prompt": ids, "max_tokens": 5, "seed": 3})).ok();
     let list = server.complete(json!({"prompt": [ids], "max_tokens": 5, "seed": 3})).ok();
     assert_eq!(text(&one), text(&list));
 
     let log: Vec<Value> = server.workspace.lines("audit.jsonl").into_iter().map(Value::Object).collect();
-    assert_eq!(log.len(), 6, "one for each completion request");
+    assert_eq!(log.len(), 8, "one for each completion request");
     assert!(log.iter().all(|entry| entry.get("prompts").is_none() && entry["ended"] == "done"), "{log:?}");
     assert!(!server.workspace.text("audit.jsonl").contains("film"));
     // An answer is on its way before the room that it had is counted as free.
