@@ -704,7 +704,8 @@ A task is a file of rows, .jsonl, .json, .parquet or .csv. Their columns say wha
                sampled completions: reward, win_rate against the baseline's, answer_beaten
                (the row's own completion, if it has one), words, distinct_2, base_logp (of --base-model)
 
-choice, perplexity and exact_match give the numbers of lm-evaluation-harness. Questions and
+choice, perplexity and exact_match give the numbers of lm-evaluation-harness (without --task,
+perplexity is that of --dataset's chosen or only completions alone). Questions and
 texts that are too long are cut as it cuts them: to what config.json says that the model
 reads at once, or to --max-length. A TOML file in place of the rows says what they cannot:
 

@@ -1,5 +1,7 @@
 //! `cuvee list`
 
+use terminal_size::{Width, terminal_size};
+
 use super::args::{ListArgs, Registry};
 use crate::error::Result;
 use crate::params::ParamSpec;
@@ -17,7 +19,32 @@ pub fn run(args: &ListArgs) -> Result<()> {
         }
     };
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    super::print(&rows.iter().map(|(name, text)| format!("{name:<width$}  {text}\n")).collect::<String>())
+    // Whoever filters lines wants an entry in one.
+    let room = terminal_size().map_or(usize::MAX, |(Width(columns), _)| usize::from(columns));
+    let line = |(name, text): &(String, String)| hanging(&format!("{name:<width$}  {text}"), width + 2, room) + "\n";
+    super::print(&rows.iter().map(line).collect::<String>())
+}
+
+/// Breaks each line of `text` between words where it is longer than `room`, all but the first so far from the edge.
+fn hanging(text: &str, indent: usize, room: usize) -> String {
+    let mut out = String::new();
+    for line in text.lines() {
+        let (mut column, mut first) = (0, true);
+        out += if out.is_empty() { "" } else { "\n" };
+        for word in line.split_inclusive(' ') {
+            let len = word.trim_end().chars().count();
+            if !first && column + len > room && column > indent {
+                out.truncate(out.trim_end().len());
+                out += "\n";
+                out += &" ".repeat(indent);
+                column = indent;
+            }
+            out += word;
+            column += word.chars().count();
+            first = false;
+        }
+    }
+    out
 }
 
 /// What an entry takes, what it may do without in brackets.
@@ -63,4 +90,22 @@ fn reward(entry: &rewards::Entry) -> (String, String) {
 fn modifier(modifier: &objectives::Modifier) -> (String, String) {
     let text = format!("{} ({}) {}: {}", modifier.summary, modifier.paper, modifier.param.flag(), modifier.fits);
     (modifier.name.to_string(), text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_hang_below_their_entry() {
+        let text = "dpo  one two three four";
+        assert_eq!(hanging(text, 5, usize::MAX), text);
+        assert_eq!(hanging(text, 5, 13), "dpo  one two\n     three\n     four");
+        assert_eq!(hanging("a  b\n    key: x y", 3, 10), "a  b\n    key: x\n   y");
+        assert_eq!(
+            hanging("word  unbreakable", 6, 4),
+            "word  unbreakable",
+            "what is too long for any line stays whole"
+        );
+    }
 }

@@ -19,7 +19,7 @@ use super::policy::{Policy, trained};
 use super::report::Report;
 use super::resume::{RunState, load_state, read_state, save_model, save_state};
 use super::settings::{Resume, Settings};
-use super::step::{Pass, Purpose, step};
+use super::step::{self, Pass, Purpose, step};
 use super::task::{Steps, Task, with_beta};
 use crate::checkpoint::run_dir::{
     Claim, LineLog, checkpoint_path, checkpoints, claim, finish, is_finished, is_run, keep_newest, latest_checkpoint,
@@ -456,7 +456,9 @@ impl<B: Backend> Session<'_, B> {
         let step_time = started.elapsed().as_secs_f64();
         self.state.step = number;
         self.state.num_tokens += tokens;
-        metrics.extend(result.metrics);
+        // What moves within a batch of completions is the policy.
+        let first = (number - 1).is_multiple_of(self.task.iterations);
+        metrics.extend(result.metrics.into_iter().filter(|(name, _)| first || !name.starts_with(step::MISMATCH)));
         if self.online.is_some() {
             metrics.push(("sampling_time".into(), sampling_time));
         }

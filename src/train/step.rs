@@ -110,6 +110,37 @@ pub struct StepResult {
     pub rows: usize,
 }
 
+/// Where names of metrics begin that compare a step's log-probabilities with the sampler's.
+pub const MISMATCH: &str = "sampling/";
+
+/// How far the log-probabilities that a step starts from are from those that its completions were drawn with, nats a token: nothing in
+/// f32 on one device.
+#[derive(Default)]
+struct Mismatch {
+    sum: f64,
+    most: f64,
+    tokens: f64,
+}
+
+impl Mismatch {
+    fn add(&mut self, stats: &Stats) {
+        let drawn = |s: &usize| !stats.answers.contains(s);
+        for s in (0..stats.lens.len()).filter(drawn).filter(|_| !stats.sampled_token_logps.is_empty()) {
+            for t in stats.offsets[s]..stats.offsets[s + 1] {
+                let difference = (stats.token_logps[t] - stats.sampled_token_logps[t]).abs();
+                (self.sum, self.most, self.tokens) =
+                    (self.sum + difference, self.most.max(difference), self.tokens + 1.0);
+            }
+        }
+    }
+
+    fn metrics(&self) -> impl Iterator<Item = Metric> {
+        let all =
+            [("sampling/logp_difference_mean", self.sum / self.tokens), ("sampling/logp_difference_max", self.most)];
+        all.into_iter().filter(|_| self.tokens > 0.0).map(|(name, value)| (name.into(), value))
+    }
+}
+
 /// A micro-batch on its way.
 struct Micro {
     host: data::Batch,
@@ -290,10 +321,11 @@ impl Pass<'_> {
     fn micro_by_micro<B: Backend>(&self, device: &B, policy: &mut Policy<B>, micros: &[Micro]) -> Result<Outcome> {
         let needs = self.objective.needs();
         let totals = self.totals(&needs, micros);
-        let mut sum = Outcome::default();
+        let (mut sum, mut mismatch) = (Outcome::default(), Mismatch::default());
         for micro in micros {
             let seen = self.forward(device, policy, &micro.host, &self.rows.examples[micro.examples.clone()], true)?;
             let stats = stats(&needs, &micro.host, &seen, &self.rows, micro.examples.clone());
+            mismatch.add(&stats);
             let outcome = self.objective.evaluate(&stats, &totals);
             let grads = &outcome.grads;
             let (by_number, by_value) = (derivatives(&micro.host, grads, 0, 0), dvalues(&micro.host, grads, 0));
@@ -301,6 +333,7 @@ impl Pass<'_> {
             sum.loss += outcome.loss;
             join_metrics(&mut sum.metrics, &outcome.metrics);
         }
+        sum.metrics.extend(mismatch.metrics());
         self.check_loss(sum.loss).map(|()| sum)
     }
 
@@ -310,7 +343,10 @@ impl Pass<'_> {
             return Ok(Outcome::default());
         }
         let all = self.forward_all(device, policy, micros, &mut |_| {})?;
-        let outcome = self.objective.evaluate(&all, &Totals::of(&all));
+        let mut outcome = self.objective.evaluate(&all, &Totals::of(&all));
+        let mut mismatch = Mismatch::default();
+        mismatch.add(&all);
+        outcome.metrics.extend(mismatch.metrics());
         self.check_loss(outcome.loss)?;
         let (mut first_sequence, mut first_token) = (0, 0);
         for micro in micros {
@@ -438,4 +474,28 @@ fn append(all: &mut Stats, next: Stats) {
     all.ln_sum_p2.extend(next.ln_sum_p2);
     join(&mut all.token_kl, next.token_kl);
     (all.ref_weights, all.state) = (next.ref_weights, next.state);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_drawn_is_compared_with_what_is_trained_on() {
+        let mut stats = Stats {
+            lens: vec![2.0, 1.0],
+            offsets: vec![0, 2, 3],
+            answers: vec![1],
+            token_logps: vec![-1.0, -2.0, -3.0],
+            ..Stats::default()
+        };
+        let told = |stats: &Stats| {
+            let mut mismatch = Mismatch::default();
+            mismatch.add(stats);
+            mismatch.metrics().map(|(_, value)| value).collect::<Vec<_>>()
+        };
+        assert_eq!(told(&stats), [0.0; 0], "nothing was drawn");
+        stats.sampled_token_logps = vec![-1.0, -2.5, 0.0];
+        assert_eq!(told(&stats), [0.25, 0.5], "the data's own answer was not drawn");
+    }
 }

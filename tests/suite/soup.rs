@@ -236,6 +236,7 @@ fn a_sweep_trains_each_preference_once_and_one_more_when_one_is_added() {
     let done = w.ok("soup fit --sweep soups --comparisons choices.jsonl");
     assert!(done.stdout.contains("of 16 choices alike") && done.stdout.contains("predicted"), "{}", done.stdout);
     w.fails(1, "soup fit --sweep soups --at loud=1", &["no preference \"loud\"; there are short, long, plain"]);
+    w.fails(1, "soup fit --sweep nowhere --at short=1", &["--sweep: nowhere: there is no soup.json"]);
     w.fails(1, "soup fit --sweep soups --at short=0.5", &["type --at short=1.000000 --at long=0.000000"]);
 }
 

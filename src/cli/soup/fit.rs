@@ -75,6 +75,11 @@ struct Swept {
 impl Swept {
     fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("soup.json");
+        if !path.is_file() {
+            let detail =
+                format!("{}: there is no soup.json; give a folder that `cuvee soup sweep` wrote", dir.display());
+            return Err(Error::option("--sweep", detail));
+        }
         let json = read_json(&path)?;
         let preference = |p: &serde_json::Value| Some((p["name"].as_str()?.into(), p["reward"].as_str()?.into()));
         let preferences = json["preferences"].as_array().and_then(|all| all.iter().map(preference).collect());
