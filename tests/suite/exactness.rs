@@ -169,9 +169,9 @@ fn a_sequence_longer_than_the_learned_positions_is_refused() {
     w.fails(1, plan, &["--max-length: 90, but own has learned positions for 46; give 46 or less"]);
     let samples = line.replace("--max-new-tokens 6", "--max-new-tokens 50");
     w.fails(1, &samples, &["--max-new-tokens: 50 tokens after a prompt of ", "learned positions for 46"]);
-    w.write("rules.toml", "[[reward]]\nkind = 'length'\nunit = 'tokens'\nmax = 4\n");
-    let online = "train --objective grpo --reward rules.toml --max-completion-length 44 --model own --dataset train.jsonl --max-length 40 --output-dir run --init random";
-    w.fails(1, online, &["--max-completion-length: 44 tokens after the prompt of row ", "learned positions for 46"]);
+    w.write("rules.toml", "[[reward]]\nkind = 'length'\nunit = 'characters'\nmax = 4\nslope = 0.1\n");
+    let online = "train --objective grpo --reward rules.toml --max-completion-length 46 --model own --dataset train.jsonl --max-length 40 --output-dir run --init random";
+    w.fails(1, online, &["--max-completion-length: 46 tokens after the prompt of row ", "learned positions for 46"]);
     assert!(!w.exists("run") && w.cache_file().is_none(), "refused before anything is made");
     w.ok(&format!("{line} --max-steps 1").replace("--max-steps 20", ""));
     w.fails(1, "generate --model run --prompt film --max-new-tokens 50", &["--max-new-tokens: 50 tokens after"]);
