@@ -322,10 +322,12 @@ impl<'a, B: Backend> Online<'a, B> {
         };
         let groups: Vec<Vec<f64>> = samples.chunks(self.rollouts.samples).map(|group| known(total, group)).collect();
         let prompts = groups.len().max(1) as f64;
+        // Of groups of which two are known at least.
+        let spreads: Vec<f64> = groups.iter().map(|group| deviation(group)).filter(|spread| !spread.is_nan()).collect();
         let tied = groups.iter().filter(|group| group.windows(2).all(|pair| pair[0] == pair[1])).count();
         let mut metrics: Vec<Metric> = vec![
             ("reward".into(), mean(&|s| total[s])),
-            ("reward_std".into(), groups.iter().map(|group| deviation(group)).sum::<f64>() / prompts),
+            ("reward_std".into(), spreads.iter().sum::<f64>() / spreads.len() as f64),
             ("frac_reward_zero_std".into(), tied as f64 / prompts),
             ("completions/mean_length".into(), mean(&|s| written[s].ids.len() as f64)),
             ("completions/clipped_ratio".into(), mean(&|s| f64::from(u8::from(!written[s].finished)))),
